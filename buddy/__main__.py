@@ -1,0 +1,5 @@
+"""``python -m buddy`` is the command ``buddy``."""
+
+from buddy.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""The command line: ``buddy STAGE --flags``, the same command by hand, under test and in a Snakemake job."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+
+import click
+import typer
+
+from buddy.errors import UserError
+
+COMMANDS = ("backbone", "data", "importance", "train", "evaluate", "latency", "generate", "runs", "report", "config")
+
+_EPILOG = "The order of a study: backbone, data, importance, train, evaluate, latency, report. `buddy COMMAND --help` shows examples."
+
+
+def build() -> typer.Typer:
+    """Assemble the application from ``buddy.commands``: file NAME.py holds the function of command NAME."""
+    app = typer.Typer(
+        name="buddy",
+        help="Budget-driven dynamic depth routing for LLM inference (BUDDY, arXiv 2606.09514).",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for name in COMMANDS:
+        module = importlib.import_module(f"buddy.commands.{name}")
+        app.command(name, no_args_is_help=name not in ("runs", "config"))(getattr(module, name))
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2.
+
+    Args:
+        arguments: the words after ``buddy``; those of the process by default.
+    """
+    logging.basicConfig(level=os.environ.get("BUDDY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `finally` blocks tidy up when Slurm cancels
+    command = typer.main.get_command(build())
+    try:
+        status = command.main(args=arguments, prog_name="buddy", standalone_mode=False)
+    except UserError as error:
+        _stop(" ".join(str(error).split()), 2)
+    except click.exceptions.Abort:
+        _stop("interrupted", 130)
+    except click.ClickException as error:
+        usage = f" (try: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        _stop(" ".join(error.format_message().split()) + usage, error.exit_code)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stop(message: str, status: int) -> None:
+    print(f"buddy: {message}", file=sys.stderr)
+    sys.exit(status)

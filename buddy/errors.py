@@ -1,0 +1,28 @@
+"""Mistakes a user can make, told in one line."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: the command line prints it as one line and exits with 2.
+
+    The text names the file or option, the key, the value found and what is allowed.
+    """
+
+
+class BudgetError(UserError, ValueError):
+    """A budget that no route of this backbone can satisfy."""
+
+
+def choices(names) -> str:
+    """Join names for an error message: ``a, b or c``."""
+    names = [str(name) for name in names]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+def unknown(what: str, found: object, allowed) -> UserError:
+    """Build the error for a name outside a fixed set, with the closest name suggested."""
+    import difflib
+
+    allowed = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(found), allowed, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return UserError(f"{what}: {found!r} is not one of {choices(allowed)}{hint}")

@@ -1,0 +1,144 @@
+"""How important each block is: one definition for priors, peers and figures.
+
+Every indicator is measured on windows of a calibration corpus and kept per window, so that averages, box plots and
+orders of removal come from the same numbers. Larger always means more important.
+
+- ``delta_ppl``: perplexity without the block minus perplexity of the full model (paper appendix B; Shortened LLaMA).
+- ``taylor``: first-order Taylor, the sum over the block's weights of |weight * gradient of the loss|.
+- ``cosine``: 1 - cos between the final representation (normed, mean over tokens) with and without the block.
+- ``block_influence``: 1 - cos between the block's input and output, mean over tokens (ShortGPT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+from tqdm import tqdm
+
+from buddy.errors import UserError, unknown
+from buddy.routing.stack import Stack
+
+
+def windows(tokenizer: Any, text: str, samples: int, length: int) -> Tensor:
+    """The first ``samples`` non-overlapping windows of ``length`` tokens of a corpus.
+
+    The corpus is tokenised once, without special tokens.
+
+    Returns:
+        (samples, length) int64.
+
+    Raises:
+        UserError: the corpus is too short; says how many windows it holds.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    whole = len(ids) // length
+    if whole < samples:
+        raise UserError(
+            f"samples: {samples} windows of {length} tokens asked for, the corpus holds {whole} ({len(ids)} tokens)"
+        )
+    return ids[: samples * length].view(samples, length)
+
+
+def window_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean next-token negative log-likelihood of each window, nats: logits (B, S, V), ids (B, S) to (B,)."""
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(-1)
+
+
+@torch.no_grad()
+def _without_each_block(backbone: nn.Module, ids: Tensor, measure: Callable[[Stack, Tensor], Tensor]) -> list[Tensor]:
+    """``measure`` on the full model's last states, then without block 0, 1, ...; the shared prefix runs once."""
+    stack = Stack(backbone, ids)
+    states = stack.inputs()
+    measured = [measure(stack, states[-1])]
+    for block in range(len(stack)):
+        measured.append(measure(stack, stack.run(states[block], range(block + 1, len(stack)))))
+    return measured
+
+
+def delta_ppl(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """Rise in a window's perplexity without each block: ids (B, S) to (B, L)."""
+    full, *without = _without_each_block(backbone, ids, lambda stack, h: window_nll(stack.logits(h), ids).exp())
+    return torch.stack(without, dim=1) - full.unsqueeze(1)
+
+
+def cosine(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """1 - cos between summary representations with and without each block: ids (B, S) to (B, L)."""
+    full, *without = _without_each_block(backbone, ids, lambda stack, h: stack.normed(h).float().mean(1))
+    return torch.stack([1 - cosine_similarity(full, other, dim=-1) for other in without], dim=1)
+
+
+@torch.no_grad()
+def block_influence(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """1 - cos between each block's input and output, mean over tokens: ids (B, S) to (B, L)."""
+    states = [state.float() for state in Stack(backbone, ids).inputs()]
+    pairs = zip(states[:-1], states[1:], strict=True)
+    return torch.stack([1 - cosine_similarity(before, after, dim=-1).mean(-1) for before, after in pairs], dim=1)
+
+
+def taylor(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """Sum over a block's weights of |weight * gradient| of each window's loss: ids (B, S) to (B, L)."""
+    layers = backbone.get_decoder().layers
+    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    frozen = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
+    rows = []
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(id(parameter) in wanted)
+        for window in ids.split(1):
+            stack = Stack(backbone, window)
+            loss = window_nll(stack.logits(stack.run(stack.embedded, range(len(stack)))), window).sum()
+            loss.backward()
+            rows.append([_weight_times_gradient(layer) for layer in layers])
+            backbone.zero_grad(set_to_none=True)
+    finally:
+        for parameter, flag in frozen.items():
+            parameter.requires_grad_(flag)
+    return torch.tensor(rows)
+
+
+def _weight_times_gradient(layer: nn.Module) -> float:
+    products = ((p.detach().float() * p.grad.float()).abs().sum() for p in layer.parameters() if p.grad is not None)
+    return float(sum(products))
+
+
+INDICATORS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "delta_ppl": delta_ppl,
+    "taylor": taylor,
+    "cosine": cosine,
+    "block_influence": block_influence,
+}
+
+
+def estimate(backbone: nn.Module, ids: Tensor, indicator: str, batch_size: int = 1) -> Tensor:
+    """Importance of every block in every window.
+
+    Args:
+        backbone: causal language model.
+        ids: (N, S) windows.
+        indicator: one of `INDICATORS`.
+        batch_size: windows per pass.
+
+    Returns:
+        (N, L) float64 on the CPU.
+
+    Raises:
+        UserError: an unknown indicator.
+    """
+    if indicator not in INDICATORS:
+        raise unknown("indicator", indicator, INDICATORS)
+    parts = []
+    with tqdm(total=len(ids), desc=f"importance {indicator}", unit="window") as bar:
+        for batch in ids.to(backbone.device).split(batch_size):
+            parts.append(INDICATORS[indicator](backbone, batch).double().cpu())
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def summarise(per_window: Tensor) -> Tensor:
+    """One value per block, the mean over windows: (N, L) to (L,)."""
+    return per_window.mean(0)

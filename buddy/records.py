@@ -1,0 +1,202 @@
+"""The record: one measurement, one JSON file, written whole or not at all.
+
+Tables, figures and W&B read records and nothing else, so everything a reader needs stands in them:
+what was measured, under which budget and variant, on which machine, by which commit.
+This module imports no torch: records are read on laptops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from buddy.errors import UserError, unknown
+
+SCHEMA = 1
+KINDS = ("accuracy", "latency", "breakdown", "trace", "rouge", "importance", "budget", "training")
+
+
+@dataclass
+class Budget:
+    """How deep a measurement ran: ``executed`` of ``executed + removed`` blocks; ``fraction`` is their ratio."""
+
+    fraction: float
+    executed: int
+    removed: int
+
+    @classmethod
+    def of(cls, executed: int, blocks: int) -> Budget:
+        """The budget that runs ``executed`` of ``blocks`` blocks."""
+        return cls(fraction=executed / blocks, executed=executed, removed=blocks - executed)
+
+
+@dataclass
+class Record:
+    """One measurement (the fields are the file's keys, in this order).
+
+    Attributes:
+        kind: what was measured, one of ``KINDS``.
+        study, backbone, method, seed: which cell of the study.
+        variant: feature, prior, omega, source_block, kv and decode mode where they apply.
+        budget: depth of the measurement; None where no depth applies (training, importance).
+        metrics: the measured values; units are part of each name (``_ms``, ``_tok_s``, ``_s``).
+        n: number of items, samples or repeats behind the metrics.
+        environment: device, library versions, dtype, threads (see `environment`).
+        commit: git commit of the code, with "-dirty" where the tree had changes; "" outside a checkout.
+        wall_s, gpu_s: seconds the measurement took, and seconds it held a GPU.
+    """
+
+    kind: str
+    study: str
+    backbone: str
+    method: str
+    metrics: dict[str, Any]
+    n: int
+    variant: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    budget: Budget | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+    wall_s: float = 0.0
+    gpu_s: float = 0.0
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("record kind", self.kind, KINDS)
+        if isinstance(self.budget, dict):
+            self.budget = Budget(**self.budget)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the record atomically: a reader sees the old file, the new file, or none."""
+        return write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Record:
+        """Read one record.
+
+        Raises:
+            UserError: the file is damaged, lacks a key, or was written by a newer schema.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable record ({error})") from None
+        if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+            raise UserError(f"{path}: not a record (no schema number)")
+        if content["schema"] > SCHEMA:
+            raise UserError(f"{path}: record schema {content['schema']} is newer than {SCHEMA}; update buddy")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise UserError(f"{path}: not a complete record ({error})") from None
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """Write JSON atomically, beside the target first, so that a killed job leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def find(root: str | Path, kind: str | None = None) -> Iterator[Path]:
+    """Paths of the record files below ``root``, in a stable order, of one kind if asked."""
+    folder = Path(root) / "records"
+    if kind is not None:
+        folder = folder / kind
+    yield from sorted(p for p in folder.rglob("*.json") if not p.name.startswith("."))
+
+
+def environment(dtype: str | None = None, device: str | None = None) -> dict[str, Any]:
+    """Device, versions, dtype and threads of this process, for `Record.environment`.
+
+    Versions come from package metadata, so a process that never needed torch does not import it.
+    """
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    torch = sys.modules.get("torch")
+    name = device or "cpu"
+    if torch is not None and name.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif name == "cpu":
+        name = f"cpu ({_processor()})"
+    return {
+        "device": name,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "lm_eval": version("lm_eval"),
+        "dtype": dtype,
+        "threads": torch.get_num_threads() if torch is not None else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str:
+    """Commit of the checkout this package lies in, "-dirty" if it has changes, "" if it is none."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision + ("-dirty" if dirty else "")
+
+
+class Stopwatch:
+    """Seconds since it was made, for ``wall_s``; equal to ``gpu_s`` when the work held a GPU."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.start = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """``{"wall_s", "gpu_s"}`` up to now."""
+        wall = time.perf_counter() - self.start
+        return {"wall_s": round(wall, 3), "gpu_s": round(wall, 3) if self.device.startswith("cuda") else 0.0}

@@ -1,0 +1,1 @@
+"""The routed model: one forward pass in which a policy chooses the blocks. Knows no policy by name."""

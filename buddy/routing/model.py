@@ -1,0 +1,172 @@
+"""The routed model: a Hugging Face backbone, a policy, and one way to run them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from buddy.errors import UserError, choices
+from buddy.routing.budget import Budget
+from buddy.routing.engine import Routing, check_supported, routed
+from buddy.routing.kv import KV_POLICIES, RoutedCache
+from buddy.routing.policy import Policy
+from buddy.routing.trace import Trace
+
+
+class RoutedModel(nn.Module):
+    """A backbone whose blocks are chosen by a policy, within a budget.
+
+    The backbone is an ordinary ``...ForCausalLM``: its class, parameter names and state dict are Hugging Face's, and
+    outside a call of this model it behaves as if nothing had been added.
+
+    Args:
+        backbone: causal language model (Llama, Qwen2 or Qwen3 architecture).
+        policy: chooses the blocks.
+        kv: what stands for the K/V of a skipped block: ``zero``, ``mask`` or ``project``.
+
+    Attributes:
+        trace: routes of the last call of `forward` or `generate`.
+
+    Example:
+        >>> model = buddy.load("results/demo/runs/...")
+        >>> inputs = model.tokenizer("The capital of France is", return_tensors="pt")
+        >>> model.generate(**inputs, budget=0.75, max_new_tokens=16)
+        >>> model.trace.paths()
+    """
+
+    def __init__(self, backbone: nn.Module, policy: Policy, kv: str = "zero", tokenizer: Any = None) -> None:
+        super().__init__()
+        check_supported(backbone)
+        if kv not in KV_POLICIES:
+            raise UserError(f"kv: {kv!r} is not one of {choices(KV_POLICIES)}")
+        if policy.blocks != backbone.config.num_hidden_layers:
+            raise UserError(f"policy for {policy.blocks} blocks, backbone has {backbone.config.num_hidden_layers}")
+        self.backbone = backbone
+        self.policy = policy
+        self.kv = kv
+        self.tokenizer = tokenizer
+        self.trace = Trace()
+
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the backbone."""
+        return self.backbone.dtype
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks L."""
+        return self.policy.blocks
+
+    def new_cache(self, capacity: int = 64) -> RoutedCache:
+        """An empty cache for this model, with room for ``capacity`` tokens before it grows."""
+        return RoutedCache(self.blocks, self.kv, capacity)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        budget: Budget | None = None,
+        decode: str | int = "recompute",
+        context_mask: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass.
+
+        Args:
+            input_ids: (B, S) new tokens.
+            attention_mask: (B, past + S), 1 for real tokens.
+            budget: fraction of blocks, one or one per sequence; None lets the policy choose. A cache keeps the budget
+                it was started with.
+            decode: ``recompute`` chooses a new path at every step, ``reuse`` keeps the prefill's, an integer n chooses at
+                every n-th step.
+            context_mask: (B, S), True where the policy may read; by default all real tokens.
+            past_key_values: cache of an earlier call.
+            use_cache: return a cache to go on from.
+            kwargs: passed to the backbone (``logits_to_keep`` and the like).
+
+        Returns:
+            Logits (B, S, V), and the cache if asked for. Routes are in `trace`.
+
+        Raises:
+            BudgetError: an illegal budget.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache(2 * input_ids.shape[1])
+        routing = Routing(self.policy, budget, _every(decode), context_mask)
+        self.trace = routing.trace
+        with routed(self.backbone, routing):
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                **kwargs,
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        budget: Budget | None = None,
+        decode: str | int = "recompute",
+        **kwargs: Any,
+    ) -> Tensor:
+        """Generate with the backbone's own ``generate``, so that sampling, stopping and streaming are as usual.
+
+        Args:
+            input_ids: (B, S) prompts, padded left.
+            attention_mask: (B, S), 1 for real tokens.
+            budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor).
+            decode: ``recompute``, ``reuse`` or an integer, as in `forward`.
+            kwargs: arguments of ``GenerationMixin.generate``.
+
+        Returns:
+            (B, S + new) tokens, or what ``return_dict_in_generate`` asks for. `trace` holds a route per step.
+
+        Raises:
+            BudgetError: an illegal budget, before anything is computed.
+            UserError: beam search or assisted decoding is asked for.
+        """
+        if kwargs.get("num_beams", 1) > 1 or kwargs.get("assistant_model") is not None:
+            raise UserError("generate: beam search and assisted decoding do not work with routing; sample or decode greedily")
+        if budget is not None or self.policy.source_block:
+            self.policy.begin(budget, input_ids.shape[0], torch.device("cpu"))
+        routing = Routing(self.policy, budget, _every(decode))
+        self.trace = routing.trace
+        new = kwargs.get("max_new_tokens") or 64
+        with routed(self.backbone, routing):
+            return self.backbone.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                past_key_values=self.new_cache(input_ids.shape[1] + new),
+                **kwargs,
+            )
+
+
+def _every(decode: str | int) -> int:
+    """Steps between choices of a path: ``recompute`` 1, ``reuse`` 0 (never again), or the number given."""
+    if decode == "recompute":
+        return 1
+    if decode == "reuse":
+        return 0
+    if isinstance(decode, int) and not isinstance(decode, bool) and decode >= 1:
+        return decode
+    raise UserError(f"decode: {decode!r} is not recompute, reuse or a number of steps of at least 1")

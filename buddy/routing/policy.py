@@ -1,0 +1,71 @@
+"""What a depth policy is: the one interface that every method, ours and each peer, implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from buddy.errors import UserError
+from buddy.routing.budget import Budget
+
+
+class Policy(nn.Module, ABC):
+    """Decides which blocks run.
+
+    The engine calls, in a forward pass: `begin` once per sequence batch, then for each pass `observe` with the source
+    block's new keys and values, and `decide` where the path may change. Decisions live in the state that `begin`
+    returns and that travels with the KV cache, so one policy serves many generations at once.
+
+    Attributes:
+        blocks: number of blocks L of the backbone.
+        source_block: number of leading blocks that run before `decide` (0: it needs nothing from the pass).
+    """
+
+    blocks: int
+    source_block: int = 0
+
+    @property
+    def always(self) -> int:
+        """How many blocks run whatever the budget: the first ones up to the source block, and the last."""
+        return max(self.source_block, 1) + 1
+
+    @abstractmethod
+    def begin(self, budget: Budget | None, batch: int, device: torch.device) -> Any:
+        """Start routing a batch of sequences.
+
+        Args:
+            budget: fraction of blocks, one or one per sequence; None lets the policy choose.
+            batch: number of sequences B.
+            device: where decisions are made.
+
+        Returns:
+            The policy's state for these sequences.
+
+        Raises:
+            BudgetError: the budget cannot be met by this policy.
+            UserError: ``budget`` is None and this policy has no way to choose.
+        """
+
+    def observe(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        """Take in what the source block wrote for the new tokens.
+
+        Args:
+            state: from `begin`.
+            keys, values: (B, KV heads, S, head size) of the S new tokens, as the cache holds them.
+            mask: (B, S), True where a token may be read; None means all.
+        """
+
+    @abstractmethod
+    def decide(self, state: Any) -> Tensor:
+        """Choose the route of every sequence: boolean (B, L), True where the block runs."""
+
+    def gates(self, state: Any) -> Tensor:
+        """Routes with a gradient, for training: (B, L) float, exactly 0 or 1 in value.
+
+        Raises:
+            UserError: the policy has nothing to train.
+        """
+        raise UserError(f"{type(self).__name__} has no router to train")

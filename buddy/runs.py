@@ -1,0 +1,221 @@
+"""A run on disk: what `buddy train` leaves and `buddy.load` reads.
+
+A run folder holds ``run.json`` (settings and where the backbone is), ``router.safetensors`` (the policy's state) and
+``adapter/`` (LoRA in PEFT's format). The backbone is not copied. A plain backbone folder loads as the dense model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from buddy.errors import UserError
+from buddy.records import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from buddy.routing.model import RoutedModel
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+ROUTER_FILE = "router.safetensors"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass
+class RunInfo:
+    """Contents of ``run.json``.
+
+    Attributes:
+        method: method of the study (``buddy``, ``dense``).
+        policy: name of the policy, and ``policy_settings`` that build it.
+        backbone: name, and ``backbone_path``: its folder, relative to the run's where it can be.
+        variant: the run's axes (feature, prior, omega, source_block).
+        kv: K/V policy used unless another is asked for.
+        training: settings it was trained with.
+    """
+
+    method: str
+    policy: str
+    policy_settings: dict[str, Any]
+    backbone: str
+    backbone_path: str
+    variant: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    study: str = ""
+    kv: str = "zero"
+    training: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+    schema: int = SCHEMA
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunInfo:
+        """Read ``run.json``.
+
+        Raises:
+            UserError: the file is absent, damaged or of a newer schema.
+        """
+        path = Path(folder) / RUN_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] > SCHEMA:
+                raise UserError(f"{path}: run schema {content['schema']} is newer than {SCHEMA}; update buddy")
+            return cls(**content)
+        except OSError:
+            raise UserError(f"{folder}: not a run (no {RUN_FILE}); `buddy runs` lists the trained runs") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error})") from None
+
+
+def load(
+    path: str | Path,
+    *,
+    backbone: str | Path | None = None,
+    kv: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    merge: bool = True,
+) -> RoutedModel:
+    """Load a run, or a plain backbone as the dense model.
+
+    Args:
+        path: folder of a run (``run.json``) or of a backbone (``config.json``).
+        backbone: folder of the backbone, where it has moved since the run was trained.
+        kv: K/V policy of skipped blocks; the run's own by default.
+        device: ``auto`` (the GPU if there is one), ``cpu``, ``cuda`` ...
+        dtype: ``float32``, ``bfloat16`` or ``auto`` (bfloat16 on a GPU, float32 on a CPU).
+        merge: add LoRA into the backbone's weights (no cost per token); False keeps it beside them.
+
+    Returns:
+        The model in evaluation mode, with ``tokenizer``.
+
+    Raises:
+        UserError: nothing loadable at ``path``, or the backbone is missing.
+    """
+    path = Path(path)
+    if not (path / RUN_FILE).exists() and (path / "config.json").exists():
+        return _load_dense(path, kv, device, dtype)
+    info = RunInfo.read(path)
+    folder = Path(backbone) if backbone is not None else (path / info.backbone_path).resolve()
+    if not (folder / "config.json").exists():
+        raise UserError(f"{path}: its backbone is not at {folder}; say where it is with backbone= (--backbone)")
+
+    from safetensors.torch import load_file
+
+    from buddy import policies
+    from buddy.routing.model import RoutedModel
+
+    model, tokenizer = load_backbone(folder, device, dtype)
+    policy = policies.create(info.policy, **info.policy_settings)
+    if (path / ROUTER_FILE).exists():
+        policy.load_state_dict(load_file(path / ROUTER_FILE))
+    adapter = None
+    if (path / ADAPTER_FOLDER).is_dir():
+        from peft import PeftModel
+
+        adapter = path / ADAPTER_FOLDER
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        model = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    routed = RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer)
+    routed.info, routed.origin = info, path
+    return routed.eval()
+
+
+def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> RoutedModel:
+    from buddy.policies.static import StaticPolicy
+    from buddy.routing.model import RoutedModel
+
+    model, tokenizer = load_backbone(folder, device, dtype)
+    policy = StaticPolicy(model.config.num_hidden_layers)
+    routed = RoutedModel(model, policy, kv or "zero", tokenizer)
+    routed.info = RunInfo("dense", "static", policy.settings(), folder.name, str(folder.resolve()))
+    routed.origin = None
+    return routed.eval()
+
+
+def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """The untouched Hugging Face model and its tokenizer, in evaluation mode.
+
+    Args:
+        folder: a folder as `buddy backbone` leaves it.
+        device, dtype: as in `load`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device, kind = pick(device, dtype)
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(f"{folder}: not a backbone (no config.json); make one with `buddy backbone`")
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def pick(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
+    """Resolve ``auto``: the GPU if there is one; bfloat16 there, float32 on a CPU (where bfloat16 is slower).
+
+    Raises:
+        UserError: an unknown dtype, or a GPU that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device: {device} asked for, but no GPU is visible")
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype not in kinds:
+        raise UserError(f"dtype: {dtype!r} is not auto, float32 or bfloat16")
+    return device, kinds[dtype]
+
+
+def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) -> Path:
+    """Write a run folder, whole or not at all.
+
+    Args:
+        folder: where; an existing run there is replaced.
+        info: its ``run.json``.
+        policy: its state dict becomes ``router.safetensors``, unless empty.
+        adapter: a ``PeftModel`` whose adapter is saved, the folder of a saved one, or None.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+        if state:
+            save_file(state, draft / ROUTER_FILE)
+        if isinstance(adapter, str | Path):
+            shutil.copytree(adapter, draft / ADAPTER_FOLDER)
+        elif adapter is not None:
+            adapter.save_pretrained(str(draft / ADAPTER_FOLDER))
+            (draft / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
+        write_json(draft / RUN_FILE, asdict(info))
+        draft.chmod(0o755)
+        if folder.exists():
+            for item in folder.iterdir():  # keep what is not part of a run (checkpoints, logs)
+                if item.name not in (RUN_FILE, ROUTER_FILE, ADAPTER_FOLDER):
+                    shutil.move(str(item), draft / item.name)
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder
+
+
+def relative(backbone: str | Path, run: str | Path) -> str:
+    """The backbone's path as a run stores it: relative, so that a study's folder can be moved as one."""
+    return os.path.relpath(Path(backbone).resolve(), Path(run).resolve())
