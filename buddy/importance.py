@@ -12,6 +12,8 @@ orders of removal come from the same numbers. Larger always means more important
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,6 +51,14 @@ def window_nll(logits: Tensor, ids: Tensor) -> Tensor:
     return losses.view(len(ids), -1).mean(-1)
 
 
+@dataclass(frozen=True)
+class Importance:
+    """Importance of the blocks: ``values`` (L,) over the corpus, ``per_window`` (N, L); float64 on the CPU."""
+
+    values: Tensor
+    per_window: Tensor
+
+
 @torch.no_grad()
 def _without_each_block(backbone: nn.Module, ids: Tensor, measure: Callable[[Stack, Tensor], Tensor]) -> list[Tensor]:
     """``measure`` on the full model's last states, then without block 0, 1, ...; the shared prefix runs once."""
@@ -60,10 +70,9 @@ def _without_each_block(backbone: nn.Module, ids: Tensor, measure: Callable[[Sta
     return measured
 
 
-def delta_ppl(backbone: nn.Module, ids: Tensor) -> Tensor:
-    """Rise in a window's perplexity without each block: ids (B, S) to (B, L)."""
-    full, *without = _without_each_block(backbone, ids, lambda stack, h: window_nll(stack.logits(h), ids).exp())
-    return torch.stack(without, dim=1) - full.unsqueeze(1)
+def removal_nll(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """Negative log-likelihood of the full model, then without each block: ids (B, S) to (B, 1 + L), nats per token."""
+    return torch.stack(_without_each_block(backbone, ids, lambda stack, h: window_nll(stack.logits(h), ids)), dim=1)
 
 
 def cosine(backbone: nn.Module, ids: Tensor) -> Tensor:
@@ -76,7 +85,7 @@ def cosine(backbone: nn.Module, ids: Tensor) -> Tensor:
 def block_influence(backbone: nn.Module, ids: Tensor) -> Tensor:
     """1 - cos between each block's input and output, mean over tokens: ids (B, S) to (B, L)."""
     states = [state.float() for state in Stack(backbone, ids).inputs()]
-    pairs = zip(states[:-1], states[1:], strict=True)
+    pairs = pairwise(states)
     return torch.stack([1 - cosine_similarity(before, after, dim=-1).mean(-1) for before, after in pairs], dim=1)
 
 
@@ -107,24 +116,21 @@ def _weight_times_gradient(layer: nn.Module) -> float:
 
 
 INDICATORS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "delta_ppl": delta_ppl,
+    "delta_ppl": removal_nll,
     "taylor": taylor,
     "cosine": cosine,
     "block_influence": block_influence,
 }
 
 
-def estimate(backbone: nn.Module, ids: Tensor, indicator: str, batch_size: int = 1) -> Tensor:
-    """Importance of every block in every window.
+def estimate(backbone: nn.Module, ids: Tensor, indicator: str, batch_size: int = 1) -> Importance:
+    """Importance of every block, over the corpus and in every window.
 
     Args:
         backbone: causal language model.
         ids: (N, S) windows.
         indicator: one of `INDICATORS`.
         batch_size: windows per pass.
-
-    Returns:
-        (N, L) float64 on the CPU.
 
     Raises:
         UserError: an unknown indicator.
@@ -136,9 +142,9 @@ def estimate(backbone: nn.Module, ids: Tensor, indicator: str, batch_size: int =
         for batch in ids.to(backbone.device).split(batch_size):
             parts.append(INDICATORS[indicator](backbone, batch).double().cpu())
             bar.update(len(batch))
-    return torch.cat(parts)
-
-
-def summarise(per_window: Tensor) -> Tensor:
-    """One value per block, the mean over windows: (N, L) to (L,)."""
-    return per_window.mean(0)
+    measured = torch.cat(parts)
+    if indicator == "delta_ppl":
+        # A corpus's perplexity is exp of its mean NLL, not the mean of its windows' perplexities.
+        corpus, window = measured.mean(0).exp(), measured.exp()
+        return Importance(corpus[1:] - corpus[0], window[:, 1:] - window[:, :1])
+    return Importance(measured.mean(0), measured)

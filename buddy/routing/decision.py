@@ -95,7 +95,9 @@ def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
         Boolean mask (B, C).
     """
     order = scores.detach().argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return rank < keep.to(rank.device).unsqueeze(-1)
 
 

@@ -146,7 +146,9 @@ class RoutedModel(nn.Module):
             UserError: beam search or assisted decoding is asked for.
         """
         if kwargs.get("num_beams", 1) > 1 or kwargs.get("assistant_model") is not None:
-            raise UserError("generate: beam search and assisted decoding do not work with routing; sample or decode greedily")
+            raise UserError(
+                "generate: beam search and assisted decoding do not work with routing; sample or decode greedily"
+            )
         if budget is not None or self.policy.source_block:
             self.policy.begin(budget, input_ids.shape[0], torch.device("cpu"))
         routing = Routing(self.policy, budget, _every(decode))

@@ -1,0 +1,31 @@
+# BUDDY: from backbones to paper-ready tables. `snakemake --profile slurm -j 64` runs the study of config.yaml.
+from snakemake.utils import min_version, validate
+
+min_version("9.20")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/inputs.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"
+include: "rules/latency.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    study,
+    backbone,
+    data,
+    table,
+    figure,
+
+
+rule all:
+    default_target: True
+    input:
+        [table_files(name) for name in STUDY.measured_tables()],
+        [figure_files(name) for name in FIGURES],

@@ -1,0 +1,71 @@
+"""What several commands share: where a W&B run goes, and one-GPU checks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from buddy.config import Run, Tracking
+from buddy.errors import UserError
+from buddy.runs import RunInfo
+
+
+def run_of(info: RunInfo) -> Run:
+    """The study's run behind a run folder."""
+    return Run(info.backbone, info.method, tuple(info.variant.items()), info.seed)
+
+
+@contextmanager
+def tracked(stage: str, study: str, run: Run, config: dict[str, Any], part: str = "") -> Iterator[Any]:
+    """A W&B run for this job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
+
+    Args:
+        stage: job type.
+        study: study it belongs to.
+        run: what it works on; the group is backbone × method.
+        config: every setting of the job.
+        part: tells jobs of one stage on one run apart (a data set).
+    """
+    from buddy.tracking import track
+
+    settings = Tracking(
+        project=os.environ.get("WANDB_PROJECT", "buddy"),
+        entity=os.environ.get("WANDB_ENTITY") or None,
+    )
+    with track(
+        stage,
+        study=study,
+        run_path=f"{run.path}/{part}" if part else run.path,
+        group=f"{run.backbone} × {run.method}",
+        config={
+            "study": study,
+            "backbone": run.backbone,
+            "method": run.method,
+            "seed": run.seed,
+            **run.variant,
+            **config,
+        },
+        tags=(study, run.backbone, run.method),
+        folder=Path(os.environ.get("WANDB_DIR", ".")),
+        settings=settings,
+    ) as tracker:
+        yield tracker
+
+
+def check_one_gpu(device: str) -> None:
+    """A job asks for one GPU and must see one: more would be wasted, and would change the batch size.
+
+    Raises:
+        UserError: several GPUs are visible.
+    """
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible and one is used; set CUDA_VISIBLE_DEVICES to a single GPU"
+        )

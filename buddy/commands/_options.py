@@ -1,0 +1,110 @@
+"""Options made from the study's settings: name, default and help stand once, in `buddy.config`."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from buddy.config import Settings
+from buddy.errors import UserError, choices, unknown
+
+
+def with_settings(
+    model: type[Settings], leave_out: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option per field of a settings section, and pass it the section as ``settings``.
+
+    Lists are given as comma-separated values. Fields in ``leave_out`` keep their defaults.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(function, eval_str=True)
+        fields = {name: field for name, field in model.model_fields.items() if name not in leave_out}
+
+        @wraps(function)
+        def command(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in fields}
+            return function(**values, settings=_build(model, given))
+
+        parameters = [p for p in own.parameters.values() if p.name != "settings"]
+        command.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=parameters + [_parameter(name, field) for name, field in fields.items()]
+        )
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: Any) -> inspect.Parameter:
+    kind, is_list, allowed = _option_type(field.annotation)
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        default = ...
+    elif is_list and default is not None:
+        default = ",".join(map(str, default))
+    text = field.description + (f" [{'|'.join(map(str, allowed))}]" if allowed else "")
+    option = typer.Option(
+        default, f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""), help=text
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None if default is None else kind
+    )
+
+
+def _option_type(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
+    """(type of the option, whether it is a list, the values allowed)."""
+    if get_origin(annotation) is Annotated:
+        return _option_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _option_type(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is list:
+        return str, True, _option_type(get_args(annotation)[0])[2]
+    if get_origin(annotation) is Literal:
+        return str, False, get_args(annotation)
+    return annotation, False, ()
+
+
+def _build(model: type[Settings], given: dict[str, Any]) -> Settings:
+    for name, value in given.items():
+        _, is_list, allowed = _option_type(model.model_fields[name].annotation)
+        if is_list and isinstance(value, str):
+            given[name] = value = [part.strip() for part in value.split(",") if part.strip()]
+        for part in value if isinstance(value, list) else [value]:
+            if allowed and part is not None and part not in allowed:
+                raise unknown(f"--{name.replace('_', '-')}", part, allowed)
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"{option}: {first['input']!r} is not allowed ({first['msg'].lower()})") from None
+
+
+def counts(text: str, option: str) -> list[int]:
+    """Whole numbers from ``4,8,12``.
+
+    Raises:
+        UserError: something else; names the option.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"{option}: {text!r} is not a list of whole numbers such as 4,8,12") from None
+
+
+def choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    """The value, if it is one of those allowed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in allowed:
+        raise UserError(f"{option}: {value!r} is not {choices(allowed)}")
+    return value

@@ -1,0 +1,82 @@
+"""``buddy evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.commands._options import with_settings
+from buddy.config import Evaluation
+
+
+@with_settings(Evaluation)
+def evaluate(
+    run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
+    data: Annotated[Path, typer.Option(help="folder of data sets, one folder per task, from `buddy data`")],
+    out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
+    settings: Evaluation,
+    removed: Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")] = "0",
+    study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
+    name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Measure accuracy with lm-evaluation-harness at several budgets; the backbone is loaded once.
+
+    \b
+    Examples:
+      buddy evaluate --run results/demo/runs/.../seed~0 --data results/demo/data --removed 4,8 --out records
+      buddy evaluate --run results/demo/backbones/smollm2-135m --data results/demo/data --tasks piqa,arc_easy \\
+          --limit 20 --out records
+    """
+    import os
+
+    # The data sets are local files; looking for them on the Hub would stall a node without network.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+    from buddy import runs
+    from buddy.commands._common import check_one_gpu, run_of, tracked
+    from buddy.commands._options import counts
+    from buddy.evaluation import accuracy
+    from buddy.evaluation.harness import BuddyLM
+    from buddy.records import Budget, Record, Stopwatch, commit, environment
+    from buddy.routing.budget import executed_blocks
+
+    depths = counts(removed, "--removed")
+    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
+    check_one_gpu(model.device.type)
+    for count in depths:  # refuse all before measuring any
+        executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
+    info = model.info
+    info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
+    lm = BuddyLM(model, batch_size=settings.batch_size)
+    with tracked("evaluate", info.study, run_of(info), settings.model_dump()) as tracker:
+        for count in depths:
+            budget = Budget.of(model.blocks - count, model.blocks)
+            watch = Stopwatch(str(model.device))
+            metrics = accuracy.measure(lm, budget.fraction, settings, data)
+            Record(
+                kind="accuracy",
+                study=info.study,
+                backbone=info.backbone,
+                method=info.method,
+                metrics=metrics,
+                n=sum(task["n"] for task in metrics["tasks"].values()),
+                variant={**info.variant, "kv": settings.kv} if info.variant else {},
+                seed=info.seed,
+                budget=budget,
+                environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
+                commit=commit(),
+                **watch.seconds(),
+            ).write(out / f"removed~{count}.json")
+            tracker.log(
+                {
+                    f"{task}/{key}": value
+                    for task, found in metrics["tasks"].items()
+                    for key, value in found.items()
+                    if key != "items"
+                },
+                step=count,
+            )

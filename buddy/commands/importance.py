@@ -1,0 +1,66 @@
+"""``buddy importance``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.commands._options import with_settings
+from buddy.config import Importance
+
+
+@with_settings(Importance, leave_out=("corpus",))
+def importance(
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    corpus: Annotated[Path, typer.Option(help="prose: a data set folder from `buddy data`, or a text file")],
+    indicator: Annotated[str, typer.Option(help="delta_ppl, taylor, cosine or block_influence")],
+    out: Annotated[Path, typer.Option(help="record to write (JSON)")],
+    settings: Importance,
+    study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
+    name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Estimate how important each block is, on a calibration corpus; the record is a prior for training.
+
+    \b
+    Examples:
+      buddy importance --backbone results/demo/backbones/smollm2-135m --corpus results/demo/data/wikitext2 \\
+          --indicator taylor --samples 8 --length 256 --out taylor.json
+      buddy importance --backbone DIR --corpus book.txt --indicator cosine --out cosine.json
+    """
+    from buddy.data import inputs
+    from buddy.commands._common import tracked
+    from buddy.config import Run
+    from buddy.importance import estimate, windows
+    from buddy.records import Record, Stopwatch, commit, environment
+    from buddy.runs import load_backbone
+
+    text = inputs.prose(corpus)
+    model, tokenizer = load_backbone(backbone, device, dtype)
+    run = Run(name or backbone.name, "dense", (), 0)
+    with tracked("importance", study, run, {"indicator": indicator, **settings.model_dump()}, indicator) as tracker:
+        watch = Stopwatch(str(model.device))
+        found = estimate(model, windows(tokenizer, text, settings.samples, settings.length), indicator)
+        metrics = {
+            "indicator": indicator,
+            "corpus": corpus.name,
+            "samples": settings.samples,
+            "length": settings.length,
+            "values": found.values.tolist(),
+            "per_sample": found.per_window.tolist(),
+        }
+        Record(
+            kind="importance",
+            study=study,
+            backbone=run.backbone,
+            method="dense",
+            metrics=metrics,
+            n=settings.samples,
+            environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
+            commit=commit(),
+            **watch.seconds(),
+        ).write(out)
+        tracker.summary({f"block_{index}": value for index, value in enumerate(metrics["values"])})

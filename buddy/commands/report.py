@@ -1,0 +1,75 @@
+"""``buddy report``: tables, figures and a summary from a study's records."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def report(
+    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
+    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    table: Annotated[list[str] | None, typer.Option(help="table to build, 2 or table2; repeat for more")] = None,
+    figure: Annotated[list[str] | None, typer.Option(help="figure to draw, by name; repeat for more")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="every table and figure that the study measures")] = False,
+    summary: Annotated[bool, typer.Option("--summary", help="print accuracy, speed and where the plots are")] = False,
+) -> None:
+    """Build tables and figures from a study's records, or print its summary.
+
+    Reads study.json and records/ in the study's folder and nothing else: no GPU, no model, no network. Tables go to
+    tables/ as CSV (one row per cell, with standard error and the paper's figure), Markdown and LaTeX; figures go to
+    figures/ as PDF and PNG. What has not been measured yet shows as a dash.
+
+    Examples:
+
+      buddy report --study demo --summary
+
+      buddy report --study demo --table 4
+
+      buddy report --study demo --table 2 --table table6 --figure latency
+
+      buddy report --study /data/results/paper --all
+    """
+    from buddy.reporting import figures, tables, write
+    from buddy.reporting.study import load
+    from buddy.reporting.summary import summary as summarise
+
+    folder = _folder(study, results)
+    found = load(folder)
+    if not (table or figure or all_ or summary):
+        measured = ", ".join(tables.names(found)) or "it measures none"
+        drawn = ", ".join(figures.names(found))
+        raise UserError(
+            f"nothing asked of {found.name}: give --summary, --all, --table ({measured}) or --figure ({drawn})"
+        )
+    # Every name is checked before the first file is written.
+    asked_tables = list(dict.fromkeys(tables.resolve(found, name) for name in table or []))
+    asked_figures = list(dict.fromkeys(figures.resolve(found, name) for name in figure or []))
+    for name in tables.names(found) if all_ else asked_tables:
+        _announce(write.table(found, name))
+    for name in figures.names(found) if all_ else asked_figures:
+        try:
+            _announce(write.figure(found, name))
+        except UserError as error:
+            if name in asked_figures:
+                raise
+            log.warning("%s left out: %s", name, error)  # --all of an unfinished study gives what there is
+    if summary:
+        typer.echo(summarise(folder))
+
+
+def _folder(study: str, results: Path) -> Path:
+    """The folder of a study given by folder or by name."""
+    return Path(study) if (Path(study) / "study.json").is_file() or "/" in study else results / study
+
+
+def _announce(paths: list[Path]) -> None:
+    for path in paths:
+        log.info("wrote %s", path)

@@ -1,0 +1,165 @@
+"""``buddy train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from buddy.commands._options import with_settings
+from buddy.config import FEATURES, PRIORS, Training
+
+
+@with_settings(Training, leave_out=("data",))
+def train(
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    data: Annotated[Path, typer.Option(help="instruction data set, from `buddy data`")],
+    most_removed: Annotated[int, typer.Option(help="deepest pruning trained for: blocks left out at most")],
+    out: Annotated[Path, typer.Option(help="run folder to write")],
+    settings: Training,
+    record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
+    feature: Annotated[str, typer.Option(help="what the router reads: key, value or key+value")] = "value",
+    source_block: Annotated[int, typer.Option(help="block whose KV it reads, counted from 1")] = 1,
+    prior: Annotated[Path | None, typer.Option(help="importance record fused into the scores; none without")] = None,
+    omega: Annotated[float, typer.Option(help="weight of the prior")] = 0.1,
+    kv: Annotated[str, typer.Option(help="K/V of skipped blocks, stored as the run's default")] = "zero",
+    seed: Annotated[int, typer.Option(help="seed of weights, order and depths")] = 0,
+    study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
+    name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Train BUDDY's router and LoRA on a backbone (stage 1). Killed, it goes on from its last checkpoint when run again.
+
+    \b
+    Examples:
+      buddy train --backbone results/demo/backbones/smollm2-135m --data results/demo/data/alpaca \\
+          --prior results/demo/records/importance/backbone~smollm2-135m/indicator~taylor.json \\
+          --most-removed 15 --epochs 1 --out my-run
+      buddy train --backbone DIR --data DIR --most-removed 16 --feature key --source-block 2 --out my-run
+    """
+    import shutil
+
+    import torch
+
+    from buddy.data import inputs
+    from buddy import runs
+    from buddy.commands._common import check_one_gpu, run_of, tracked
+    from buddy.commands._options import choice
+    from buddy.errors import UserError
+    from buddy.policies.buddy import BuddyPolicy
+    from buddy.records import Record, Stopwatch, commit, environment
+    from buddy.training import sft
+
+    choice("--feature", feature, FEATURES)
+    pairs = inputs.pairs(data)[: settings.examples]
+    prior_name, prior_values = read_prior(prior)
+    model, tokenizer = runs.load_backbone(backbone, device, dtype)
+    check_one_gpu(model.device.type)
+    blocks = model.config.num_hidden_layers
+    if not 1 <= most_removed <= blocks - source_block - 1:
+        raise UserError(f"--most-removed: {most_removed} is not between 1 and {blocks - source_block - 1}")
+    torch.manual_seed(seed)
+    policy = BuddyPolicy(
+        blocks=blocks,
+        width=model.config.num_key_value_heads * model.get_decoder().layers[0].self_attn.head_dim,
+        feature=feature,
+        source_block=source_block,
+        omega=omega if prior else 0.0,
+        rank=settings.router_rank,
+        prior=fused_prior(prior_name, prior_values, blocks, source_block),
+    )
+    info = runs.RunInfo(
+        method="buddy",
+        policy="buddy",
+        policy_settings=policy.settings(),
+        backbone=name or backbone.name,
+        backbone_path=runs.relative(backbone, out),
+        variant={"feature": feature, "prior": prior_name, "omega": policy.omega, "source_block": source_block},
+        seed=seed,
+        study=study,
+        kv=kv,
+        training={**settings.model_dump(), "most_removed": most_removed, "data": data.name},
+        commit=commit(),
+    )
+    with tracked("train", study, run_of(info), info.training) as tracker:
+        watch = Stopwatch(str(model.device))
+        result = sft.train(
+            model,
+            tokenizer,
+            policy,
+            pairs,
+            settings,
+            most_removed,
+            out,
+            seed,
+            on_log=lambda step, values: tracker.log(values, step=step),
+        )
+        runs.save(out, info, policy, result.adapted)
+        shutil.rmtree(out / sft.CHECKPOINTS, ignore_errors=True)
+        metrics: dict[str, Any] = {
+            "steps": result.steps,
+            "epochs": settings.epochs,
+            "examples": len(pairs),
+            "tokens": result.tokens,
+            "final_loss": result.curve[-1]["loss"],
+            "curve": result.curve,
+            "trainable_parameters": result.trainable,
+            "router_parameters": sum(p.numel() for p in policy.parameters()),
+        }
+        if record is not None:
+            Record(
+                kind="training",
+                study=study,
+                backbone=info.backbone,
+                method="buddy",
+                metrics=metrics,
+                n=len(pairs),
+                variant=info.variant,
+                seed=seed,
+                environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
+                commit=commit(),
+                **watch.seconds(),
+            ).write(record)
+        tracker.summary({key: value for key, value in metrics.items() if key != "curve"})
+
+
+def read_prior(path: Path | None) -> tuple[str, list[float]]:
+    """Name and raw values of a prior from its importance record; ("none", []) without one.
+
+    Raises:
+        UserError: not an importance record, or an indicator that is no prior.
+    """
+    from buddy.errors import UserError, unknown
+    from buddy.records import Record
+
+    if path is None:
+        return "none", []
+    record = Record.read(path)
+    if record.kind != "importance":
+        raise UserError(f"--prior: {path} is a record of kind {record.kind}, not importance")
+    indicator = record.metrics["indicator"]
+    if indicator not in PRIORS[1:]:
+        raise unknown(f"--prior: {path}: indicator", indicator, PRIORS[1:])
+    return indicator, json.loads(json.dumps(record.metrics["values"]))
+
+
+def fused_prior(indicator: str, values: list[float], blocks: int, source_block: int) -> Any:
+    """Standardised prior of the candidate blocks as a tensor (candidates,), or None without a prior.
+
+    Raises:
+        UserError: the record is of a backbone with another number of blocks.
+    """
+    import torch
+
+    from buddy.errors import UserError
+    from buddy.routing.priors import normalise, standardise
+
+    if indicator == "none":
+        return None
+    if len(values) != blocks:
+        raise UserError(f"--prior: it rates {len(values)} blocks, the backbone has {blocks}")
+    candidates = torch.tensor(values, dtype=torch.float64)[source_block : blocks - 1]
+    return standardise(normalise(candidates, indicator)).float()

@@ -1,0 +1,1 @@
+"""Measuring: accuracy through lm-evaluation-harness (`harness`) and speed (`latency`)."""

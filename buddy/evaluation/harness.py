@@ -1,0 +1,196 @@
+"""A routed model as a language model of lm-evaluation-harness, registered as ``buddy``.
+
+What is scored is what is claimed: every request runs through the policy, and the count of executed blocks is kept
+beside the scores. The route of a multiple-choice request is read from its context alone, under its mask, so that no
+answer chooses the path it is scored on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from buddy.routing.model import RoutedModel
+from buddy.runs import load
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+@register_model("buddy")
+class BuddyLM(TemplateLM):
+    """Scores and generates at one budget; ``lm_eval --model buddy --model_args run=PATH,budget=0.75`` works too.
+
+    Args:
+        run: a `RoutedModel`, or the path of a run or a backbone.
+        budget: fraction of blocks; 1 runs them all.
+        decode: ``recompute`` or ``reuse``, for tasks that generate.
+        batch_size: sequences per pass.
+        max_length: longest input, tokens; longer contexts lose their beginning. The backbone's own limit by default.
+        load_settings: passed to `buddy.load` when ``run`` is a path.
+    """
+
+    def __init__(
+        self,
+        run: RoutedModel | str,
+        budget: float = 1.0,
+        decode: str = "recompute",
+        batch_size: int | str = 16,
+        max_length: int | None = None,
+        **load_settings: Any,
+    ) -> None:
+        super().__init__()
+        load_settings.pop("max_batch_size", None)
+        self.model = run if isinstance(run, RoutedModel) else load(run, **load_settings)
+        self.tokenizer = self.model.tokenizer
+        self.budget = float(budget)
+        self.decode = decode
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
+        self.max_length = int(max_length or min(self.model.config.max_position_embeddings, 4096))
+        self.reset_count()
+
+    def reset_count(self) -> None:
+        """Forget the blocks counted so far."""
+        self._blocks_run, self._passes = 0, 0
+
+    @property
+    def executed_mean(self) -> float:
+        """Mean number of blocks that a sequence executed in a pass, since `reset_count`."""
+        return self._blocks_run / max(self._passes, 1)
+
+    def _count(self) -> None:
+        executed = self.model.trace.executed()
+        self._blocks_run += int(executed.sum())
+        self._passes += executed.numel()
+
+    @property
+    def eot_token_id(self) -> int:
+        """End-of-sequence token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before an empty context: the beginning-of-sequence token, or the end's."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; special tokens as the tokenizer adds them, unless told."""
+        special = True if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, add_special_tokens=special).input_ids
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices in batches of like length, the longest first, so that memory trouble comes at once."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), desc=f"scoring at {self.budget:.3g}", disable=disable_tqdm) as bar:
+            for batch in self._batches([len(context) + len(answer) for _, context, answer in requests]):
+                scores = self._score([requests[i][1:] for i in batch])
+                for i, score in zip(batch, scores, strict=True):
+                    results[i] = score
+                bar.update(len(batch))
+        return results
+
+    @torch.no_grad()
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Log-likelihood (nats) of each answer after its context, and whether it is the greedy one."""
+        rows = [(context + answer)[-(self.max_length + 1) :] for context, answer in pairs]
+        answers = [answer for _, answer in pairs]
+        longest = max(len(row) for row in rows) - 1
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask, context = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            ids[i, : len(row) - 1] = torch.tensor(row[:-1])
+            mask[i, : len(row) - 1] = 1
+            context[i, : max(len(row) - len(answer), 1)] = True
+        # Only the answers' logits are needed; the head over a large vocabulary is a good part of a small model.
+        first = min(len(row) - len(answer) for row, answer in zip(rows, answers, strict=True)) - 1
+        device = self.model.device
+        logits = self.model(
+            ids.to(device),
+            mask.to(device),
+            budget=self.budget,
+            context_mask=context.to(device),
+            logits_to_keep=torch.arange(max(first, 0), longest, device=device),
+        ).logits
+        self._count()
+        return [
+            _answer_score(logits[i], row, answer, offset=max(first, 0))
+            for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, nats, in windows of at most `max_length` tokens."""
+        results = []
+        for (text,) in (request.args for request in requests):
+            windows = map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=self.tok_encode(text, add_special_tokens=False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                ),
+            )
+            scored = self._loglikelihood_tokens([(("", ""), c, a) for c, a in windows], disable_tqdm=disable_tqdm)
+            results.append(sum(score for score, _ in scored))
+        return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts generated until a stop string, greedily unless a request asks for sampling."""
+        results = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
+        with tqdm(total=len(requests), desc=f"generating at {self.budget:.3g}", disable=disable_tqdm) as bar:
+            for members in groups.values():
+                settings = dict(requests[members[0]].args[1])
+                for batch in self._batches([len(requests[i].args[0]) for i in members]):
+                    texts = self._generate([requests[members[i]].args[0] for i in batch], dict(settings))
+                    for i, text in zip(batch, texts, strict=True):
+                        results[members[i]] = text
+                    bar.update(len(batch))
+        return results
+
+    def _generate(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+        until = settings.pop("until", None) or []
+        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        new = int(settings.pop("max_gen_toks", 256))
+        settings.pop("do_sample", None)
+        temperature = float(settings.pop("temperature", 0.0) or 0.0)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        rows = [self.tok_encode(prompt)[-(self.max_length - new) :] for prompt in prompts]
+        inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        ids: Tensor = self.model.generate(
+            inputs["input_ids"].to(self.model.device),
+            inputs["attention_mask"].to(self.model.device),
+            budget=self.budget,
+            decode=self.decode,
+            max_new_tokens=new,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
+            **sampling,
+        )
+        self._count()
+        texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [min((text.split(stop)[0] for stop in until), key=len, default=text) for text in texts]
+
+
+def _answer_score(logits: Tensor, row: list[int], answer: list[int], offset: int) -> tuple[float, bool]:
+    """Score one answer from the logits (positions from ``offset`` on, V) of its sequence."""
+    start = len(row) - len(answer) - 1 - offset
+    target = torch.tensor(row[len(row) - len(answer) :], device=logits.device)
+    part = logits[start : start + len(answer)].float().log_softmax(-1)
+    greedy = bool((part.argmax(-1) == target).all())
+    return part.gather(-1, target.unsqueeze(-1)).sum().item(), greedy

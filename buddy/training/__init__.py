@@ -1,0 +1,1 @@
+"""Training: the Decision Module with LoRA (`sft`)."""

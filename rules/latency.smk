@@ -1,0 +1,29 @@
+# Speed: one job per timed run and data set; dense, sliced and routed side by side in one process.
+
+
+rule latency:
+    input:
+        model=lambda w: model_file(RUNS[w.run]),
+        data=f"{RESULTS}/data/{{dataset}}/data.json",
+    output:
+        directory(f"{RESULTS}/records/latency/{{run}}/dataset~{{dataset}}"),
+    log:
+        f"{RESULTS}/logs/latency/{{run}}/dataset~{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/latency/{{run}}/dataset~{{dataset}}.tsv"
+    params:
+        model=lambda w: folder_of(RUNS[w.run]),
+        data=f"{RESULTS}/data/{{dataset}}",
+        settings=section(STUDY.latency, "backbones", "datasets"),
+        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
+    retries: 1
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.2),
+    conda:
+        "../envs/buddy.yaml"
+    shell:
+        "{BUDDY} latency --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "--out {output} > {log} 2>&1"
