@@ -38,9 +38,7 @@ Decode = Literal["recompute", "reuse"]
 Method = Literal["dense", "buddy"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "reuse", "recompute"]
-Architecture = Literal[
-    "llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"
-]
+Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 """A name that is safe as a folder and as a part of a path."""
 
@@ -72,7 +70,9 @@ class RandomSource(Settings):
 
     random: Architecture = Field(description="architecture")
     seed: int = Field(0, description="seed of the weights")
-    layers: int | None = Field(None, description="number of blocks, where it should differ from the architecture's", ge=3)
+    layers: int | None = Field(
+        None, description="number of blocks, where it should differ from the architecture's", ge=3
+    )
     tokenizer: str | None = Field(None, description="backbone whose tokenizer to take; none: one token per byte")
 
 
@@ -91,7 +91,9 @@ class Backbone(Settings):
     )
     blocks: int = Field(description="number of blocks L; checked against the weights", ge=3)
     removed: list[int] = Field(description="numbers of blocks left out, one per budget of the study", min_length=1)
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="weights and compute on a GPU; a CPU uses float32")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="weights and compute on a GPU; a CPU uses float32"
+    )
     mem_gb: int = Field(48, description="host memory of a job that loads it, GB", ge=1)
     hours: float = Field(12, description="time limit of one training job, hours; other jobs scale with it", gt=0)
 
@@ -100,7 +102,9 @@ class Backbone(Settings):
         most = self.blocks - 2
         for removed in self.removed:
             if not 1 <= removed <= most:
-                raise ValueError(f"removed: {removed} is not between 1 and {most} (the first and last block always run)")
+                raise ValueError(
+                    f"removed: {removed} is not between 1 and {most} (the first and last block always run)"
+                )
         if len(set(self.removed)) != len(self.removed):
             raise ValueError(f"removed: {self.removed} names a number twice")
         return self
@@ -112,7 +116,9 @@ class Variant(Settings):
     feature: Feature = Field("value", description="what the router reads of the source block's KV cache")
     prior: Prior = Field("taylor", description="block importance fused into the router's scores")
     omega: float = Field(0.1, description="weight of the standardised prior in the score", ge=0)
-    source_block: int = Field(1, description="block whose KV the router reads (counted from 1); blocks up to it always run", ge=1)
+    source_block: int = Field(
+        1, description="block whose KV the router reads (counted from 1); blocks up to it always run", ge=1
+    )
 
 
 class Ablation(Settings):
@@ -123,7 +129,9 @@ class Ablation(Settings):
     feature: list[Feature] | None = Field(None, description="features to compare", min_length=1)
     prior: list[Prior] | None = Field(None, description="priors to compare", min_length=1)
     omega: list[Annotated[float, Field(ge=0)]] | None = Field(None, description="omegas to compare", min_length=1)
-    source_block: list[Annotated[int, Field(ge=1)]] | None = Field(None, description="source blocks to compare", min_length=1)
+    source_block: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="source blocks to compare", min_length=1
+    )
 
     def axes(self) -> list[str]:
         """Names of the axes with more than one value, in the order of `Variant`."""
@@ -149,9 +157,13 @@ class StudyPlan(Settings):
     """What to run."""
 
     name: Name = Field(description="results go to results/<name>")
-    backbones: list[Name] = Field(description="backbones of the study, names from the section `backbones`", min_length=1)
+    backbones: list[Name] = Field(
+        description="backbones of the study, names from the section `backbones`", min_length=1
+    )
     methods: list[Method] = Field(["dense", "buddy"], description="methods compared on every backbone", min_length=1)
-    removed: dict[str, list[int]] = Field({}, description="per backbone, numbers of removed blocks in place of the definition's")
+    removed: dict[str, list[int]] = Field(
+        {}, description="per backbone, numbers of removed blocks in place of the definition's"
+    )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], description="training seeds", min_length=1)
     main: Variant = Field(Variant(), description="BUDDY's main variant")
     ablations: list[Ablation] = Field([], description="grids around the main variant")
@@ -161,7 +173,10 @@ class StudyPlan(Settings):
 class Data(Settings):
     """Where data sets come from."""
 
-    source: str = Field("hub", description="`hub` (the published sets), `embedded` (the small sets in the package) or a folder of NAME.SPLIT.jsonl[.gz] files")
+    source: str = Field(
+        "hub",
+        description="`hub` (the published sets), `embedded` (the small sets in the package) or a folder of NAME.SPLIT.jsonl[.gz] files",
+    )
 
 
 class Importance(Settings):
@@ -185,8 +200,12 @@ class Training(Settings):
     warmup_steps: int = Field(100, description="linear warm-up, steps", ge=0)
     max_length: int = Field(512, description="longest sequence, tokens; longer ones are cut", ge=16)
     loss_on: Literal["response", "all"] = Field("response", description="tokens that enter the loss")
-    pool_over: Literal["prompt", "all"] = Field("prompt", description="tokens the router pools over: what inference will have seen, or the response too")
-    lora_rank: int = Field(8, description="LoRA rank on every linear layer of the blocks; 0 trains the router alone", ge=0)
+    pool_over: Literal["prompt", "all"] = Field(
+        "prompt", description="tokens the router pools over: what inference will have seen, or the response too"
+    )
+    lora_rank: int = Field(
+        8, description="LoRA rank on every linear layer of the blocks; 0 trains the router alone", ge=0
+    )
     lora_alpha: float = Field(16, description="LoRA scale", gt=0)
     lora_dropout: float = Field(0.0, description="LoRA dropout", ge=0, lt=1)
     router_rank: int = Field(32, description="hidden width r of the Decision Module", ge=1)
@@ -200,7 +219,11 @@ class Evaluation(Settings):
 
     tasks: list[Task] = Field(list(TASKS), description="tasks", min_length=1)
     few_shot: int = Field(0, description="solved examples in the prompt", ge=0)
-    limit: int | None = Field(None, description="first N items of each task (all by default; a limited record never enters a paper table unmarked)", ge=1)
+    limit: int | None = Field(
+        None,
+        description="first N items of each task (all by default; a limited record never enters a paper table unmarked)",
+        ge=1,
+    )
     batch_size: int = Field(16, description="sequences per forward pass", ge=1)
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
@@ -215,7 +238,11 @@ class Latency(Settings):
     batch_size: int = Field(1, description="prompts decoded together", ge=1)
     repeats: int = Field(5, description="timed passes over the prompts; the median is reported", ge=1)
     warmup: int = Field(1, description="untimed passes first", ge=0)
-    executions: list[Execution] = Field(["dense", "sliced", "reuse", "recompute"], description="what is timed side by side; dense is always timed", min_length=1)
+    executions: list[Execution] = Field(
+        ["dense", "sliced", "reuse", "recompute"],
+        description="what is timed side by side; dense is always timed",
+        min_length=1,
+    )
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
 
@@ -224,7 +251,9 @@ class Tracking(Settings):
 
     project: str = Field("buddy", description="W&B project")
     entity: str | None = Field(None, description="W&B user or team")
-    mode: Literal["auto", "online", "offline", "disabled"] = Field("auto", description="auto: online with a key, offline without; WANDB_MODE overrides")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a key, offline without; WANDB_MODE overrides"
+    )
 
 
 @dataclass(frozen=True, order=True)
@@ -393,7 +422,9 @@ def _explain(error: ValidationError) -> str:
     problems = error.errors()
     # A union reports every alternative that failed; the one that recognised the most keys is the one meant.
     first = min(problems, key=lambda item: (item["type"] == "missing", -len(item["loc"])))
-    location = [part for part in first["loc"] if part not in ("HubSource", "WheelSource", "RandomSource", "FolderSource")]
+    location = [
+        part for part in first["loc"] if part not in ("HubSource", "WheelSource", "RandomSource", "FolderSource")
+    ]
     where = ".".join(str(part) for part in location)
     found = first.get("input")
     if first["type"] == "extra_forbidden":

@@ -8,6 +8,8 @@ rule study:
     params:
         study=STUDY.model_dump_json(),
     run:
+        import json
+
         from buddy.records import write_json
 
         write_json(output[0], json.loads(params.study))

@@ -93,41 +93,52 @@ class BuddyLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        # Answers of one token share their input (BoolQ's yes and no): one pass scores them all.
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, answer) in enumerate(requests):
+            shared.setdefault((len(context), *context, *answer[:-1]), []).append(i)
+        groups = list(shared.values())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc=f"scoring at {self.budget:.3g}", disable=disable_tqdm) as bar:
-            for batch in self._batches([len(context) + len(answer) for _, context, answer in requests]):
-                scores = self._score([requests[i][1:] for i in batch])
-                for i, score in zip(batch, scores, strict=True):
+            for batch in self._batches([sum(map(len, requests[group[0]][1:])) for group in groups]):
+                members = [groups[i] for i in batch]
+                scores = self._score([[requests[i][1:] for i in group] for group in members])
+                for i, score in zip((i for group in members for i in group), scores, strict=True):
                     results[i] = score
-                bar.update(len(batch))
+                bar.update(sum(map(len, members)))
         return results
 
     @torch.no_grad()
-    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Log-likelihood (nats) of each answer after its context, and whether it is the greedy one."""
-        rows = [(context + answer)[-(self.max_length + 1) :] for context, answer in pairs]
-        answers = [answer for _, answer in pairs]
-        longest = max(len(row) for row in rows) - 1
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+    def _score(self, groups: list[list[tuple[list[int], list[int]]]]) -> list[tuple[float, bool]]:
+        """Score (context, answer) pairs: log-likelihood in nats of each answer, and whether it is the greedy one.
+
+        Args:
+            groups: pairs that differ at most in their answer's last token, and so share one row of the batch.
+        """
+        inputs = [(context + answer)[-(self.max_length + 1) : -1] for (context, answer), *_ in groups]
+        answer_length = [len(group[0][1]) for group in groups]
+        longest = max(map(len, inputs))
+        ids = torch.full((len(inputs), longest), self.tokenizer.pad_token_id)
         mask, context = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            ids[i, : len(row) - 1] = torch.tensor(row[:-1])
-            mask[i, : len(row) - 1] = 1
-            context[i, : max(len(row) - len(answer), 1)] = True
+        for i, row in enumerate(inputs):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+            context[i, : max(len(row) - answer_length[i] + 1, 1)] = True
         # Only the answers' logits are needed; the head over a large vocabulary is a good part of a small model.
-        first = min(len(row) - len(answer) for row, answer in zip(rows, answers, strict=True)) - 1
-        device = self.model.device
+        starts = [max(len(row) - n, 0) for row, n in zip(inputs, answer_length, strict=True)]
+        first, device = min(starts), self.model.device
         logits = self.model(
             ids.to(device),
             mask.to(device),
             budget=self.budget,
             context_mask=context.to(device),
-            logits_to_keep=torch.arange(max(first, 0), longest, device=device),
+            logits_to_keep=torch.arange(first, longest, device=device),
         ).logits
         self._count()
         return [
-            _answer_score(logits[i], row, answer, offset=max(first, 0))
-            for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+            _answer_score(logits[i, starts[i] - first :], answer)
+            for i, group in enumerate(groups)
+            for _, answer in group
         ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -187,10 +198,9 @@ class BuddyLM(TemplateLM):
         return [min((text.split(stop)[0] for stop in until), key=len, default=text) for text in texts]
 
 
-def _answer_score(logits: Tensor, row: list[int], answer: list[int], offset: int) -> tuple[float, bool]:
-    """Score one answer from the logits (positions from ``offset`` on, V) of its sequence."""
-    start = len(row) - len(answer) - 1 - offset
-    target = torch.tensor(row[len(row) - len(answer) :], device=logits.device)
-    part = logits[start : start + len(answer)].float().log_softmax(-1)
-    greedy = bool((part.argmax(-1) == target).all())
-    return part.gather(-1, target.unsqueeze(-1)).sum().item(), greedy
+def _answer_score(logits: Tensor, answer: list[int]) -> tuple[float, bool]:
+    """Score one answer from the logits (S, V) that start where its first token is predicted."""
+    target = torch.tensor(answer, device=logits.device)
+    predicted = logits[: len(answer)].float().log_softmax(-1)
+    greedy = bool((predicted.argmax(-1) == target).all())
+    return predicted.gather(-1, target.unsqueeze(-1)).sum().item(), greedy

@@ -1,0 +1,159 @@
+"""Safetensors weights on disk: written shard by shard, checked and counted from their headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from buddy.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+"""Largest shard, bytes: also the memory that writing needs."""
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as Hugging Face does, holding one shard in memory at a time.
+
+    Args:
+        folder: where model.safetensors, or its shards and their index, go.
+        tensors: names and contiguous CPU tensors, in the order of the file.
+        shard_bytes: largest shard, bytes; a larger single tensor has a shard of its own.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        path = folder / f".shard-{len(shards):05d}"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        shards.append((path, list(pending)))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SINGLE)
+        return
+    places = {}
+    for number, (path, names) in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / file)
+        places.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def files(folder: Path, origin: str) -> list[Path]:
+    """The weight files of a Hugging Face folder, in order.
+
+    Raises:
+        UserError: there is no safetensors file, or the index names one that is missing.
+    """
+    if (folder / INDEX).exists():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{origin}: {INDEX}: damaged; fetch the model again") from None
+    else:
+        names = [SINGLE]
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{origin}: no {name}: buddy reads safetensors weights only, and needs all of them")
+    return [folder / name for name in names]
+
+
+def header(path: Path) -> dict[str, dict[str, Any]]:
+    """Names, dtypes and shapes in one safetensors file, without its data.
+
+    Raises:
+        UserError: the file is damaged or cut short.
+    """
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > 100_000_000:  # the format's own limit; a larger number is not a header
+                raise ValueError("no header")
+            content = json.loads(stream.read(length))
+        content.pop("__metadata__", None)
+        end = max(tensor["data_offsets"][1] for tensor in content.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a safetensors file") from None
+    if path.stat().st_size != 8 + length + end:
+        raise UserError(f"{path}: cut short ({path.stat().st_size} of {8 + length + end} bytes); fetch the model again")
+    return content
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What weight files hold: blocks L, parameters, and the dtype of most of them ("bfloat16")."""
+
+    blocks: int
+    parameters: int
+    dtype: str
+
+
+def summarise(paths: Iterable[Path], origin: str) -> Summary:
+    """Count blocks and parameters in these files.
+
+    Raises:
+        UserError: a file is damaged, or the blocks are not numbered 0, 1, 2 and so on.
+    """
+    blocks: set[int] = set()
+    sizes: Counter[str] = Counter()
+    for path in paths:
+        for name, tensor in header(path).items():
+            sizes[tensor["dtype"]] += prod(tensor["shape"])
+            if match := _BLOCK.match(name):
+                blocks.add(int(match[1]))
+    if not blocks or blocks != set(range(len(blocks))):
+        raise UserError(f"{origin}: the weights name blocks {sorted(blocks)}, not 0 to L - 1 without a gap")
+    code = sizes.most_common(1)[0][0]
+    return Summary(len(blocks), sizes.total(), _DTYPES.get(code, code))
+
+
+def digests(paths: list[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by name."""
+    from tqdm import tqdm
+
+    found = {}
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", leave=False, disable=total < 2**30) as bar:
+        for path in paths:
+            # The Hub's cache names a large file by its SHA-256, and has checked it.
+            blob = path.resolve().name
+            found[path.name] = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _sha256(path, bar)
+    return found
+
+
+def _sha256(path: Path, bar: Any) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()

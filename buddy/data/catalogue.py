@@ -1,0 +1,152 @@
+"""The data sets by name: where each is published, which splits the project reads, and their columns.
+
+Repositories and configurations are those of lm-evaluation-harness 0.4.13 for the tasks it defines. Revisions are
+branches; the commit found is recorded beside the rows when they are fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from buddy.errors import unknown
+
+CHOICE = "multiple choice"
+PROBLEMS = "word problems"
+INSTRUCTIONS = "instructions"
+DIALOGUES = "dialogues"
+PROSE = "prose"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set.
+
+    Attributes:
+        name: our name of it.
+        kind: what its rows are.
+        repository, config, revision: where it is published on the Hugging Face Hub.
+        columns: columns that every row has besides ``id``, which is made where the publisher gives none.
+        evaluation: the split that measurements read.
+        train: the split for training and for solved examples in prompts; None where the project needs none.
+        rename: published column names that differ from ours.
+        files: for a repository without a layout that `datasets` knows: file of each split.
+    """
+
+    name: str
+    kind: str
+    repository: str
+    columns: tuple[str, ...]
+    evaluation: str
+    train: str | None = "train"
+    config: str | None = None
+    revision: str = "main"
+    rename: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits the project reads, the evaluation split first."""
+        return tuple(dict.fromkeys(split for split in (self.evaluation, self.train) if split is not None))
+
+
+_SETS = (
+    DataSet(
+        "openbookqa",
+        CHOICE,
+        "allenai/openbookqa",
+        ("question_stem", "choices", "answerKey"),
+        evaluation="test",
+        config="main",
+    ),
+    DataSet("piqa", CHOICE, "baber/piqa", ("goal", "sol1", "sol2", "label"), evaluation="validation"),
+    DataSet(
+        "boolq",
+        CHOICE,
+        "aps/super_glue",
+        ("passage", "question", "label"),
+        evaluation="validation",
+        config="boolq",
+    ),
+    DataSet(
+        "siqa",
+        CHOICE,
+        "lighteval/siqa",
+        ("context", "question", "answerA", "answerB", "answerC", "label"),
+        evaluation="validation",
+    ),
+    DataSet(
+        "hellaswag",
+        CHOICE,
+        "Rowan/hellaswag",
+        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        evaluation="validation",
+    ),
+    DataSet(
+        "arc_easy",
+        CHOICE,
+        "allenai/ai2_arc",
+        ("question", "choices", "answerKey"),
+        evaluation="test",
+        config="ARC-Easy",
+    ),
+    DataSet(
+        "arc_challenge",
+        CHOICE,
+        "allenai/ai2_arc",
+        ("question", "choices", "answerKey"),
+        evaluation="test",
+        config="ARC-Challenge",
+    ),
+    DataSet(
+        "winogrande",
+        CHOICE,
+        "allenai/winogrande",
+        ("sentence", "option1", "option2", "answer"),
+        evaluation="validation",
+        config="winogrande_xl",
+    ),
+    DataSet("gsm8k", PROBLEMS, "openai/gsm8k", ("question", "answer"), evaluation="test", config="main"),
+    DataSet(
+        "alpaca",
+        INSTRUCTIONS,
+        "yahma/alpaca-cleaned",
+        ("instruction", "input", "output"),
+        evaluation="train",
+    ),
+    DataSet("samsum", DIALOGUES, "knkarthick/samsum", ("dialogue", "summary"), evaluation="test"),
+    DataSet(
+        "wikitext2",
+        PROSE,
+        "Salesforce/wikitext",
+        ("text",),
+        evaluation="validation",
+        train=None,
+        config="wikitext-2-raw-v1",
+    ),
+    DataSet(
+        "ptb",
+        PROSE,
+        "ptb-text-only/ptb_text_only",
+        ("text",),
+        evaluation="validation",
+        train=None,
+        # The repository's main branch holds a loading script, which `datasets` no longer runs.
+        revision="refs/convert/parquet",
+        rename={"sentence": "text"},
+        files={"validation": "penn_treebank/validation/0000.parquet"},
+    ),
+)
+
+CATALOGUE: dict[str, DataSet] = {entry.name: entry for entry in _SETS}
+
+
+def entry(name: str) -> DataSet:
+    """The data set of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in CATALOGUE:
+        raise unknown("data set", name, CATALOGUE)
+    return CATALOGUE[name]

@@ -1,0 +1,105 @@
+"""lm-evaluation-harness tasks over our rows: the harness's own definitions, reading local files.
+
+``buddy_piqa`` is the stock ``piqa`` in all but where its documents come from: prompt, choices, processing, filters
+and metrics are read from the YAML file that lm-eval ships, so published and embedded rows go through one definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from buddy.data.catalogue import entry
+from buddy.data.store import read
+from buddy.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+PREFIX = "buddy_"
+
+STOCK = {
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "siqa": "siqa/siqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+}
+"""Our names, and the files below ``lm_eval/tasks`` that define them."""
+
+
+def tasks(root: str | Path, names: Sequence[str]) -> tuple[TaskManager, list[ConfigurableTask]]:
+    """Tasks over the data sets below ``root``.
+
+    Args:
+        root: the study's data folder: data set NAME is in ``root/NAME/{split}.jsonl``.
+        names: data sets, keys of ``STOCK``; task NAME is called ``buddy_NAME``.
+
+    Returns:
+        Arguments of ``lm_eval.simple_evaluate``: ``task_manager`` (an empty one: lm-eval's own index takes seconds to
+        build and is not needed) and ``tasks``.
+
+    Raises:
+        UserError: a name has no task, or its data are not there.
+    """
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False), [_task(Path(root) / name, name) for name in names]
+
+
+def _task(folder: Path, name: str) -> ConfigurableTask:
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    splits = _splits(folder, name)
+
+    class LocalTask(ConfigurableTask):
+        """A stock task whose documents are the rows of a local folder, held in memory.
+
+        `datasets.load_dataset("json")` would do the same through a cache in the home folder, whose locks many jobs on
+        a cluster would share.
+        """
+
+        def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+            self.dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+    return LocalTask(config=config(name, splits))
+
+
+def config(name: str, splits: dict[str, Any]) -> dict[str, Any]:
+    """The stock configuration of a task with only its source of documents replaced.
+
+    Args:
+        name: a key of ``STOCK``.
+        splits: the splits that are there; the configuration names no other.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml  # lm-eval 0.4 has no public door to a task's resolved file
+
+    content = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
+    content.pop("tag", None)
+    content.update(task=PREFIX + name, dataset_path="json", dataset_name=None, dataset_kwargs=None)
+    for key in ("training_split", "validation_split", "test_split"):
+        if key in content and content[key] not in splits:
+            content[key] = None
+    return content
+
+
+def _splits(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    if name not in STOCK:
+        raise unknown("task", name, STOCK)
+    data = entry(name)
+    if not (folder / f"{data.evaluation}.jsonl").exists():
+        raise UserError(
+            f"task {name}: no {folder / data.evaluation}.jsonl; fetch it with `buddy data --name {name} --out {folder}`"
+        )
+    splits = {split: read(folder, split) for split in data.splits if (folder / f"{split}.jsonl").exists()}
+    if name == "gsm8k" and data.train not in splits:  # its stock definition shows five solved examples
+        raise UserError(f"task {name}: no {folder}/{data.train}.jsonl, from which its solved examples are drawn")
+    return splits

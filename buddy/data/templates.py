@@ -1,0 +1,76 @@
+"""Rows as text: the one place where a row becomes a prompt and its response, or running prose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from buddy.data.catalogue import entry
+from buddy.data.rows import Row
+from buddy.errors import UserError, choices
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""The template of Stanford Alpaca, with which `yahma/alpaca-cleaned` models are trained."""
+
+SUMMARISE = "Summarize the following dialogue.\n\n{dialogue}\n\nSummary:\n"
+PROBLEM = "Question: {question}\nAnswer: "
+"""As lm-evaluation-harness asks GSM8K, the space between question and answer included."""
+
+
+def instruction(text: str, context: str = "") -> str:
+    """Alpaca's prompt for an instruction, with further input where there is some."""
+    if context.strip():
+        return ALPACA_INPUT.format(instruction=text, input=context)
+    return ALPACA.format(instruction=text)
+
+
+def _alpaca(row: Row) -> tuple[str, str]:
+    return instruction(row["instruction"], row["input"]), row["output"]
+
+
+def _samsum(row: Row) -> tuple[str, str]:
+    return SUMMARISE.format(dialogue=row["dialogue"].replace("\r\n", "\n")), row["summary"]
+
+
+def _gsm8k(row: Row) -> tuple[str, str]:
+    return PROBLEM.format(question=row["question"]), row["answer"]
+
+
+_PAIRS: dict[str, Callable[[Row], tuple[str, str]]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k}
+
+
+def prompts(name: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Prompt and response of each row, to be joined with nothing between; no chat template, no special tokens.
+
+    Args:
+        name: alpaca, samsum or gsm8k.
+        rows: rows of that data set.
+
+    Raises:
+        UserError: the data set has no prompts and responses.
+    """
+    if name not in _PAIRS:
+        raise UserError(
+            f"data set {entry(name).name}: has no prompts with responses; those that have: {choices(_PAIRS)}"
+        )
+    return [_PAIRS[name](row) for row in rows]
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """The running text of a prose corpus, to be tokenised once and cut into windows.
+
+    Rows that end their own line (WikiText as published, PTB) are joined with nothing between. Others get a line
+    break if they are one line (a sentence), and a blank line if they are more (an article).
+    """
+    return "".join(text if text.endswith("\n") else text + _separator(text) for text in (row["text"] for row in rows))
+
+
+def _separator(text: str) -> str:
+    return "\n\n" if "\n" in text else "\n"

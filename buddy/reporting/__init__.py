@@ -1,0 +1,1 @@
+"""From records to tables and figures: reads ``study.json`` and ``records/`` and nothing else, and imports no torch."""

@@ -1,0 +1,139 @@
+"""Records as one tidy frame: one row per record and task or metric."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from buddy import records
+from buddy.errors import UserError
+from buddy.records import Record
+
+log = logging.getLogger(__name__)
+
+VARIANT = ("feature", "prior", "omega", "source_block", "kv", "decode")
+ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
+COLUMNS = (
+    *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
+    *("dataset", "execution", "task", "metric", "value", "stderr", "low", "high", "values", "n"),
+    *("limit", "few_shot", "executed_mean", *ENVIRONMENT, "commit", "wall_s", "gpu_s"),
+)
+"""Columns of the frame.
+
+``series`` is the run without its backbone and seed, as in its path; ``value`` is in the unit that ``metric`` names
+(accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes,
+where the record has them.
+"""
+_NOT_SERIES = ("backbone", "seed", "dataset", "execution", "removed", "indicator")
+_RATES = ("prefill_tok_s", "decode_tok_s")
+_RATIOS = ("prefill_speedup", "decode_speedup", "prefill_of_sliced", "decode_of_sliced", "peak_memory_mb")
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """Read every record of a study.
+
+    A record that is damaged, incomplete or of a newer schema is named in a warning and left out.
+
+    Args:
+        folder: the study's folder, which holds ``records/``.
+
+    Returns:
+        A frame with ``COLUMNS``; empty if nothing has been measured.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in records.find(folder):
+        try:
+            record = Record.read(path)
+            measured = list(_rows(record))
+        except UserError as error:
+            text = str(error)
+            log.warning("skipped %s", text if str(path) in text else f"{path}: {text}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # The file is JSON with a record's keys, but its metrics are not those of its kind.
+            log.warning("skipped %s: not a complete record (%s: %s)", path, type(error).__name__, error)
+        else:
+            head = {**_head(record), "file": str(path), "series": _series(path, folder, record)}
+            rows += [{**head, **row} for row in measured]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def series_of(run_path: str) -> str:
+    """A run's path (`buddy.config.Run.path`) without its backbone and seed: equal for runs to be averaged."""
+    return "/".join(part for part in run_path.split("/") if "~" in part and part.split("~")[0] not in _NOT_SERIES)
+
+
+def _series(path: Path, folder: str | Path, record: Record) -> str:
+    levels = path.relative_to(folder).parent.as_posix()
+    return series_of(levels) or f"method~{record.method}"
+
+
+def _head(record: Record) -> dict[str, Any]:
+    budget = record.budget
+    return {
+        **{axis: record.variant.get(axis) for axis in VARIANT},
+        **{name: record.environment.get(name) for name in ENVIRONMENT},
+        **{name: getattr(record, name) for name in ("kind", "study", "backbone", "method", "seed", "n", "commit")},
+        **{name: getattr(record, name) for name in ("wall_s", "gpu_s")},
+        "fraction": budget.fraction if budget else None,
+        "executed": budget.executed if budget else None,
+        "removed": budget.removed if budget else None,
+    }
+
+
+def _rows(record: Record) -> Iterator[dict[str, Any]]:
+    if record.kind == "accuracy":
+        yield from _accuracy(record)
+    elif record.kind == "latency":
+        yield from _latency(record)
+    else:
+        for name, value in record.metrics.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield {"metric": name, "value": float(value)}
+
+
+def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per task, its headline score: acc_norm where the task has it, else acc."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    for task, scores in record.metrics["tasks"].items():
+        metric = "acc_norm" if scores.get("acc_norm") is not None else "acc"
+        yield {
+            "task": task,
+            "metric": metric,
+            "value": float(scores[metric]),
+            "stderr": _number(scores.get(f"{metric}_stderr")),
+            "n": int(scores["n"]),
+            "limit": record.metrics.get("limit"),
+            "few_shot": record.metrics.get("few_shot"),
+            "executed_mean": record.metrics.get("executed_mean"),
+        }
+
+
+def _latency(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per rate, and per ratio or memory figure that the record has."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    metrics = record.metrics
+    common = {"dataset": metrics["dataset"], "execution": metrics["execution"], "n": int(metrics["repeats"])}
+    for name in _RATES:
+        rate = metrics[name]
+        yield {
+            **common,
+            "metric": name,
+            "value": float(rate["median"]),
+            "low": float(rate["p10"]),
+            "high": float(rate["p90"]),
+            "values": tuple(float(value) for value in rate["values"]),
+        }
+    for name in _RATIOS:
+        if metrics.get(name) is not None:
+            yield {**common, "metric": name, "value": float(metrics[name])}
+
+
+def _number(value: Any) -> float | None:
+    """A number, or None for what the harness writes where it has none (null, "N/A")."""
+    return float(value) if isinstance(value, int | float) else None

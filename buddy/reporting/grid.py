@@ -1,0 +1,131 @@
+"""A table before it is written: rows of measured cells, ranked, with the paper's figures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from buddy.reporting.measures import Measure
+
+FIGURES = ("value", "stderr", "p10", "p90", "seed_sd", "n", "seeds", "published", "difference", "limit", "note")
+"""Columns of a tidy CSV after the coordinates of the cell (see `buddy.reporting.measures.Measure`)."""
+
+
+@dataclass
+class Cell:
+    """One cell.
+
+    Attributes:
+        at: its coordinates, the first columns of its row in the CSV.
+        measure: what was measured.
+        published: the paper's figure for the same cell, in the same unit.
+        decimals: shown digits after the point.
+        rank: 1 best (bold), 2 second (underlined), 0 neither.
+    """
+
+    at: Mapping[str, Any]
+    measure: Measure
+    published: float | None = None
+    decimals: int = 2
+    rank: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The cell as one row of the CSV; the difference is ours minus the paper's."""
+        measure = self.measure
+        known = measure.value is not None and self.published is not None
+        difference = measure.value - self.published if known else None  # type: ignore[operator]
+        limited = limit_text([measure.limit]) if measure.limit is not None else ""
+        return {
+            **self.at,
+            **{name: getattr(measure, name) for name in ("value", "stderr", "seed_sd", "n", "seeds", "limit")},
+            "p10": measure.low,
+            "p90": measure.high,
+            "published": self.published,
+            "difference": difference,
+            "note": "; ".join(filter(None, [measure.note, limited])),
+        }
+
+
+@dataclass
+class Row:
+    """A row: its labels, its cells (None: a cell that has no meaning here), and whether a new group starts with it."""
+
+    labels: tuple[str, ...]
+    cells: list[Cell | None]
+    starts_group: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether any of it was measured on a part of a task only."""
+        return any(cell is not None and cell.measure.limit is not None for cell in self.cells)
+
+
+@dataclass
+class Grid:
+    """A whole table.
+
+    Attributes:
+        name: ``table2``.
+        caption: one sentence.
+        label_headers, headers: of the label columns and of the cells.
+        rows: from top to bottom.
+        error_note: what ± means, printed where errors are.
+        latex_errors: indices of the columns whose standard error LaTeX shows (Markdown shows all).
+        notes: lines under the table.
+    """
+
+    name: str
+    caption: str
+    label_headers: tuple[str, ...]
+    headers: tuple[str, ...]
+    rows: list[Row]
+    error_note: str = ""
+    latex_errors: frozenset[int] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def has_published(self) -> bool:
+        """Whether the paper has a figure for any of its cells."""
+        return any(cell is not None and cell.published is not None for row in self.rows for cell in row.cells)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The tidy table: one dictionary per cell."""
+        return [cell.record() for row in self.rows for cell in row.cells if cell is not None]
+
+
+def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
+    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark.
+
+    With fewer than two measured cells there is nothing to compare and nothing is marked.
+    """
+    shown: dict[int, float] = {}
+    measured = [cell for cell in cells if cell is not None and cell.measure.value is not None]
+    for index, cell in enumerate(measured):
+        shown[index] = float(f"{cell.measure.value:.{cell.decimals}f}")
+    if len(measured) < 2:
+        return
+    order = sorted(set(shown.values()), reverse=True)
+    for index, cell in enumerate(measured):
+        place = order.index(shown[index]) + 1
+        cell.rank = place if place == 1 or (place == 2 and second) else 0
+
+
+def limit_text(limits: Iterable[int | None]) -> str:
+    """``limited to N items per task`` for the limits found."""
+    found = sorted({limit for limit in limits if limit is not None})
+    return f"limited to {' or '.join(map(str, found))} items per task"
+
+
+def add_notes(grid: Grid) -> Grid:
+    """Append the notes that its cells call for: limited rows, missing cells, missing seeds."""
+    cells = [cell for row in grid.rows for cell in row.cells if cell is not None]
+    limits = {cell.measure.limit for cell in cells} - {None}
+    if limits:
+        grid.notes.append(f"† {limit_text(limits)}.")
+    if any(cell.measure.value is None for cell in cells):
+        grid.notes.append("\N{EN DASH} not measured.")
+    partial = {cell.measure.note for cell in cells if cell.measure.note.endswith("seeds")}
+    if partial:
+        grid.notes.append(f"Incomplete: some cells average {' or '.join(sorted(partial))}.")
+    return grid

@@ -1,0 +1,140 @@
+"""The paper's published figures, transcribed (BUDDY, arXiv 2606.09514), and which of our cells they belong beside.
+
+The CSV files in ``published/`` ship with the package. A figure is handed out only for the same cell: same table,
+backbone, method, number of removed blocks, and for ablations the same full variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import pandas as pd
+
+from buddy.config import Backbone, FolderSource, HubSource, RandomSource
+from buddy.errors import unknown
+
+FILES = ("accuracy", "ablations", "latency", "breakdown", "figures", "gsm8k", "training_cost")
+BACKBONES = ("llama3-8b", "qwen2.5-7b-instruct", "llama2-7b", "llama1-13b")
+TASK_NAMES = {"openbookqa": "obqa"}
+"""Tasks that the transcription calls by another name than the study does."""
+
+# The ablations and the latency tables name no backbone where the figures stand; the main variant's row in Tables 6
+# and 7 equals Llama2-7B's row in Table 10, and the latency breakdown (Table 8) is stated for Llama2-7B.
+ABLATION_BACKBONE = "llama2-7b"
+LATENCY_BACKBONE = "llama2-7b"
+
+_REPOSITORIES = {
+    "meta-llama/llama-2-7b": "llama2-7b",
+    "meta-llama/llama-2-7b-hf": "llama2-7b",
+    "yahma/llama-13b-hf": "llama1-13b",
+    "meta-llama/meta-llama-3.1-8b": "llama3-8b",
+    "meta-llama/llama-3.1-8b": "llama3-8b",
+    "qwen/qwen2.5-7b-instruct": "qwen2.5-7b-instruct",
+}
+
+MAIN_VARIANT = {"feature": "value", "prior": "taylor", "omega": 0.1, "source_block": 1}
+"""The variant behind the paper's BUDDY rows."""
+
+# Table 5's row `value` equals Table 6's row `none`: it was run without a prior. The others vary the main variant.
+_FIXED = {5: {"prior": "none"}}
+_AXES = {"start_layer": "source_block"}
+
+
+@cache
+def load(name: str) -> pd.DataFrame:
+    """One transcribed file as published, by its name without ``.csv`` (see ``FILES``).
+
+    Raises:
+        UserError: no such file.
+    """
+    if name not in FILES:
+        raise unknown("published figures", name, FILES)
+    with resources.as_file(resources.files(__package__) / "published" / f"{name}.csv") as path:
+        # "none" is a value here (a prior, a kind), not a gap.
+        return pd.read_csv(path, keep_default_na=False)
+
+
+def backbone(name: str, definition: Backbone, trained: bool = True) -> str | None:
+    """The paper's backbone that a study's backbone is, or None.
+
+    A repository of the paper counts under whatever name the study gives it; another repository or a folder counts
+    if the study calls it by the paper's name.
+
+    Args:
+        name: the study's name for it.
+        definition: its section of the study.
+        trained: False where the weights' values do not matter (timing): random weights of the architecture count.
+    """
+    source = definition.source
+    if isinstance(source, RandomSource):
+        same = not trained and source.layers is None and source.random in BACKBONES
+        return source.random if same else None
+    if isinstance(source, HubSource) and source.hub.lower() in _REPOSITORIES:
+        return _REPOSITORIES[source.hub.lower()]
+    return name if isinstance(source, HubSource | FolderSource) and name in BACKBONES else None
+
+
+def accuracy(table: int, backbone: str | None, method: str, removed: int) -> dict[str, float]:
+    """Published accuracies in percent of one row of Tables 2, 3, 10 or 11: per task, and ``average``; {} if none."""
+    frame = load("accuracy")
+    found = frame[
+        (frame.table == table)
+        & (frame.backbone == backbone)
+        & (frame.method == method)
+        & (frame.removed_blocks == removed)
+    ]
+    if found.empty:
+        return {}
+    row = found.iloc[0]
+    ours = {paper: study for study, paper in TASK_NAMES.items()} | {"avg": "average"}
+    first = list(frame.columns).index("removed_blocks") + 1
+    return {ours.get(column, column): float(row[column]) for column in frame.columns[first:]}
+
+
+@cache
+def _ablations() -> dict[tuple[int, int], list[tuple[dict[str, Any], float]]]:
+    """Per table and number of removed blocks: every cell's full variant and its average accuracy in percent."""
+    cells: dict[tuple[int, int], list[tuple[dict[str, Any], float]]] = {}
+    for row in load("ablations").to_dict("records"):
+        axis = _AXES.get(row["axis"], row["axis"])
+        value: Any = {"omega": float, "source_block": int}.get(axis, str)(row["value"])
+        variant = {**MAIN_VARIANT, **_FIXED.get(row["table"], {}), axis: value}
+        if variant["prior"] == "none":
+            variant["omega"] = 0.0
+        cells.setdefault((row["table"], row["removed_blocks"]), []).append((variant, float(row["avg_accuracy"])))
+    return cells
+
+
+def ablation(table: int, backbone: str | None, variant: Mapping[str, Any], removed: int) -> float | None:
+    """Published average accuracy in percent of a variant in Table 5, 6, 7 or 13; None where the paper has no such cell.
+
+    Args:
+        table: number of the table.
+        backbone: the paper's backbone (`backbone`).
+        variant: feature, prior, omega (0 without a prior) and source_block.
+        removed: number of removed blocks.
+    """
+    if backbone != ABLATION_BACKBONE:
+        return None
+    for cell, value in _ablations().get((table, removed), []):
+        if all(variant[axis] == cell[axis] for axis in cell):
+            return value
+    return None
+
+
+def latency(table: int, backbone: str | None, method: str, removed: int, dataset: str) -> dict[str, float]:
+    """Published prefill and decode tokens/s and speed-ups (on an A100) of one row of Table 4 or 14; {} if none."""
+    frame = load("latency")
+    found = frame[
+        (frame.table == table)
+        & (frame.method == method)
+        & (frame.removed_blocks == removed)
+        & (frame.dataset == dataset)
+    ]
+    if backbone != LATENCY_BACKBONE or found.empty:
+        return {}
+    columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
+    return {column: float(found.iloc[0][column]) for column in columns}

@@ -1,0 +1,283 @@
+"""W&B as a view on the results: nothing waits for it, nothing fails with it, nothing reads it back.
+
+    with track("train", study="demo", run_path=run.path, group="smollm2-135m × buddy", config=settings,
+               folder=study_folder / "wandb", settings=study.tracking) as tracker:
+        tracker.log({"loss": 2.3}, step=10)
+        tracker.summary({"final_loss": 1.9})
+
+Records stay the one source of truth. Whatever goes wrong between here and W&B's server is told in one warning, and
+the job goes on without. W&B is imported only where a run is really opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import socket
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from buddy import records
+from buddy.config import Tracking, digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode | Literal["auto"]] = {
+    "auto": "auto",
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What WANDB_MODE and the study may say, W&B's older names included."""
+
+CONNECT_TIMEOUT_S = 5.0
+INIT_TIMEOUT_S = 20.0
+FINISH_TIMEOUT_S = 60.0
+
+
+class Tracker:
+    """One job's W&B run, or nothing at all: its methods never raise because of W&B."""
+
+    def __init__(self, run: Any = None, progress: Path | None = None) -> None:
+        """Wrap an open run (None: every call does nothing).
+
+        Args:
+            run: what ``wandb.init`` returned.
+            progress: file that keeps the last step logged, so that a retry does not log a step again.
+        """
+        self._run = run
+        self._progress = progress
+        self._done = _read_step(progress)
+        self._failed = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a point to curves; a step that an earlier attempt of this job has logged is left as it is."""
+        if self._run is None or step <= self._done:
+            return
+        with self._shielded("log"):
+            self._run.log(dict(metrics), step=step)
+            if self._progress is not None:
+                self._progress.write_text(f"{step}\n")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set the job's headline values; nested mappings become dotted names."""
+        if self._run is not None:
+            with self._shielded("summary"):
+                self._run.summary.update(dict(values))
+
+    def table(self, name: str, frame: pd.DataFrame) -> None:
+        """Show a data frame as a table."""
+        if self._run is not None:
+            with self._shielded("table"):
+                import wandb
+
+                self._run.summary[name] = wandb.Table(dataframe=frame)
+
+    def finish(self, failed: bool = False) -> None:
+        """Close the run; `track` calls this."""
+        if self._run is not None:
+            with self._shielded("finish"):
+                self._run.finish(exit_code=int(failed))
+            self._run = None
+
+    @contextmanager
+    def _shielded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever W&B raises, its job is to watch ours and not to end it
+            if not self._failed:
+                log.warning("W&B: %s failed, this job goes on (%s)", what, _in_one_line(error))
+            self._failed = True
+
+
+@contextmanager
+def track(
+    stage: str,
+    *,
+    study: str,
+    run_path: str,
+    group: str,
+    config: Mapping[str, Any],
+    folder: Path,
+    settings: Tracking,
+    tags: Sequence[str] = (),
+) -> Iterator[Tracker]:
+    """Open the W&B run of one job for the time of the ``with`` body.
+
+    Args:
+        stage: the job's kind (train, evaluate, ...), shown as W&B's job type.
+        study, run_path: what the job works on; for a job without a run, its record's path.
+        group: jobs shown together, ``{backbone} × {method}``.
+        config: every setting the job reads, JSON-able. No secrets.
+        folder: where W&B keeps its files, ``results/{study}/wandb``; a folder of another name gets one named wandb.
+        settings: project, entity and mode; the variable WANDB_MODE goes before the mode.
+        tags: further labels.
+
+    Yields:
+        The tracker. An exception of the body marks the run as failed and goes its way.
+    """
+    mode = choose_mode(settings)
+    if mode == "disabled":
+        yield Tracker()
+        return
+    arguments = {
+        "id": run_id(study, stage, run_path, config),
+        "resume": "allow",  # the same id again, after a retry, is the same run
+        "project": settings.project,
+        "entity": settings.entity,
+        "group": group[:128],
+        "job_type": stage,
+        "name": f"{stage} {'/'.join(part.partition('~')[2] or part for part in run_path.split('/'))}"[:128],
+        "tags": [tag[:64] for tag in dict.fromkeys((study, *tags))],
+        "config": {**config, "study": study, "stage": stage, "run": run_path, "commit": records.commit()},
+    }
+    tracker = _open(mode, arguments, folder)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish(failed=True)
+        raise
+    tracker.finish()
+
+
+def run_id(study: str, stage: str, run_path: str, config: Mapping[str, Any]) -> str:
+    """The id of a job's W&B run: a retry has the same, a job with another setting has another.
+
+    Settings belong to it because W&B drops steps that a run has already passed: the curve of a job that was made
+    again with a knob changed would be lost in the old run.
+    """
+    return digest(study, stage, run_path, dict(config))
+
+
+def choose_mode(settings: Tracking) -> Mode:
+    """Where this process's runs go: WANDB_MODE, else the study's mode; auto is online if there is a key."""
+    named = os.environ.get("WANDB_MODE") or settings.mode
+    mode = MODES.get(named)
+    if mode is None:
+        _warn(f"WANDB_MODE={named} is not one of {', '.join(MODES)}; runs are kept offline")
+        return "offline"
+    if mode == "auto":
+        return "online" if _has_key() else "offline"
+    if mode == "online" and not _has_key():
+        # W&B would ask for a key on the terminal, and wait.
+        _warn("online, but there is no key (WANDB_API_KEY or `wandb login`); runs are kept offline")
+        return "offline"
+    return mode
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(_server()).netloc
+    named = os.environ.get("NETRC")
+    for file in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            found = netrc.netrc(file).authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if found and found[2]:
+            return True
+    return False
+
+
+def _server() -> str:
+    """Address of the W&B server, from the environment or what ``wandb login`` wrote."""
+    if named := os.environ.get("WANDB_BASE_URL"):
+        return named
+    import configparser
+
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(folder / "settings")
+    except (OSError, configparser.Error):
+        return "https://api.wandb.ai"
+    return parser.get("default", "base_url", fallback="https://api.wandb.ai")
+
+
+def _open(mode: Mode, arguments: dict[str, Any], folder: Path) -> Tracker:
+    """Open the run, offline where online fails, and not at all where that fails too."""
+    if mode == "online":
+        try:
+            _check_reachable(_server())
+            return _init("online", arguments, folder)
+        except Exception as error:  # no network, no access, a server that is down: none of the job's business
+            _warn(f"no run online, kept offline in {folder} for `wandb sync`", error)
+    try:
+        return _init("offline", arguments, folder)
+    except Exception as error:  # an unwritable folder, a broken installation: none of the job's business
+        _warn("no run, this job goes on without W&B", error)
+        return Tracker()
+
+
+def _check_reachable(server: str) -> None:
+    """Fail at once where no connection can be made, as on most compute nodes; W&B would try for long."""
+    address = urlsplit(server)
+    host = address.hostname or ""
+    if urllib.request.getproxies().get(address.scheme) and not urllib.request.proxy_bypass(host):
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _init(mode: Mode, arguments: dict[str, Any], folder: Path) -> Tracker:
+    # W&B makes a folder `wandb` of its own below the one it is given.
+    parent = folder.parent if folder.name == "wandb" else folder
+    own = parent / "wandb"
+    own.mkdir(parents=True, exist_ok=True)
+    if not os.access(own, os.W_OK):  # W&B would quietly write somewhere under /tmp
+        raise PermissionError(f"{own} is not writable")
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "silent": True,
+        "console": "off",  # the rule's log file has it
+        "disable_code": True,
+        "disable_git": True,  # the commit is in the config, and a remote's address may hold a password
+        "init_timeout": INIT_TIMEOUT_S,
+        "finish_timeout": FINISH_TIMEOUT_S if mode == "online" else 0.0,
+        "finish_timeout_raises": True,
+        "x_save_requirements": False,  # records name the versions
+        "x_disable_stats": mode != "online",
+    }
+    # Not every version knows every setting, and an unknown one is an error.
+    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+    wandb.setup(settings=settings)
+    try:
+        run = wandb.init(mode=mode, dir=str(parent), settings=settings, **arguments)
+    except Exception:
+        wandb.teardown()  # or the id counts as in use when the run is opened offline
+        raise
+    return Tracker(run, own / f"{arguments['id']}.step")
+
+
+def _read_step(file: Path | None) -> int:
+    try:
+        return int(file.read_text()) if file is not None else -1
+    except (OSError, ValueError):
+        return -1
+
+
+_warned: set[str] = set()
+
+
+def _warn(message: str, error: Exception | None = None) -> None:
+    """Say it once per process: a command may open many runs."""
+    if message not in _warned:
+        _warned.add(message)
+        log.warning("W&B: %s%s", message, f" ({_in_one_line(error)})" if error is not None else "")
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,651 @@
+"""Reporting: every figure in a table is checked against one computed here from the same synthetic records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from records_factory import ENVIRONMENT, Maker, demo, paper, scores
+
+from buddy.commands.report import report
+from buddy.config import TASKS, Run
+from buddy.errors import UserError
+from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
+from buddy.reporting.figures import CHANCE
+from buddy.reporting.labels import TASK_LABELS, fraction
+from buddy.reporting.measures import Measure, bootstrap
+from buddy.reporting.summary import summary
+
+MAIN = "method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1"
+
+
+def cells(path: Path, **wanted: object) -> list[dict[str, str]]:
+    """Rows of a tidy CSV whose columns have these values."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def cell(path: Path, **wanted: object) -> dict[str, str]:
+    """The one such row."""
+    found = cells(path, **wanted)
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]
+
+
+def markdown_rows(path: Path) -> list[list[str]]:
+    """Cells of a Markdown table below its header."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Maker:
+    return Maker(tmp_path, demo())
+
+
+def uniform(value: float, error: float = 0.02, n: int = 60) -> dict[str, dict[str, object]]:
+    """The same score on every task."""
+    return {task: {"acc": value, "acc_stderr": error, "n": n} for task in TASKS}
+
+
+# Frame
+
+
+def test_frame_has_one_row_per_task_and_takes_the_normalised_score(small: Maker) -> None:
+    run = small.config.runs()[1]
+    tasks = uniform(0.5) | {"piqa": {"acc": 0.6, "acc_stderr": 0.03, "acc_norm": 0.7, "acc_norm_stderr": 0.04, "n": 60}}
+    small.accuracy(run, 4, tasks, limit=60)
+    found = frame.load(small.folder)
+    assert list(found.columns) == list(frame.COLUMNS)
+    assert sorted(found.task) == sorted(TASKS)
+    row = found[found.task == "piqa"].iloc[0]
+    assert (row.metric, row.value, row.stderr, row.n, row.limit) == ("acc_norm", 0.7, 0.04, 60, 60)
+    assert found[found.task == "boolq"].iloc[0].metric == "acc"
+    assert (row.series, row.removed, row.executed, row.feature) == (MAIN, 4, 26, "value")
+
+
+def test_damaged_and_newer_records_are_named_and_left_out(small: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    run = small.config.runs()[1]
+    good = small.accuracy(run, 4, uniform(0.5))
+    content = json.loads(good.read_text())
+    broken = {
+        "cut": good.read_text()[:100],
+        "newer": json.dumps({**content, "schema": 99}),
+        "kindless": json.dumps({key: value for key, value in content.items() if key != "kind"}),
+        "taskless": json.dumps({**content, "metrics": {}}),
+        "scoreless": json.dumps({**content, "metrics": {"tasks": {"piqa": {"n": 3}}}}),
+        "list": "[]",
+    }
+    for name, text in broken.items():
+        (good.parent / f"{name}.json").write_text(text)
+    (good.parent / ".removed~4.json.tmp.json").write_text("half")
+    with caplog.at_level(logging.WARNING):
+        found = frame.load(small.folder)
+    assert set(found.file) == {str(good)}
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == len(broken)
+    for name in broken:
+        assert sum(str(good.parent / f"{name}.json") in message for message in warned) == 1
+
+
+def test_other_kinds_give_their_scalars(small: Maker) -> None:
+    run = small.config.runs()[1]
+    metrics = {"steps": 40, "final_loss": 1.5, "curve": [{"step": 1, "loss": 2.0}], "done": True}
+    small.record("training", run, 0, metrics).write(small.folder / "records/training" / f"{run.path}.json")
+    found = frame.load(small.folder)
+    assert dict(zip(found.metric, found.value, strict=True)) == {"steps": 40.0, "final_loss": 1.5}
+
+
+def test_a_study_without_records_is_empty_not_an_error(small: Maker) -> None:
+    assert frame.load(small.folder).empty
+    opened = study.load(small.folder)
+    for name in tables.names(opened):
+        built = tables.build(opened, name)
+        assert built.records()
+        assert {found["value"] for found in built.records()} == {None}
+        assert {found["note"] for found in built.records()} == {"not measured"}
+        assert render.MISSING in render.to_markdown(built)
+    assert "Study demo" in summary(small.folder)
+    for name in figures.names(opened):
+        with pytest.raises(UserError, match="records"):
+            figures.build(opened, name)
+
+
+# Accuracy
+
+
+def test_accuracy_average_and_error_over_tasks_and_seeds(tmp_path: Path) -> None:
+    content = demo()
+    content["study"]["seeds"] = [0, 3]
+    maker = Maker(tmp_path, content)
+    right = {0: [30, 31, 32, 33, 34, 35, 36, 37], 3: [20, 28, 30, 40, 24, 50, 33, 41]}
+    items = dict(zip(TASKS, (60, 61, 62, 63, 64, 65, 66, 67), strict=True))
+    for seed, counts in right.items():
+        run = maker.config.buddy_run("smollm2-135m", maker.config.study.main.model_dump(), seed)
+        maker.accuracy(
+            run, 8, {task: scores(k / items[task], items[task], True) for task, k in zip(TASKS, counts, strict=True)}
+        )
+    write.table(study.load(maker.folder), "table2")
+    path = maker.folder / "tables/table2.csv"
+
+    shares = {seed: [k / items[task] for task, k in zip(TASKS, counts, strict=True)] for seed, counts in right.items()}
+    errors = {
+        seed: [math.sqrt(p * (1 - p) / (n - 1)) for p, n in zip(values, items.values(), strict=True)]
+        for seed, values in shares.items()
+    }
+    means = {seed: 100 * sum(values) / 8 for seed, values in shares.items()}
+    whole = {seed: 100 * math.sqrt(sum(error**2 for error in values)) / 8 for seed, values in errors.items()}
+
+    row = cell(path, removed=8, method="buddy", task="average")
+    assert float(row["value"]) == pytest.approx((means[0] + means[3]) / 2, abs=1e-5)
+    assert float(row["stderr"]) == pytest.approx((whole[0] + whole[3]) / 2, abs=1e-5)
+    assert float(row["seed_sd"]) == pytest.approx(abs(means[0] - means[3]) / math.sqrt(2), abs=1e-5)
+    assert (row["n"], row["seeds"], row["note"], row["published"]) == (str(sum(items.values())), "2", "", "")
+    for place, task in enumerate(TASKS):
+        row = cell(path, removed=8, method="buddy", task=task)
+        assert float(row["value"]) == pytest.approx(50 * (shares[0][place] + shares[3][place]), abs=1e-5)
+        assert row["n"] == str(items[task])
+
+
+def test_a_missing_seed_is_told(tmp_path: Path) -> None:
+    content = demo()
+    content["study"]["seeds"] = [0, 1]
+    maker = Maker(tmp_path, content)
+    maker.accuracy(maker.config.buddy_run("smollm2-135m", maker.config.study.main.model_dump(), 1), 4, uniform(0.5))
+    opened = study.load(maker.folder)
+    write.table(opened, "table2")
+    row = cell(maker.folder / "tables/table2.csv", removed=4, method="buddy", task="average")
+    assert (row["value"], row["seeds"], row["note"]) == ("50.0", "1", "1 of 2 seeds")
+    assert "1 of 2 seeds" in (maker.folder / "tables/table2.md").read_text()
+
+
+def test_records_outside_the_study_do_not_enter(small: Maker) -> None:
+    """A seed and a depth that the study no longer names, and another variant."""
+    main = small.config.study.main.model_dump()
+    small.accuracy(small.config.buddy_run("smollm2-135m", main, 0), 4, uniform(0.5))
+    small.accuracy(small.config.buddy_run("smollm2-135m", main, 9), 4, uniform(0.9))
+    small.accuracy(small.config.buddy_run("smollm2-135m", {**main, "omega": 0.7}, 0), 4, uniform(0.8))
+    small.accuracy(small.config.buddy_run("smollm2-135m", main, 0), 5, uniform(0.7))
+    write.table(study.load(small.folder), "table2")
+    path = small.folder / "tables/table2.csv"
+    assert cell(path, removed=4, method="buddy", task="average")["value"] == "50.0"
+    assert cells(path, removed=5) == []
+    assert {row["value"] for row in cells(path)} == {"50.0", ""}
+
+
+def test_an_average_needs_all_its_tasks(small: Maker) -> None:
+    run = small.config.runs()[1]
+    small.accuracy(run, 4, {task: found for task, found in uniform(0.5).items() if task not in ("boolq", "siqa")})
+    write.table(study.load(small.folder), "table2")
+    path = small.folder / "tables/table2.csv"
+    assert cell(path, removed=4, task="piqa")["value"] == "50.0"
+    boolq, average = cell(path, removed=4, task="boolq"), cell(path, removed=4, task="average")
+    assert (boolq["value"], boolq["note"]) == ("", "not measured")
+    assert (average["value"], average["note"]) == ("", "not measured: boolq, siqa")
+    row = next(row for row in markdown_rows(small.folder / "tables/table2.md") if row[0] == "4")
+    assert [part for part in row if part == render.MISSING] == [render.MISSING] * 3
+
+
+def test_columns_are_in_the_papers_order(small: Maker) -> None:
+    built = tables.build(study.load(small.folder), "table2")
+    order = ("OBQA", "PIQA", "BoolQ", "SIQA", "HellaSwag", "ARC-e", "ARC-c", "WinoGrande", "Avg.")
+    assert built.headers == order
+    assert tuple(TASK_LABELS[task] for task in TASKS) == order[:-1]
+    assert set(CHANCE) == set(TASKS)
+
+
+def test_a_study_of_fewer_tasks_says_so_and_meets_no_published_average(tmp_path: Path) -> None:
+    content = paper()
+    content["evaluation"] = {"tasks": ["winogrande", "piqa"]}
+    maker = Maker(tmp_path, content)
+    built = tables.build(study.load(maker.folder), "table10")
+    assert built.headers == ("PIQA", "WinoGrande", "Avg. of 2")
+    dense = {found["task"]: found["published"] for found in built.records() if found["method"] == "dense"}
+    assert dense == {"piqa": 79.11, "winogrande": 69.14, "average": None}
+
+
+# Ranking
+
+
+def measured(*values: float | None) -> list[grid.Cell]:
+    return [grid.Cell({}, Measure(value=value)) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ((50.0, 60.0, 55.0), (0, 1, 2)),
+        ((60.001, 60.004, 55.0), (1, 1, 2)),  # equal as shown
+        ((60.0, 55.0, 55.0, 54.0), (1, 2, 2, 0)),
+        ((60.0, None, 55.0), (1, 0, 2)),
+        ((60.0, None), (0, 0)),  # nothing to compare with
+    ],
+)
+def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int, ...]) -> None:
+    found = measured(*values)
+    grid.rank(found)
+    assert tuple(one.rank for one in found) == ranks
+
+
+def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(small: Maker) -> None:
+    dense, buddy = small.config.runs()[:2]
+    small.accuracy(dense, 0, uniform(0.9))
+    values = {"shortgpt": {4: 0.6, 8: 0.5}, "sleb": {4: 0.7, 8: 0.4}}
+    for method, depths in values.items():
+        for removed, value in depths.items():
+            small.accuracy(Run("smollm2-135m", method, (), 0), removed, uniform(value))
+    small.accuracy(buddy, 4, uniform(0.65))
+    small.accuracy(buddy, 8, uniform(0.55))
+    write.table(study.load(small.folder), "table2")
+    shown = {(row[0], row[1]): row[-1] for row in markdown_rows(small.folder / "tables/table2.md")}
+    error = 100 * 0.02 / math.sqrt(8)
+    expected = {
+        ("0", "Dense"): "90.00",
+        ("4", "ShortGPT"): "60.00",
+        ("4", "SLEB"): "**70.00**",
+        ("4", "BUDDY"): "<u>65.00</u>",
+        ("8", "ShortGPT"): "<u>50.00</u>",
+        ("8", "SLEB"): "40.00",
+        ("8", "BUDDY"): "**55.00**",
+    }
+    assert {key: shown[key] for key in expected} == {key: f"{value} ± {error:.2f}" for key, value in expected.items()}
+    assert list(shown)[:4] == [("0", "Dense"), ("4", "ShortGPT"), ("4", "SLEB"), ("4", "BUDDY")]
+    latex = (small.folder / "tables/table2.tex").read_text()
+    sleb = next(line for line in latex.splitlines() if "SLEB" in line)
+    assert sleb.count(r"\textbf{70.00}") == 9
+    assert latex.count(r"\underline{65.00}") == 9
+    assert not re.search(r"Dense.*\\(textbf|underline)", latex)
+
+
+# Limits
+
+
+def test_limited_records_carry_a_dagger(small: Maker) -> None:
+    dense, buddy = small.config.runs()[:2]
+    small.accuracy(dense, 0, uniform(0.6))
+    small.accuracy(buddy, 4, uniform(0.5), limit=25)
+    opened = study.load(small.folder)
+    write.table(opened, "table2")
+    rows = markdown_rows(small.folder / "tables/table2.md")
+    assert [row[1] for row in rows] == ["Dense", "BUDDY †", "BUDDY", "BUDDY"]
+    assert "† limited to 25 items per task." in (small.folder / "tables/table2.md").read_text()
+    assert r"BUDDY$^\dagger$" in (small.folder / "tables/table2.tex").read_text()
+    found = cell(small.folder / "tables/table2.csv", removed=4, task="average")
+    assert (found["limit"], found["note"]) == ("25", "limited to 25 items per task")
+    write.table(opened, "table6")
+    assert [row[0] for row in markdown_rows(small.folder / "tables/table6.md")] == ["none", "taylor †"]
+    assert "BUDDY †" in summary(small.folder)
+    with style.applied():
+        legend = figures.accuracy_vs_budget(opened).legends[0]
+    assert legend.get_title().get_text() == "Limited to 25 items per task"
+
+
+# Ablations
+
+
+def test_ablation_cells_are_averages_of_their_variant_with_the_best_bold(small: Maker) -> None:
+    main = small.config.study.main.model_dump()
+    for prior, value in (("none", 0.6), ("taylor", 0.5)):
+        small.accuracy(small.config.buddy_run("smollm2-135m", {**main, "prior": prior}, 0), 4, uniform(value))
+    write.table(study.load(small.folder), "table6")
+    error = 100 * 0.02 / math.sqrt(8)
+    gap = render.MISSING
+    assert markdown_rows(small.folder / "tables/table6.md") == [
+        ["none", f"**60.00** ± {error:.2f}", gap, gap],
+        ["taylor", f"50.00 ± {error:.2f}", gap, gap],
+    ]
+    row = cell(small.folder / "tables/table6.csv", prior="none", removed=4)
+    assert (row["value"], row["omega"], row["feature"], row["task"]) == ("60.0", "0.0", "value", "average")
+
+
+def test_two_axes_give_rows_of_combinations(tmp_path: Path) -> None:
+    content = demo()
+    content["study"]["ablations"][0] |= {"omega": [0.1, 0.5]}
+    maker = Maker(tmp_path, content)
+    built = tables.build(study.load(maker.folder), "table6")
+    assert built.label_headers == ("Prior", "Omega")
+    # Without a prior omega does nothing: the two combinations are one run, and one row.
+    assert [row.labels for row in built.rows] == [("none", "(no prior)"), ("taylor", "0.1"), ("taylor", "0.5")]
+
+
+# Latency
+
+
+def test_latency_rates_speed_ups_and_spread(small: Maker) -> None:
+    run = small.config.runs()[1]
+    dense, sliced, own = [100.0, 110.0, 120.0], [150.0, 160.0, 170.0], [130.0, 132.0, 140.0]
+    small.latency(run, "alpaca", "dense", 0, dense, dense)
+    small.latency(run, "alpaca", "sliced", 8, sliced, sliced, prefill_speedup=160 / 110, decode_speedup=160 / 110)
+    ratios = {"speedup": 132 / 110, "of_sliced": 132 / 160}
+    both = {f"{phase}_{name}": value for phase in ("prefill", "decode") for name, value in ratios.items()}
+    small.latency(run, "alpaca", "recompute", 8, own, own, **both)
+    write.table(study.load(small.folder), "table4")
+    path = small.folder / "tables/table4.csv"
+    at = {"dataset": "alpaca", "removed": 8, "execution": "recompute", "method": "buddy"}
+
+    rate = cell(path, metric="prefill_tok_s", **at)
+    assert (float(rate["value"]), float(rate["p10"]), float(rate["p90"])) == (132.0, 130.4, 138.4)
+    assert (rate["unit"], rate["n"]) == ("tok/s", "3")
+    pairs = sorted(mine / other for mine in own for other in dense)
+    speed = cell(path, metric="decode_speedup", **at)
+    assert float(speed["value"]) == pytest.approx(1.2, abs=1e-6)
+    deciles = statistics.quantiles(pairs, n=10, method="inclusive")
+    assert float(speed["p10"]) == pytest.approx(deciles[0], abs=1e-6)
+    assert float(speed["p90"]) == pytest.approx(deciles[-1], abs=1e-6)
+    share = cell(path, metric="prefill_of_sliced", **at)
+    assert float(share["value"]) == pytest.approx(0.825, abs=1e-6)
+    assert cell(path, metric="prefill_speedup", execution="dense", dataset="alpaca")["value"] == "1.0"
+    assert cells(path, metric="peak_memory_mb") == []  # a CPU has none to tell
+
+    rows = markdown_rows(small.folder / "tables/table4.md")
+    assert [row[:3] for row in rows if row[0] == "Alpaca"] == [
+        ["Alpaca", "0", "Dense"],
+        ["Alpaca", "4", "BUDDY (recompute)"],
+        ["Alpaca", "8", "Sliced"],
+        ["Alpaca", "8", "BUDDY (recompute)"],
+        ["Alpaca", "12", "BUDDY (recompute)"],
+    ]
+    assert rows[1][3:] == [render.MISSING, render.MISSING, "", render.MISSING, render.MISSING, ""]
+
+
+def test_gpu_memory_is_shown_where_there_is_some(small: Maker) -> None:
+    run = small.config.runs()[1]
+    small.latency(run, "alpaca", "dense", 0, [9.0, 9.0], [9.0, 9.0], peak_memory_mb=512.0)
+    assert tables.build(study.load(small.folder), "table4").headers[-1] == "Peak MB"
+
+
+def test_bootstrap_error_of_a_median() -> None:
+    """Against the exact value: all 27 resamples of three passes, counted by hand."""
+    # The median of three draws from {1, 2, 3} is 1 in 7, 2 in 13 and 3 in 7 of 27 cases.
+    exact = math.sqrt(14 / 27)
+    assert bootstrap((1.0, 2.0, 3.0)) == pytest.approx(exact, rel=0.05)
+    assert bootstrap((10.0, 20.0, 30.0), (10.0, 10.0, 10.0)) == pytest.approx(exact, rel=0.05)
+    assert bootstrap((5.0, 5.0)) == 0
+    assert bootstrap((5.0,)) is None
+
+
+# Published figures
+
+
+def test_published_files_are_complete() -> None:
+    for name in published.FILES:
+        assert not published.load(name).empty
+    rows = published.load("accuracy")
+    tasks = rows.iloc[:, 5:13]
+    assert list(tasks.columns) == ["obqa", *TASKS[1:5], "arc_easy", "arc_challenge", "winogrande"]
+    assert (tasks.mean(axis=1) - rows.avg).abs().max() < 0.011
+    with pytest.raises(UserError, match="accuracy"):
+        published.load("accurate")
+
+
+@pytest.mark.parametrize(
+    ("table", "wanted", "expected"),
+    [
+        ("table2", {"method": "buddy", "removed": 8, "task": "boolq"}, 75.26),
+        ("table2", {"method": "dense", "removed": 0, "task": "average"}, 67.44),
+        ("table3", {"method": "buddy", "removed": 16, "task": "arc_challenge"}, 27.99),  # known by its repository
+        ("table10", {"method": "sleb", "removed": 12, "task": "openbookqa"}, 36.00),
+        ("table11", {"method": "buddy", "removed": 20, "task": "average"}, 51.85),
+        ("table5", {"feature": "key+value", "removed": 12}, 49.34),
+        ("table6", {"prior": "none", "removed": 16}, 44.78),
+        ("table7", {"omega": "1.0", "removed": 4}, 61.57),
+        ("table13", {"source_block": 3, "removed": 16}, 47.80),
+        ("table4", {"execution": "dense", "dataset": "samsum", "metric": "decode_tok_s"}, 60.70),
+        ("table4", {"execution": "recompute", "dataset": "alpaca", "removed": 16, "metric": "prefill_speedup"}, 1.91),
+        ("table4", {"execution": "reuse", "dataset": "alpaca", "removed": 16, "metric": "prefill_speedup"}, None),
+        ("table4", {"execution": "sliced", "dataset": "alpaca", "removed": 16, "metric": "prefill_speedup"}, None),
+    ],
+)
+def test_published_figures_stand_beside_the_same_cell(
+    papers: Maker, table: str, wanted: dict[str, object], expected: float | None
+) -> None:
+    row = cell(papers.folder / "tables" / f"{table}.csv", **wanted)
+    if expected is None:
+        assert (row["published"], row["difference"]) == ("", "")
+    else:
+        assert float(row["published"]) == expected
+        assert float(row["difference"]) == pytest.approx(float(row["value"]) - expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """The paper's study, all measured, all built."""
+    maker = Maker(tmp_path_factory.mktemp("papers"), paper())
+    maker.everything(baselines=("shortened_llama", "shortgpt", "sleb"))
+    opened = study.load(maker.folder)
+    for name in tables.names(opened):
+        write.table(opened, name)
+    return maker
+
+
+def test_markdown_shows_the_published_figure_in_parentheses(papers: Maker) -> None:
+    text = (papers.folder / "tables/table10.md").read_text()
+    assert re.search(r"\| 0 \| Dense \|.*\(64\.36\) \|", text)
+    assert "In parentheses: the figure published in the paper." in text
+    latex = (papers.folder / "tables/table10.tex").read_text()
+    assert "64.36" not in latex
+    assert "parentheses" not in latex
+
+
+def test_another_backbone_or_variant_has_no_published_figure(tmp_path: Path) -> None:
+    def shown(content: dict, table: str) -> set[float | None]:
+        maker = Maker(tmp_path / str(time.monotonic_ns()), content)
+        return {found["published"] for found in tables.build(study.load(maker.folder), table).records()}
+
+    assert shown(demo(), "table2") == shown(demo(), "table4") == shown(demo(), "table6") == {None}
+    random = paper()
+    random["backbones"] = {
+        **random["backbones"],
+        "llama2-7b": {"source": {"random": "llama2-7b"}, "blocks": 32, "removed": [4]},
+    }
+    assert shown(random, "table10") == {None}  # random weights have no accuracy to compare
+    assert 1753.16 in shown(random, "table4")  # their speed is the architecture's
+    other = paper()
+    other["study"]["main"] = {"omega": 0.5}
+    values = shown(other, "table6")
+    assert values == {None, 62.21, 58.32, 52.44, 44.78}  # only the rows without a prior are the paper's
+    assert 62.63 not in shown(other, "table10")
+    assert 64.36 in shown(other, "table10")
+
+
+# LaTeX
+
+
+def test_latex_is_escaped() -> None:
+    assert render.escape("a_b 5% c&d #1 {x} \N{EN DASH} ± †") == r"a\_b 5\% c\&d \#1 \{x\} -- $\pm$ $^\dagger$"
+    assert render.escape("Müller") == "M?ller"
+
+
+def test_latex_is_booktabs_with_equal_columns(papers: Maker) -> None:
+    for path in sorted((papers.folder / "tables").glob("*.tex")):
+        text = path.read_text()
+        columns = re.search(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", text)
+        assert columns
+        rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert {line.count(" & ") + 1 for line in rows} == {len(columns.group(1))}, path
+        for rule in ("toprule", "midrule", "bottomrule"):
+            assert f"\\{rule}" in text
+        assert not re.search(r"(?<!\\)[_%]", re.sub(r"^%.*|\\label\{.*\}|\\begin.*", "", text, flags=re.M)), path
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles(papers: Maker, tmp_path: Path) -> None:
+    paths = sorted((papers.folder / "tables").glob("*.tex"))
+    inputs = "\n".join(f"\\input{{{path}}}" for path in paths)
+    (tmp_path / "all.tex").write_text(
+        f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-draftmode", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout
+
+
+# Figures
+
+
+def test_figures_are_one_column_wide_and_the_same_bytes_each_time(small: Maker) -> None:
+    small.everything()
+    for name in ("accuracy_vs_budget", "latency"):
+        first = figures.build(study.load(small.folder), name)
+        again = figures.build(study.load(small.folder), name)
+        assert first == again
+        assert first["pdf"].startswith(b"%PDF")
+        assert b"CreationDate" not in first["pdf"]
+        width = int.from_bytes(first["png"][16:20], "big")  # IHDR
+        assert width == round(3.4 * 200)
+        assert b"tEXt" not in first["png"]
+
+
+def test_accuracy_figure_draws_the_records(small: Maker) -> None:
+    dense, buddy = small.config.runs()[:2]
+    small.accuracy(dense, 0, uniform(0.7))
+    small.accuracy(buddy, 4, uniform(0.6))
+    small.accuracy(buddy, 12, uniform(0.5))
+    with style.applied():
+        axes = figures.accuracy_vs_budget(study.load(small.folder)).axes[0]
+    curve = next(line for line in axes.lines if line.get_marker() == style.mark("buddy").marker)
+    assert list(curve.get_xdata()) == [4, 12]
+    assert list(curve.get_ydata()) == pytest.approx([60.0, 50.0])
+    segments = axes.containers[-1].lines[2][0].get_segments()
+    error = 100 * 0.02 / math.sqrt(8)
+    assert [list(segment[:, 1]) for segment in segments] == [
+        pytest.approx([60 - error, 60 + error]),
+        pytest.approx([50 - error, 50 + error]),
+    ]
+    levels = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
+    chance = 100 * (4 * 0.25 + 3 * 0.5 + 1 / 3) / 8
+    assert any(level == pytest.approx(chance) for level in levels)
+    assert any(level == pytest.approx(70.0) for level in levels)
+    assert [label.get_text() for label in axes.child_axes[0].get_xticklabels()] == ["1.00", "0.87", "0.73", "0.60"]
+
+
+def test_one_panel_per_backbone(papers: Maker) -> None:
+    with style.applied():
+        figure = figures.accuracy_vs_budget(study.load(papers.folder))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "llama3-8b (32 blocks)",
+        "qwen2.5-7b (28 blocks)",
+        "llama2-7b (32 blocks)",
+        "llama1-13b (40 blocks)",
+    ]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(entries) == len(set(entries)) == 6
+
+
+def test_legends_stay_inside_the_figure_and_below_the_panels(small: Maker) -> None:
+    small.everything(baselines=("shortened_llama", "shortgpt", "sleb", "pudding", "first"))
+    opened = study.load(small.folder)
+    for draw in (figures.accuracy_vs_budget, figures.latency):
+        with style.applied():
+            figure = draw(opened)
+            figure.draw_without_rendering()
+            legend = figure.legends[0].get_window_extent()
+            assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+            assert all(axes.get_tightbbox().y0 >= legend.y1 for axes in figure.axes)
+
+
+def test_marks_differ_in_colour_marker_and_grey() -> None:
+    methods = ("dense", "shortened_llama", "shortgpt", "sleb", "pudding", "first", "buddy")
+    for names in (methods, ("dense", "sliced", "reuse", "recompute")):
+        marks = [style.mark(name) for name in names]
+        assert len({mark.color for mark in marks}) == len(names)
+        assert len({(mark.marker, str(mark.dash)) for mark in marks}) == len(names)
+    assert style.mark("buddy") == style.mark("recompute")
+
+
+def test_fraction_rounds_halves_up() -> None:
+    assert [fraction(20, 32), fraction(28, 32), fraction(32, 32), fraction(22, 30)] == ["0.63", "0.88", "1.00", "0.73"]
+
+
+# Command
+
+
+def test_report_writes_what_was_asked_and_leaves_no_temporary(small: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    small.everything()
+    report("demo", results=small.folder.parent, table=["2", "table4"], figure=["latency"], summary=True)
+    made = sorted(
+        str(path.relative_to(small.folder))
+        for part in ("tables", "figures")
+        for path in (small.folder / part).iterdir()
+    )
+    assert made == [
+        "figures/latency.pdf",
+        "figures/latency.png",
+        *(f"tables/table{number}.{kind}" for number in (2, 4) for kind in ("csv", "md", "tex")),
+    ]
+    text = capsys.readouterr().out
+    assert "Accuracy of smollm2-135m, average of 8 tasks" in text
+    assert "BUDDY (recompute)" in text
+    assert str(small.folder / "figures/latency.png") in text
+    assert "accuracy_vs_budget: not drawn yet" in text
+    average = cell(small.folder / "tables/table2.csv", removed=8, method="buddy", task="average")
+    assert f"{float(average['value']):.2f} ± {float(average['stderr']):.2f}" in text
+
+
+def test_all_of_an_unfinished_study_gives_what_there_is(small: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    small.accuracy(small.config.runs()[1], 4, uniform(0.5))
+    report(str(small.folder), all_=True)
+    assert len(list((small.folder / "tables").iterdir())) == 9
+    assert {path.name for path in (small.folder / "figures").iterdir()} == {
+        "accuracy_vs_budget.pdf",
+        "accuracy_vs_budget.png",
+    }
+    assert "latency left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table": ["2", "9"]}, "--table of study demo: '9' is not one of table2, table4 or table6"),
+        ({"figure": ["latencies"]}, "did you mean latency"),
+        ({}, "nothing asked of demo"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_is_written(small: Maker, options: dict, message: str) -> None:
+    small.everything()
+    with pytest.raises(UserError, match=re.escape(message)):
+        report("demo", results=small.folder.parent, **options)
+    assert sorted(path.name for path in small.folder.iterdir()) == ["records", "study.json"]
+
+
+def test_an_absent_study_names_those_there_are(small: Maker) -> None:
+    with pytest.raises(UserError, match=r"demos/study\.json: not found; studies in .*: demo$"):
+        report("demos", results=small.folder.parent, summary=True)
+    (small.folder / "study.json").write_text("{")
+    with pytest.raises(UserError, match="not a readable study"):
+        report("demo", results=small.folder.parent, summary=True)
+
+
+def test_no_torch_is_imported(small: Maker) -> None:
+    small.everything()
+    code = (
+        "import sys, pathlib; from buddy.commands.report import report; "
+        f"report('demo', results=pathlib.Path({str(small.folder.parent)!r}), table=['4'], "
+        "figure=['latency'], summary=True); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (small.folder / "figures/latency.png").is_file()
+
+
+def test_five_hundred_records_take_less_than_thirty_seconds(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, paper(seeds=7))
+    count = maker.everything(items=300, baselines=("shortened_llama", "shortgpt", "sleb"))
+    assert count >= 500
+    start = time.perf_counter()
+    report("paper", results=tmp_path, all_=True)
+    assert time.perf_counter() - start < 30
+    assert len(list((maker.folder / "tables").iterdir())) == 27
+    assert ENVIRONMENT["device"] in (maker.folder / "tables/table2.md").read_text()
