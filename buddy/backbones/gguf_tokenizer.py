@@ -19,12 +19,7 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 _CONTROL = 3
 """GGUF's type of a token that is a mark, not text."""
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {"llama-bpe": _WORDS.format(digits="{1,3}"), "qwen2": _WORDS.format(digits="")}
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", *_SPLITS)
+PRE_TOKENIZERS = ("default", "gpt-2", "smollm")
 """How text is cut before merges, by the name that GGUF has for it."""
 
 
@@ -48,10 +43,10 @@ def read(path: Path, origin: str) -> PreTrainedTokenizerBase:
         return default if field is None else field.contents()
 
     model, pre = value("ggml.model"), value("ggml.pre", "default")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+    if model != "gpt2" or pre not in PRE_TOKENIZERS or value("ggml.add_bos_token", False):
         raise UserError(
-            f"{origin}: tokenizer {model!r} ({pre}) is not supported in GGUF files; supported is gpt2 with "
-            f"{choices(PRE_TOKENIZERS)}; take the model from the Hub instead"
+            f"{origin}: tokenizer {model!r} ({pre}) is not supported in GGUF files; supported is 'gpt2' "
+            f"({choices(PRE_TOKENIZERS)}) without a leading token; take the model from the Hub instead"
         )
     tokens, types, merges = value("ggml.tokens"), value("ggml.token_type", []), value("ggml.merges", [])
     ids = {kind: value(f"ggml.{kind}_token_id") for kind in ("bos", "eos", "unknown", "padding")}
@@ -60,8 +55,6 @@ def read(path: Path, origin: str) -> PreTrainedTokenizerBase:
     marks = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
     # A single merge is read as one string, not as a list of one.
     tokenizer = _bpe(tokens, [merges] if isinstance(merges, str) else merges, marks, pre)
-    if value("ggml.add_bos_token", False) and special["bos_token"]:
-        _start_with(tokenizer, special["bos_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=value("chat_template"),
@@ -71,33 +64,15 @@ def read(path: Path, origin: str) -> PreTrainedTokenizerBase:
 
 
 def _bpe(tokens: list[str], merges: list[str], marks: list[str], pre: str) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    steps: list[Any]
-    if pre in _SPLITS:
-        steps = [
-            pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    else:
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    # SmolLM cuts numbers into digits; after that, both cut as GPT-2 does.
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     return tokenizer
-
-
-def _start_with(tokenizer: Tokenizer, token: str) -> None:
-    from tokenizers import processors
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A",
-        pair=f"{token} $A {token}:1 $B:1",
-        special_tokens=[(token, tokenizer.token_to_id(token))],
-    )

@@ -180,7 +180,8 @@ class Step:
         source = self.routing.policy.source_block
         tap = SourceTap() if self.cache is None else None
         for index in range(source):
-            hidden = self.block(index, hidden, None, tap if index == source - 1 else None)
+            with _uncheckpointed(self.decoder.layers[index]):
+                hidden = self.block(index, hidden, None, tap if index == source - 1 else None)
         rows = self.choose(tap)
         for index in range(source, len(self.decoder.layers)):
             if self.routing.gates is not None:
@@ -215,7 +216,7 @@ class Step:
             return self.cache.window(self.routing.policy.source_block - 1, self.new)
         assert tap is not None
         if tap.keys is None or tap.values is None:
-            raise RuntimeError("the source block wrote no keys and values (is it under gradient checkpointing?)")
+            raise RuntimeError("the source block wrote no keys and values")
         return tap.keys, tap.values
 
     def _readable(self) -> Tensor | None:
@@ -303,6 +304,17 @@ class Step:
         if implementation == "eager":
             return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
         raise UserError(f"kv: policy mask needs attention sdpa or eager, not {implementation}")
+
+
+@contextmanager
+def _uncheckpointed(layer: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing withholds the cache from a block, and with it the source block's K/V from the policy."""
+    checkpointing = getattr(layer, "gradient_checkpointing", False)
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        layer.gradient_checkpointing = checkpointing
 
 
 def _split(column: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

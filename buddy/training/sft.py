@@ -236,10 +236,6 @@ def router_trainer_class() -> type:
             self.tokens = 0
             self._part, self._last_step = 0, -1
             self._since, self._tokens_since = time.perf_counter(), 0
-            if self.args.gradient_checkpointing:
-                # Checkpointing withholds caches from a block, and with them the source block's K/V from the router.
-                for layer in _base(self.model).get_decoder().layers[: self.policy.source_block]:
-                    layer.gradient_checkpointing = False
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

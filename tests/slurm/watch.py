@@ -33,6 +33,7 @@ class Job:
     rule: str
     local: bool
     gpus: int
+    text: str
     submitted: list[str] = field(default_factory=list)
     finished: bool = False
 
@@ -150,7 +151,7 @@ def finish(cluster: slurmd.Cluster, folder: Path, process: subprocess.Popen[byte
     output = output_of(folder).read_text(errors="replace")
     ended = {job["JobId"]: job for job in cluster.completed() if job.get("WorkDir") == str(folder)}
     notes = [json.loads(note.read_text()) for note in (folder.parent / f"{folder.name}-notes").glob("*.json")]
-    return Run(folder, process.returncode, output, _jobs(output), ended, notes, _commands(folder))
+    return Run(folder, process.returncode, output, jobs_in(output), ended, notes, _commands(folder))
 
 
 def output_of(folder: Path) -> Path:
@@ -158,13 +159,14 @@ def output_of(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.out"
 
 
-def _jobs(output: str) -> dict[int, Job]:
+def jobs_in(output: str) -> dict[int, Job]:
+    """Snakemake's jobs by its number for them, from what it printed."""
     jobs: dict[int, Job] = {}
     for local, rule, block in re.findall(r"^(local)?(?:rule|checkpoint) (\w+):\n((?:    .*\n)+)", output, re.M):
         number = re.search(r"^    jobid: (\d+)$", block, re.M)
         gpus = re.search(r"\bgpu=(\d+)", block)
         if number is not None:
-            new = Job(int(number[1]), rule, bool(local), int(gpus[1]) if gpus else 0)
+            new = Job(int(number[1]), rule, bool(local), int(gpus[1]) if gpus else 0, block)
             jobs.setdefault(new.number, new)
     for number, slurm in re.findall(r"^Job (\d+) has been submitted with SLURM jobid (\d+)", output, re.M):
         jobs[int(number)].submitted.append(slurm)
