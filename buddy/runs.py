@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,20 @@ class RunInfo:
             raise UserError(f"{path}: damaged ({error})") from None
 
 
+@dataclass
+class Origin:
+    """Where a loaded model came from: its run's settings, its backbone's folder, its adapter's (None without)."""
+
+    info: RunInfo
+    backbone: Path
+    adapter: Path | None = None
+
+    def save(self, folder: str | Path, policy: Any) -> Path:
+        """Write the run again, with this policy's state."""
+        info = replace(self.info, backbone_path=relative(self.backbone, folder))
+        return save(folder, info, policy, self.adapter)
+
+
 def load(
     path: str | Path,
     *,
@@ -122,9 +136,8 @@ def load(
         adapter = path / ADAPTER_FOLDER
         adapted = PeftModel.from_pretrained(model, str(adapter))
         model = adapted.merge_and_unload() if merge else adapted.get_base_model()
-    routed = RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer)
-    routed.info, routed.origin = info, path
-    return routed.eval()
+    origin = Origin(info, folder, adapter)
+    return RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer, origin).eval()
 
 
 def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> RoutedModel:
@@ -133,10 +146,8 @@ def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> Routed
 
     model, tokenizer = load_backbone(folder, device, dtype)
     policy = StaticPolicy(model.config.num_hidden_layers)
-    routed = RoutedModel(model, policy, kv or "zero", tokenizer)
-    routed.info = RunInfo("dense", "static", policy.settings(), folder.name, str(folder.resolve()))
-    routed.origin = None
-    return routed.eval()
+    info = RunInfo("dense", "static", policy.settings(), folder.name, str(folder.resolve()))
+    return RoutedModel(model, policy, kv or "zero", tokenizer, Origin(info, folder)).eval()
 
 
 def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

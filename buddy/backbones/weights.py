@@ -142,7 +142,9 @@ def digests(paths: list[Path]) -> dict[str, str]:
 
     found = {}
     total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="SHA-256", leave=False, disable=total < 2**30) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="SHA-256", leave=False, mininterval=2, disable=total < 2**30
+    ) as bar:
         for path in paths:
             # The Hub's cache names a large file by its SHA-256, and has checked it.
             blob = path.resolve().name

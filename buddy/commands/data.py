@@ -25,17 +25,15 @@ def data(
 
     Examples:
 
-      The published PIQA:
-
-        buddy data --name piqa --source hub --out results/main/data/piqa
-
-      The small set inside this package:
-
-        buddy data --name piqa --source embedded --out results/demo/data/piqa
-
-      Your own rows, in /mine/piqa.validation.jsonl and /mine/piqa.train.jsonl:
-
-        buddy data --name piqa --source /mine --out results/mine/data/piqa
+    \b
+      # The published PIQA
+      buddy data --name piqa --source hub --out results/main/data/piqa
+    \b
+      # The small set inside this package
+      buddy data --name piqa --source embedded --out results/demo/data/piqa
+    \b
+      # Your own rows, in /mine/piqa.validation.jsonl and /mine/piqa.train.jsonl
+      buddy data --name piqa --source /mine --out results/mine/data/piqa
     """
     from buddy.data import materialise
 

@@ -49,7 +49,7 @@ def evaluate(
     check_one_gpu(model.device.type)
     for count in depths:  # refuse all before measuring any
         executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
-    info = model.info
+    info = model.origin.info
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     lm = BuddyLM(model, batch_size=settings.batch_size)
     with tracked("evaluate", info.study, run_of(info), settings.model_dump()) as tracker:

@@ -43,7 +43,7 @@ def latency(
     check_one_gpu(model.device.type)
     for count in depths:
         executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
-    info = model.info
+    info = model.origin.info
     with tracked("latency", info.study, run_of(info), settings.model_dump(), data.name) as tracker:
         watch = Stopwatch(str(model.device))
         for contender, metrics in benchmark(model, prompts, depths, settings, data.name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class RoutedModel(nn.Module):
         backbone: causal language model (Llama, Qwen2 or Qwen3 architecture).
         policy: chooses the blocks.
         kv: what stands for the K/V of a skipped block: ``zero``, ``mask`` or ``project``.
+        tokenizer: the backbone's, for convenience.
+        origin: the run it was loaded from (`buddy.runs.Origin`), which `save` copies.
 
     Attributes:
         trace: routes of the last call of `forward` or `generate`.
@@ -37,7 +40,9 @@ class RoutedModel(nn.Module):
         >>> model.trace.paths()
     """
 
-    def __init__(self, backbone: nn.Module, policy: Policy, kv: str = "zero", tokenizer: Any = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, policy: Policy, kv: str = "zero", tokenizer: Any = None, origin: Any = None
+    ) -> None:
         super().__init__()
         check_supported(backbone)
         if kv not in KV_POLICIES:
@@ -48,6 +53,7 @@ class RoutedModel(nn.Module):
         self.policy = policy
         self.kv = kv
         self.tokenizer = tokenizer
+        self.origin = origin
         self.trace = Trace()
 
     @property
@@ -69,6 +75,19 @@ class RoutedModel(nn.Module):
     def blocks(self) -> int:
         """Number of blocks L."""
         return self.policy.blocks
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run this model was loaded from to another folder, with the router as it is now.
+
+        Args:
+            folder: where; the backbone is referred to, not copied.
+
+        Raises:
+            UserError: the model was not loaded from a run.
+        """
+        if self.origin is None:
+            raise UserError("save: this model was not loaded from a run; `buddy.runs.save` writes one from its parts")
+        return self.origin.save(folder, self.policy)
 
     def new_cache(self, capacity: int = 64) -> RoutedCache:
         """An empty cache for this model, with room for ``capacity`` tokens before it grows."""

