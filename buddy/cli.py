@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: the words after ``buddy``; those of the process by default.
     """
     logging.basicConfig(level=os.environ.get("BUDDY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "urllib3", "filelock", "fsspec", "datasets"):
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `finally` blocks tidy up when Slurm cancels
     command = typer.main.get_command(build())

@@ -11,13 +11,16 @@ the job goes on without. W&B is imported only where a run is really opened.
 
 from __future__ import annotations
 
+import json
 import logging
 import netrc
 import os
+import shutil
 import socket
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -48,29 +51,61 @@ FLUSH_S = 1.0
 """How much of its last points a killed job may lose; W&B's own default is 15 s."""
 
 
+@dataclass
+class Progress:
+    """How far a job's W&B run has come, kept in a file of its own.
+
+    A killed job is run again with the settings it had: its run goes on, and steps that it has logged are not logged
+    twice. A job that had finished, or has another setting, is made anew: so is its run, in place of the old one.
+    """
+
+    file: Path
+    settings: str
+    step: int = -1
+    finished: bool = False
+
+    @classmethod
+    def read(cls, file: Path, settings: str) -> Progress:
+        """What an interrupted attempt with these settings (their digest) has left, or a fresh start."""
+        try:
+            found = cls(file, **json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return cls(file, settings)
+        return cls(file, settings) if found.finished or found.settings != settings else found
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step is logged yet."""
+        return self.step < 0
+
+    def write(self, step: int | None = None, finished: bool = False) -> None:
+        """Keep the last step logged, and whether the job is done."""
+        self.step = self.step if step is None else step
+        self.finished = finished
+        records.write_json(self.file, {"settings": self.settings, "step": self.step, "finished": self.finished})
+
+
 class Tracker:
     """One job's W&B run, or nothing at all: its methods never raise because of W&B."""
 
-    def __init__(self, run: Any = None, progress: Path | None = None) -> None:
-        """Wrap an open run (None: every call does nothing).
-
-        Args:
-            run: what ``wandb.init`` returned.
-            progress: file that keeps the last step logged, so that a retry does not log a step again.
-        """
+    def __init__(self, run: Any = None, progress: Progress | None = None) -> None:
+        """Wrap an open run (what ``wandb.init`` returned) and what its earlier attempts did; without, do nothing."""
         self._run = run
         self._progress = progress
-        self._done = _read_step(progress)
+        self._done = -1 if progress is None else progress.step
+        self._step: int | None = None
         self._failed = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to curves; a step that an earlier attempt of this job has logged is left as it is."""
+        """Add a point to curves; steps ascend, and one that an interrupted attempt has logged is left as it is."""
         if self._run is None or step <= self._done:
             return
         with self._shielded("log"):
             self._run.log(dict(metrics), step=step)
-            if self._progress is not None:
-                self._progress.write_text(f"{step}\n")
+            if step != self._step:  # W&B writes a step down when the next one begins
+                if self._progress is not None and self._step is not None:
+                    self._progress.write(self._step)
+                self._step = step
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the job's headline values; nested mappings become dotted names."""
@@ -91,6 +126,8 @@ class Tracker:
         if self._run is not None:
             with self._shielded("finish"):
                 self._run.finish(exit_code=int(failed))
+                if self._progress is not None:
+                    self._progress.write(self._step, finished=not failed)
             self._run = None
 
     @contextmanager
@@ -134,8 +171,7 @@ def track(
         yield Tracker()
         return
     arguments = {
-        "id": run_id(study, stage, run_path, config),
-        "resume": "allow",  # the same id again, after a retry, is the same run
+        "id": run_id(study, stage, run_path),
         "project": settings.project,
         "entity": settings.entity,
         "group": group[:128],
@@ -144,7 +180,7 @@ def track(
         "tags": [tag[:64] for tag in dict.fromkeys((study, *tags))],
         "config": {**config, "study": study, "stage": stage, "run": run_path, "commit": records.commit()},
     }
-    tracker = _open(mode, arguments, folder)
+    tracker = _open(mode, arguments, folder, digest(dict(config)))
     try:
         yield tracker
     except BaseException:
@@ -153,13 +189,9 @@ def track(
     tracker.finish()
 
 
-def run_id(study: str, stage: str, run_path: str, config: Mapping[str, Any]) -> str:
-    """The id of a job's W&B run: a retry has the same, a job with another setting has another.
-
-    Settings belong to it because W&B drops steps that a run has already passed: the curve of a job that was made
-    again with a knob changed would be lost in the old run.
-    """
-    return digest(study, stage, run_path, dict(config))
+def run_id(study: str, stage: str, run_path: str) -> str:
+    """The id of a job's W&B run, the same for every attempt at it."""
+    return digest(study, stage, run_path)
 
 
 def choose_mode(settings: Tracking) -> Mode:
@@ -208,16 +240,16 @@ def _server() -> str:
     return parser.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
-def _open(mode: Mode, arguments: dict[str, Any], folder: Path) -> Tracker:
+def _open(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) -> Tracker:
     """Open the run, offline where online fails, and not at all where that fails too."""
     if mode == "online":
         try:
             _check_reachable(_server())
-            return _init("online", arguments, folder)
+            return _init("online", arguments, folder, settings)
         except Exception as error:  # no network, no access, a server that is down: none of the job's business
             _warn(f"no run online, kept offline in {folder} for `wandb sync`", error)
     try:
-        return _init("offline", arguments, folder)
+        return _init("offline", arguments, folder, settings)
     except Exception as error:  # an unwritable folder, a broken installation: none of the job's business
         _warn("no run, this job goes on without W&B", error)
         return Tracker()
@@ -233,13 +265,35 @@ def _check_reachable(server: str) -> None:
     socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
 
 
-def _init(mode: Mode, arguments: dict[str, Any], folder: Path) -> Tracker:
+def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) -> Tracker:
     # W&B makes a folder `wandb` of its own below the one it is given.
     parent = folder.parent if folder.name == "wandb" else folder
     own = parent / "wandb"
     own.mkdir(parents=True, exist_ok=True)
     if not os.access(own, os.W_OK):  # W&B would quietly write somewhere under /tmp
         raise PermissionError(f"{own} is not writable")
+    progress = Progress.read(own / f"{arguments['id']}.json", settings)
+    if progress.fresh:
+        for stale in own.glob(f"offline-run-*-{arguments['id']}"):
+            shutil.rmtree(stale, ignore_errors=True)
+    progress.write()
+
+    import wandb
+
+    options = _settings(mode)
+    wandb.setup(settings=options)
+    try:
+        # To W&B an id that it has seen is either a run to go on with ("allow") or one to replace (None).
+        resume = None if progress.fresh else "allow"
+        run = wandb.init(mode=mode, dir=str(parent), resume=resume, settings=options, **arguments)
+    except Exception:
+        wandb.teardown()  # or the id counts as in use when the run is opened offline
+        raise
+    return Tracker(run, progress)
+
+
+def _settings(mode: Mode) -> Any:
+    """W&B's own settings for a job: quiet, quick, and with an end to every wait."""
     import wandb
 
     wanted: dict[str, Any] = {
@@ -255,21 +309,7 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path) -> Tracker:
         "x_disable_stats": mode != "online",
     }
     # Not every version knows every setting, and an unknown one is an error.
-    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-    wandb.setup(settings=settings)
-    try:
-        run = wandb.init(mode=mode, dir=str(parent), settings=settings, **arguments)
-    except Exception:
-        wandb.teardown()  # or the id counts as in use when the run is opened offline
-        raise
-    return Tracker(run, own / f"{arguments['id']}.step")
-
-
-def _read_step(file: Path | None) -> int:
-    try:
-        return int(file.read_text()) if file is not None else -1
-    except (OSError, ValueError):
-        return -1
+    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
 
 
 _warned: set[str] = set()

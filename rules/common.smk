@@ -1,4 +1,6 @@
 # The study in typed form, where its files are, and what a job of each backbone needs.
+import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,18 +25,19 @@ STUDY = read_study()
 validate(config, "../workflow/schemas/config.schema.json", set_default=False)
 
 RESULTS = f"results/{STUDY.study.name}"
-BUDDY = "python -m buddy"
 RUNS = {run.path: run for run in STUDY.runs()}
 ROUTED = [run for run in RUNS.values() if run.method == "buddy"]
 
 # Jobs find the interpreter and the tools that Snakemake itself runs with; a conda environment brings its own.
+ENVIRONMENT = {"WANDB_PROJECT": STUDY.tracking.project, "WANDB_DIR": f"{RESULTS}/wandb"}
+if STUDY.tracking.entity:
+    ENVIRONMENT["WANDB_ENTITY"] = STUDY.tracking.entity
+if STUDY.tracking.mode != "auto" and "WANDB_MODE" not in os.environ:
+    ENVIRONMENT["WANDB_MODE"] = STUDY.tracking.mode
+PREFIX = "".join(f"export {name}={shlex.quote(value)}; " for name, value in ENVIRONMENT.items())
 if not workflow.deployment_settings.deployment_method:
-    shell.prefix(
-        f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; '
-        f"export WANDB_PROJECT={shlex.quote(STUDY.tracking.project)} WANDB_DIR={shlex.quote(f'{RESULTS}/wandb')}; "
-        + (f"export WANDB_ENTITY={shlex.quote(STUDY.tracking.entity)}; " if STUDY.tracking.entity else "")
-        + ("" if STUDY.tracking.mode == "auto" else f'export WANDB_MODE="${{WANDB_MODE:-{STUDY.tracking.mode}}}"; ')
-    )
+    PREFIX += f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; '
+shell.prefix(PREFIX)
 
 
 def any_of(names):
@@ -49,6 +52,11 @@ wildcard_constraints:
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
     figure="[a-z0-9_]+",
+
+
+def parent(path):
+    """The folder of a file: commands take folders, rules promise a file in each."""
+    return str(Path(path).parent)
 
 
 def flags(settings):
@@ -75,7 +83,7 @@ def source_flags(wildcards):
 
 
 def backbone_of(wildcards):
-    return STUDY.backbones[RUNS[wildcards.run].backbone if "run" in wildcards.keys() else wildcards.backbone]
+    return STUDY.backbones[(RUNS[wildcards.run].backbone if "run" in wildcards.keys() else wildcards.backbone)]
 
 
 def mem_mb(wildcards, attempt):
@@ -88,14 +96,11 @@ def minutes(share):
     return lambda wildcards, attempt: max(15, int(60 * backbone_of(wildcards).hours * share * attempt))
 
 
-def folder_of(run):
-    """Folder of a run's model: the run itself, or the backbone of a dense one."""
-    return f"{RESULTS}/backbones/{run.backbone}" if run.method == "dense" else f"{RESULTS}/runs/{run.path}"
-
-
 def model_file(run):
-    """The file that says a run's model is complete."""
-    return folder_of(run) + ("/backbone.json" if run.method == "dense" else "/run.json")
+    """The file that says a run's model is complete: the run itself, or the backbone of a dense one."""
+    if run.method == "dense":
+        return f"{RESULTS}/backbones/{run.backbone}/backbone.json"
+    return f"{RESULTS}/runs/{run.path}/run.json"
 
 
 def depths_of(run):
@@ -124,3 +129,72 @@ def main_runs(backbone):
 def latency_run(backbone):
     """The run that is timed: the main variant with the first seed."""
     return STUDY.buddy_run(backbone, STUDY.study.main.model_dump(), STUDY.study.seeds[0])
+
+
+def corpus_input(wildcards):
+    """The calibration corpus: a data set of the study, or a text file of the user's."""
+    corpus = STUDY.importance.corpus
+    return corpus if Path(corpus).is_file() else f"{RESULTS}/data/{corpus}/data.json"
+
+
+def corpus_path(wildcards, input):
+    return parent(input.corpus) if Path(input.corpus).name == "data.json" else input.corpus
+
+
+def prior_record(wildcards):
+    """The importance record a run fuses; none for the variant without a prior."""
+    run = RUNS[wildcards.run]
+    prior = run.variant["prior"]
+    if prior == "none":
+        return []
+    return f"{RESULTS}/records/importance/backbone~{run.backbone}/indicator~{prior}.json"
+
+
+def variant_flags(wildcards):
+    """The run's own axes; the prior is an input."""
+    axes = {axis: value for axis, value in RUNS[wildcards.run].axes if axis != "prior"}
+    return flags({**axes, "seed": RUNS[wildcards.run].seed})
+
+
+def model_flags(wildcards):
+    """Which study and backbone it is; a dense model has no run folder that could say so, and skips no block."""
+    run = RUNS[wildcards.run]
+    if run.method == "dense":
+        return section(STUDY.evaluation, "kv") + " " + flags({"study": STUDY.study.name, "name": run.backbone})
+    return section(STUDY.evaluation)
+
+
+def table_files(name):
+    return [f"{RESULTS}/tables/{name}.{kind}" for kind in ("csv", "md", "tex")]
+
+
+def figure_files(name):
+    return [f"{RESULTS}/figures/{name}.{kind}" for kind in ("pdf", "png")]
+
+
+def table_records(name):
+    """The records that a table shows."""
+    table = STUDY.study.tables[name]
+    if table.kind == "ablation":
+        return accuracy_records(STUDY.ablation_runs(STUDY.ablation(table.ablation)))
+    if table.kind == "latency":
+        return latency_records(table.backbone)
+    return accuracy_records(main_runs(table.backbone))
+
+
+def figure_records(name):
+    """The records that a figure shows."""
+    if name == "latency":
+        return [folder for backbone in STUDY.timed_backbones() for folder in latency_records(backbone)]
+    return accuracy_records([run for backbone in STUDY.study.backbones for run in main_runs(backbone)])
+
+
+def table_settings(wildcards):
+    """What the study says of a table: its entry, and the budgets and runs behind its rows and columns."""
+    table = STUDY.study.tables[wildcards.table]
+    backbone = table.backbone or STUDY.ablation(table.ablation).backbone
+    return {
+        "table": table.model_dump(),
+        "removed": STUDY.removed(backbone),
+        "records": table_records(wildcards.table),
+    }

@@ -5,11 +5,12 @@
 rule study:
     output:
         f"{RESULTS}/study.json",
+    log:
+        f"{RESULTS}/logs/study.log",
     params:
         study=STUDY.model_dump_json(),
     run:
         import json
-
         from buddy.records import write_json
 
         write_json(output[0], json.loads(params.study))
@@ -20,19 +21,19 @@ rule backbone:
         f"{RESULTS}/backbones/{{backbone}}/backbone.json",
     log:
         f"{RESULTS}/logs/backbone/{{backbone}}.log",
+    retries: 1
+    conda:
+        "../envs/buddy.yaml"
+    resources:
+        mem_mb=mem_mb,
+        runtime=240,
     params:
         source=source_flags,
         blocks=lambda w: STUDY.backbones[w.backbone].blocks,
         dtype=lambda w: STUDY.backbones[w.backbone].dtype,
-        folder=f"{RESULTS}/backbones/{{backbone}}",
-    retries: 1
-    resources:
-        mem_mb=mem_mb,
-        runtime=240,
-    conda:
-        "../envs/buddy.yaml"
+        folder=lambda w, output: parent(output[0]),
     shell:
-        "{BUDDY} backbone {params.source} --blocks {params.blocks} --dtype {params.dtype} --out {params.folder} "
+        "python -m buddy backbone {params.source} --blocks {params.blocks} --dtype {params.dtype} --out {params.folder} "
         "> {log} 2>&1"
 
 
@@ -41,27 +42,17 @@ rule data:
         f"{RESULTS}/data/{{dataset}}/data.json",
     log:
         f"{RESULTS}/logs/data/{{dataset}}.log",
-    params:
-        source=STUDY.data.source,
-        folder=f"{RESULTS}/data/{{dataset}}",
     retries: 1
+    conda:
+        "../envs/buddy.yaml"
     resources:
         mem_mb=4000,
         runtime=60,
-    conda:
-        "../envs/buddy.yaml"
+    params:
+        source=STUDY.data.source,
+        folder=lambda w, output: parent(output[0]),
     shell:
-        "{BUDDY} data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} > {log} 2>&1"
-
-
-def corpus_input(wildcards):
-    """The calibration corpus: a data set of the study, or a text file of the user's."""
-    corpus = STUDY.importance.corpus
-    return corpus if Path(corpus).is_file() else f"{RESULTS}/data/{corpus}/data.json"
-
-
-def corpus_path(wildcards, input):
-    return str(Path(input.corpus).parent) if input.corpus.endswith("/data.json") else input.corpus
+        "python -m buddy data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} > {log} 2>&1"
 
 
 rule importance:
@@ -74,19 +65,19 @@ rule importance:
         f"{RESULTS}/logs/importance/backbone~{{backbone}}/indicator~{{indicator}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/importance/backbone~{{backbone}}/indicator~{{indicator}}.tsv"
-    params:
-        backbone=f"{RESULTS}/backbones/{{backbone}}",
-        corpus=corpus_path,
-        settings=section(STUDY.importance, "corpus"),
-        study=STUDY.study.name,
     retries: 1
+    conda:
+        "../envs/buddy.yaml"
     threads: 4
     resources:
         gpu=1,
         mem_mb=mem_mb,
         runtime=minutes(0.25),
-    conda:
-        "../envs/buddy.yaml"
+    params:
+        backbone=lambda w, input: parent(input.backbone),
+        corpus=corpus_path,
+        settings=section(STUDY.importance, "corpus"),
+        study=STUDY.study.name,
     shell:
-        "{BUDDY} importance --backbone {params.backbone} --corpus {params.corpus} --indicator {wildcards.indicator} "
+        "python -m buddy importance --backbone {params.backbone} --corpus {params.corpus} --indicator {wildcards.indicator} "
         "{params.settings} --study {params.study} --out {output} > {log} 2>&1"

@@ -11,19 +11,19 @@ rule latency:
         f"{RESULTS}/logs/latency/{{run}}/dataset~{{dataset}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/latency/{{run}}/dataset~{{dataset}}.tsv"
-    params:
-        model=lambda w: folder_of(RUNS[w.run]),
-        data=f"{RESULTS}/data/{{dataset}}",
-        settings=section(STUDY.latency, "backbones", "datasets"),
-        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
     retries: 1
+    conda:
+        "../envs/buddy.yaml"
     threads: 4
     resources:
         gpu=1,
         mem_mb=mem_mb,
         runtime=minutes(0.2),
-    conda:
-        "../envs/buddy.yaml"
+    params:
+        model=lambda w, input: parent(input.model),
+        data=lambda w, input: parent(input.data),
+        settings=section(STUDY.latency, "backbones", "datasets"),
+        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
     shell:
-        "{BUDDY} latency --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "python -m buddy latency --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
         "--out {output} > {log} 2>&1"

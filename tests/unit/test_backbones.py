@@ -423,6 +423,7 @@ def test_hub_repository_is_linked_into_the_shared_cache(tmp_path, tiny):
             **{file.name: file.read_bytes() for file in tiny.iterdir() if file.name != backbones.PROVENANCE},
             "pytorch_model.bin": b"the same weights again",
             "original/model.safetensors": b"and again",
+            "tokenizer/other.json": b"{}",
             "README.md": b"# Model",
         }
         environment = hub_server.environment(hub.url, tmp_path / "cache")
@@ -430,7 +431,9 @@ def test_hub_repository_is_linked_into_the_shared_cache(tmp_path, tiny):
         done = buddy("backbone", "--hub", "owner/model", "--out", out, "--blocks", 6, **environment)
         assert done.returncode == 0, done.stderr
         assert hub.fetched.count("model.safetensors") == 1
-        assert not {"pytorch_model.bin", "original/model.safetensors", "README.md"} & set(hub.fetched)
+        assert not {"pytorch_model.bin", "original/model.safetensors", "tokenizer/other.json", "README.md"} & set(
+            hub.fetched
+        )
     found = backbones.read(out)
     assert found["revision"] == hub_server.COMMIT
     assert found["sha256"] == backbones.read(tiny)["sha256"]
