@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Abort:
         _stop("interrupted", 130)
     except click.ClickException as error:
-        usage = f" (try: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)
+        usage = f" (try: {context.command_path} --help)" if context else ""
         _stop(" ".join(error.format_message().split()) + usage, error.exit_code)
     sys.exit(status if isinstance(status, int) else 0)
 

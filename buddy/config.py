@@ -27,7 +27,6 @@ PRIORS = ("none", "delta_ppl", "cosine", "taylor")
 KV_POLICIES = ("zero", "mask", "project")
 DECODE_MODES = ("recompute", "reuse")
 METHODS = ("dense", "buddy")
-TASKS = ("openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
 EXECUTIONS = ("dense", "sliced", "reuse", "recompute")
 ARCHITECTURES = ("llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3")
 
@@ -37,6 +36,16 @@ KV = Literal["zero", "mask", "project"]
 Decode = Literal["recompute", "reuse"]
 Method = Literal["dense", "buddy"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
+TASKS: tuple[Task, ...] = (
+    "openbookqa",
+    "piqa",
+    "boolq",
+    "siqa",
+    "hellaswag",
+    "arc_easy",
+    "arc_challenge",
+    "winogrande",
+)
 Execution = Literal["dense", "sliced", "reuse", "recompute"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -217,7 +226,7 @@ class Training(Settings):
 class Evaluation(Settings):
     """Accuracy through lm-evaluation-harness."""
 
-    tasks: list[Task] = Field(list(TASKS), description="tasks", min_length=1)
+    tasks: list[Task] = Field([*TASKS], description="tasks", min_length=1)
     few_shot: int = Field(0, description="solved examples in the prompt", ge=0)
     limit: int | None = Field(
         None,

@@ -17,12 +17,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from tqdm import tqdm
 
 from buddy.errors import UserError, unknown
 from buddy.routing.stack import Stack
+from buddy.routing.types import Block, CausalLM
 
 
 def windows(tokenizer: Any, text: str, samples: int, length: int) -> Tensor:
@@ -60,7 +61,7 @@ class Importance:
 
 
 @torch.no_grad()
-def _without_each_block(backbone: nn.Module, ids: Tensor, measure: Callable[[Stack, Tensor], Tensor]) -> list[Tensor]:
+def _without_each_block(backbone: CausalLM, ids: Tensor, measure: Callable[[Stack, Tensor], Tensor]) -> list[Tensor]:
     """``measure`` on the full model's last states, then without block 0, 1, ...; the shared prefix runs once."""
     stack = Stack(backbone, ids)
     states = stack.inputs()
@@ -70,26 +71,26 @@ def _without_each_block(backbone: nn.Module, ids: Tensor, measure: Callable[[Sta
     return measured
 
 
-def removal_nll(backbone: nn.Module, ids: Tensor) -> Tensor:
+def removal_nll(backbone: CausalLM, ids: Tensor) -> Tensor:
     """Negative log-likelihood of the full model, then without each block: ids (B, S) to (B, 1 + L), nats per token."""
     return torch.stack(_without_each_block(backbone, ids, lambda stack, h: window_nll(stack.logits(h), ids)), dim=1)
 
 
-def cosine(backbone: nn.Module, ids: Tensor) -> Tensor:
+def cosine(backbone: CausalLM, ids: Tensor) -> Tensor:
     """1 - cos between summary representations with and without each block: ids (B, S) to (B, L)."""
     full, *without = _without_each_block(backbone, ids, lambda stack, h: stack.normed(h).float().mean(1))
     return torch.stack([1 - cosine_similarity(full, other, dim=-1) for other in without], dim=1)
 
 
 @torch.no_grad()
-def block_influence(backbone: nn.Module, ids: Tensor) -> Tensor:
+def block_influence(backbone: CausalLM, ids: Tensor) -> Tensor:
     """1 - cos between each block's input and output, mean over tokens: ids (B, S) to (B, L)."""
     states = [state.float() for state in Stack(backbone, ids).inputs()]
     pairs = pairwise(states)
     return torch.stack([1 - cosine_similarity(before, after, dim=-1).mean(-1) for before, after in pairs], dim=1)
 
 
-def taylor(backbone: nn.Module, ids: Tensor) -> Tensor:
+def taylor(backbone: CausalLM, ids: Tensor) -> Tensor:
     """Sum over a block's weights of |weight * gradient| of each window's loss: ids (B, S) to (B, L)."""
     layers = backbone.get_decoder().layers
     wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -110,12 +111,12 @@ def taylor(backbone: nn.Module, ids: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-def _weight_times_gradient(layer: nn.Module) -> float:
+def _weight_times_gradient(layer: Block) -> float:
     products = ((p.detach().float() * p.grad.float()).abs().sum() for p in layer.parameters() if p.grad is not None)
     return float(sum(products))
 
 
-INDICATORS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+INDICATORS: dict[str, Callable[[CausalLM, Tensor], Tensor]] = {
     "delta_ppl": removal_nll,
     "taylor": taylor,
     "cosine": cosine,
@@ -123,7 +124,7 @@ INDICATORS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def estimate(backbone: nn.Module, ids: Tensor, indicator: str, batch_size: int = 1) -> Importance:
+def estimate(backbone: CausalLM, ids: Tensor, indicator: str, batch_size: int = 1) -> Importance:
     """Importance of every block, over the corpus and in every window.
 
     Args:

@@ -196,7 +196,7 @@ class Stopwatch:
         self.device = device
         self.start = time.perf_counter()
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[str, Any]:
         """``{"wall_s", "gpu_s"}`` up to now."""
         wall = time.perf_counter() - self.start
         return {"wall_s": round(wall, 3), "gpu_s": round(wall, 3) if self.device.startswith("cuda") else 0.0}

@@ -162,7 +162,7 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
     device, kind = pick(device, dtype)
     if not (Path(folder) / "config.json").exists():
         raise UserError(f"{folder}: not a backbone (no config.json); make one with `buddy backbone`")
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

@@ -213,12 +213,11 @@ def choose_mode(settings: Tracking) -> Mode:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(_server()).netloc
     named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
         try:
-            found = netrc.netrc(file).authenticators(host)
-        except (OSError, netrc.NetrcParseError):
+            found = netrc.netrc(os.path.expanduser(file)).authenticators(urlsplit(_server()).netloc)
+        except (OSError, ValueError, netrc.NetrcParseError):  # absent, not text, not understood
             continue
         if found and found[2]:
             return True
@@ -231,11 +230,11 @@ def _server() -> str:
         return named
     import configparser
 
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read(folder / "settings")
-    except (OSError, configparser.Error):
+        parser.read(os.path.join(os.path.expanduser(folder), "settings"))
+    except (OSError, ValueError, configparser.Error):
         return "https://api.wandb.ai"
     return parser.get("default", "base_url", fallback="https://api.wandb.ai")
 
@@ -284,7 +283,7 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) ->
     wandb.setup(settings=options)
     try:
         # To W&B an id that it has seen is either a run to go on with ("allow") or one to replace (None).
-        resume = None if progress.fresh else "allow"
+        resume: Literal["allow"] | None = None if progress.fresh else "allow"
         run = wandb.init(mode=mode, dir=str(parent), resume=resume, settings=options, **arguments)
     except Exception:
         wandb.teardown()  # or the id counts as in use when the run is opened offline

@@ -6,7 +6,7 @@ FIGURES = ["accuracy_vs_budget"] + (["latency"] if STUDY.timed_backbones() else 
 rule table:
     input:
         records=lambda w: table_records(w.table),
-        study=ancient(rules.study.output),
+        study=ancient(rules.study.output[0]),
     output:
         [f"{RESULTS}/tables/{{table}}.{kind}" for kind in ("csv", "md", "tex")],
     log:
@@ -26,7 +26,7 @@ rule table:
 rule figure:
     input:
         records=lambda w: figure_records(w.figure),
-        study=ancient(rules.study.output),
+        study=ancient(rules.study.output[0]),
     output:
         [f"{RESULTS}/figures/{{figure}}.{kind}" for kind in ("pdf", "png")],
     log:

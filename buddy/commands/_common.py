@@ -34,6 +34,7 @@ def tracked(stage: str, study: str, run: Run, config: dict[str, Any], part: str 
     settings = Tracking(
         project=os.environ.get("WANDB_PROJECT", "buddy"),
         entity=os.environ.get("WANDB_ENTITY") or None,
+        mode="auto",
     )
     with track(
         stage,

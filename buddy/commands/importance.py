@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,9 +31,9 @@ def importance(
           --indicator taylor --samples 8 --length 256 --out taylor.json
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --out cosine.json
     """
-    from buddy.data import inputs
     from buddy.commands._common import tracked
     from buddy.config import Run
+    from buddy.data import inputs
     from buddy.importance import estimate, windows
     from buddy.records import Record, Stopwatch, commit, environment
     from buddy.runs import load_backbone
@@ -44,7 +44,7 @@ def importance(
     with tracked("importance", study, run, {"indicator": indicator, **settings.model_dump()}, indicator) as tracker:
         watch = Stopwatch(str(model.device))
         found = estimate(model, windows(tokenizer, text, settings.samples, settings.length), indicator)
-        metrics = {
+        metrics: dict[str, Any] = {
             "indicator": indicator,
             "corpus": corpus.name,
             "samples": settings.samples,

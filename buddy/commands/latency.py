@@ -29,10 +29,10 @@ def latency(
           --prompts 4 --new-tokens 32 --out records
       buddy latency --run RUN --data DIR --removed 16 --batch-size 4 --executions dense,recompute --out records
     """
-    from buddy.data import inputs
     from buddy import runs
     from buddy.commands._common import check_one_gpu, run_of, tracked
     from buddy.commands._options import counts
+    from buddy.data import inputs
     from buddy.evaluation.latency import benchmark
     from buddy.records import Budget, Record, Stopwatch, commit, environment
     from buddy.routing.budget import executed_blocks

@@ -44,10 +44,10 @@ def train(
 
     import torch
 
-    from buddy.data import inputs
     from buddy import runs
     from buddy.commands._common import check_one_gpu, run_of, tracked
     from buddy.commands._options import choice
+    from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
     from buddy.records import Record, Stopwatch, commit, environment

@@ -144,7 +144,7 @@ class BuddyLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, nats, in windows of at most `max_length` tokens."""
         results = []
-        for (text,) in (request.args for request in requests):
+        for text in (request.args[0] for request in requests):
             windows = map(
                 make_disjoint_window,
                 get_rolling_token_windows(
@@ -180,7 +180,9 @@ class BuddyLM(TemplateLM):
         new = int(settings.pop("max_gen_toks", 256))
         settings.pop("do_sample", None)
         temperature = float(settings.pop("temperature", 0.0) or 0.0)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        )
         rows = [self.tok_encode(prompt)[-(self.max_length - new) :] for prompt in prompts]
         inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
         ids: Tensor = self.model.generate(

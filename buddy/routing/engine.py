@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -23,6 +23,7 @@ from buddy.routing.budget import Budget
 from buddy.routing.kv import RoutedCache, SourceTap, project
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
+from buddy.routing.types import Block, CausalLM, Decoder
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 """Architectures (``config.model_type``) whose decoder is a plain stack of pre-norm blocks with rotary embedding."""
@@ -63,7 +64,7 @@ class RouteState:
     step: int = 0
 
 
-def check_supported(backbone: nn.Module) -> None:
+def check_supported(backbone: CausalLM) -> None:
     """Refuse a backbone whose block loop this engine does not reproduce.
 
     Raises:
@@ -78,7 +79,7 @@ def check_supported(backbone: nn.Module) -> None:
 
 
 @contextmanager
-def routed(backbone: nn.Module, routing: Routing) -> Iterator[Routing]:
+def routed(backbone: CausalLM, routing: Routing) -> Iterator[Routing]:
     """Within the context, passes through this backbone follow ``routing``; outside, it is untouched.
 
     Args:
@@ -96,7 +97,7 @@ def routed(backbone: nn.Module, routing: Routing) -> Iterator[Routing]:
 
 
 def run_blocks(
-    decoder: nn.Module,
+    decoder: Decoder,
     routing: Routing,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -165,11 +166,11 @@ def _state(routing: Routing, cache: RoutedCache | None, batch: int, device: torc
 class Step:
     """One pass over S new tokens of B sequences, block by block."""
 
-    decoder: nn.Module
+    decoder: Decoder
     routing: Routing
     cache: RoutedCache | None
     new: int
-    causal: Tensor | None
+    causal: Any
     attention_mask: Tensor | None
     position_ids: Tensor
     rotary: tuple[Tensor, Tensor]
@@ -272,7 +273,7 @@ class Step:
             residual = torch.zeros_like(hidden)
             residual[skipping] = self.block(index, hidden[skipping], skipping) - hidden[skipping]
         out = hidden
-        if running is None or len(running):
+        if running is not None and len(running):
             ran = self.block(index, hidden[running], running)
             out = hidden.index_copy(0, running, ran)
             residual[running] = (ran - hidden[running]).detach()
@@ -288,7 +289,7 @@ class Step:
         cache = self.cache
         assert cache is not None
         past, end = cache.length, cache.length + self.new
-        layer = cache.layers[index]
+        layer = cache.blocks[index]
         allowed = torch.ones(self.new, end, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
         if self.attention_mask is not None:
             allowed = allowed & self.attention_mask[:, None, None, :end].bool()
@@ -307,7 +308,7 @@ class Step:
 
 
 @contextmanager
-def _uncheckpointed(layer: nn.Module) -> Iterator[None]:
+def _uncheckpointed(layer: Block) -> Iterator[None]:
     """Gradient checkpointing withholds the cache from a block, and with it the source block's K/V from the policy."""
     checkpointing = getattr(layer, "gradient_checkpointing", False)
     layer.gradient_checkpointing = False

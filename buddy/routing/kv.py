@@ -24,6 +24,8 @@ class BlockCache(CacheLayerMixin):
     """Keys and values of one block: (B, KV heads, capacity, head size), of which ``owner.length`` columns are filled."""
 
     is_sliding = False
+    keys: Any
+    values: Any
 
     def __init__(self, owner: RoutedCache) -> None:
         super().__init__()
@@ -104,7 +106,8 @@ class RoutedCache(Cache):
     """
 
     def __init__(self, blocks: int, policy: str = "zero", capacity: int = 64) -> None:
-        super().__init__(layers=[BlockCache(self) for _ in range(blocks)])
+        self.blocks = [BlockCache(self) for _ in range(blocks)]
+        super().__init__(layers=list(self.blocks))
         self.policy = policy
         self.capacity = max(capacity, 1)
         self.length = 0
@@ -119,8 +122,8 @@ class RoutedCache(Cache):
         self.batch = batch
         if self.length + new > self.capacity:
             self.capacity = max(self.length + new, 2 * self.capacity)
-            for layer in self.layers:
-                layer.grow(self.capacity)
+            for block in self.blocks:
+                block.grow(self.capacity)
 
     def commit(self, new: int) -> None:
         """Count the columns that the forward pass just wrote."""
@@ -129,13 +132,13 @@ class RoutedCache(Cache):
 
     def window(self, block: int, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values that this block wrote for the ``new`` tokens of the pass under way: (B, heads, new, size)."""
-        layer = self.layers[block]
+        layer = self.blocks[block]
         columns = slice(self.length, self.length + new)
         return layer.keys[:, :, columns], layer.values[:, :, columns]
 
     def missing(self, block: int) -> bool:
         """Whether attention in this block must leave positions out (policy ``mask`` only)."""
-        layer = self.layers[block]
+        layer = self.blocks[block]
         if self.policy != "mask" or self.length == 0:
             return False
         return layer.present is None or not bool(layer.present[:, : self.length].all())
@@ -143,13 +146,13 @@ class RoutedCache(Cache):
     def write(self, block: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write K/V of these rows for a block that does not run (policy ``project``)."""
         self.rows = rows
-        self.layers[block].update(keys, values)
+        self.blocks[block].update(keys, values)
         self.rows = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
-        for layer in self.layers:
-            layer.select(indices)
+        for block in self.blocks:
+            block.select(indices)
         self.batch = len(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -174,7 +177,7 @@ class SourceTap:
         return key_states, value_states
 
 
-def project(attention: torch.nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def project(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """K/V that a block would have written for normalised states, without its queries, attention and MLP.
 
     Args:

@@ -15,6 +15,7 @@ from buddy.routing.engine import Routing, check_supported, routed
 from buddy.routing.kv import KV_POLICIES, RoutedCache
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
+from buddy.routing.types import CausalLM
 
 
 class RoutedModel(nn.Module):
@@ -41,7 +42,7 @@ class RoutedModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, policy: Policy, kv: str = "zero", tokenizer: Any = None, origin: Any = None
+        self, backbone: CausalLM, policy: Policy, kv: str = "zero", tokenizer: Any = None, origin: Any = None
     ) -> None:
         super().__init__()
         check_supported(backbone)
@@ -49,7 +50,7 @@ class RoutedModel(nn.Module):
             raise UserError(f"kv: {kv!r} is not one of {choices(KV_POLICIES)}")
         if policy.blocks != backbone.config.num_hidden_layers:
             raise UserError(f"policy for {policy.blocks} blocks, backbone has {backbone.config.num_hidden_layers}")
-        self.backbone = backbone
+        self.backbone: CausalLM = backbone
         self.policy = policy
         self.kv = kv
         self.tokenizer = tokenizer

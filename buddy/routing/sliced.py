@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
+from buddy.routing.types import Block, CausalLM
 
-def sliced(backbone: nn.Module, kept: Sequence[int]) -> nn.Module:
+
+def sliced(backbone: CausalLM, kept: Sequence[int]) -> CausalLM:
     """A Hugging Face model of the same class with only the ``kept`` blocks, sharing their weights.
 
     Args:
@@ -27,7 +30,7 @@ def sliced(backbone: nn.Module, kept: Sequence[int]) -> nn.Module:
     return result
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def _shallow(module: Any) -> Any:
     """A module whose children and parameters are the same objects, but whose tables of them are its own."""
     twin = copy.copy(module)
     for table in ("_modules", "_parameters", "_buffers"):
@@ -35,7 +38,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _renumbered(layer: nn.Module, place: int) -> nn.Module:
+def _renumbered(layer: Block, place: int) -> Block:
     """The block under another index, by which it finds its part of the cache."""
     twin = _shallow(layer)
     twin.self_attn = _shallow(layer.self_attn)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import create_causal_mask
+
+from buddy.routing.types import CausalLM
 
 
 class Stack:
@@ -19,7 +21,7 @@ class Stack:
         input_ids: (B, S).
     """
 
-    def __init__(self, backbone: nn.Module, input_ids: Tensor) -> None:
+    def __init__(self, backbone: CausalLM, input_ids: Tensor) -> None:
         self.backbone = backbone
         self.decoder = backbone.get_decoder()
         self.embedded = self.decoder.embed_tokens(input_ids)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from buddy.config import Training
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
+from buddy.routing.types import CausalLM
 from buddy.training.examples import IGNORED, Collator, encode
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Trained:
 
 
 def train(
-    backbone: nn.Module,
+    backbone: CausalLM,
     tokenizer: Any,
     policy: BuddyPolicy,
     pairs: Sequence[tuple[str, str]],
@@ -123,7 +124,7 @@ def train(
 _POLICY = "depth_policy"  # the router's name inside the trained model while training lasts
 
 
-def _with_lora(backbone: nn.Module, settings: Training) -> tuple[nn.Module, Any]:
+def _with_lora(backbone: CausalLM, settings: Training) -> tuple[CausalLM, Any]:
     """The model to train, and the same as a PeftModel (None without LoRA)."""
     backbone.requires_grad_(False)
     if settings.lora_rank == 0:
@@ -132,7 +133,7 @@ def _with_lora(backbone: nn.Module, settings: Training) -> tuple[nn.Module, Any]
 
     lora = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
@@ -141,7 +142,7 @@ def _with_lora(backbone: nn.Module, settings: Training) -> tuple[nn.Module, Any]
     return adapted, adapted
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: CausalLM) -> CausalLM:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -157,7 +158,7 @@ def _curve_point(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _trainer(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: Any,
     rows: list[dict[str, Any]],
     settings: Training,
@@ -209,7 +210,7 @@ def _trainer(
     )
 
 
-def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+def _optimizer(model: CausalLM, settings: Training) -> torch.optim.Optimizer:
     """AdamW over LoRA and router; the router may have its own rate."""
     router = list(getattr(model, _POLICY).parameters())
     known = {id(parameter) for parameter in router}
@@ -263,7 +264,7 @@ def router_trainer_class() -> type:
         @torch.no_grad()
         def _note(self, routing: Routing, inputs: dict[str, Tensor]) -> None:
             """Collect what the next log line averages."""
-            metrics = self._metrics["train" if self.model.training else "eval"]
+            metrics = self._metrics["train"]
             metrics["executed_fraction"].append(routing.trace.steps[0].float().mean().item())
             assert routing.state is not None
             scores = self.policy.scores(routing.state.policy_state)
@@ -284,10 +285,11 @@ def router_trainer_class() -> type:
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             """A checkpoint holds the adapter and the router, not the backbone."""
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(str(output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            if hasattr(self.model, "peft_config"):
-                self.model.save_pretrained(str(folder))
+            model: CausalLM = self.model
+            if hasattr(model, "peft_config"):
+                model.save_pretrained(str(folder))
             save_file({k: v.contiguous() for k, v in self.policy.state_dict().items()}, folder / ROUTER_STATE)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:

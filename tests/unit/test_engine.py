@@ -7,7 +7,6 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from transformers.cache_utils import DynamicCache
 
 from buddy.errors import BudgetError, UserError
@@ -326,7 +325,7 @@ def test_wrong_requests_are_refused_in_one_line(backbone):
 
 def test_the_cache_grows_without_losing_anything(backbone):
     model = routed(backbone, kv="project")
-    ids, mask = prompts(batch=1)
+    ids, _ = prompts(batch=1)
     with torch.no_grad():
         small, large = model.new_cache(1), model.new_cache(400)
         for cache in (small, large):

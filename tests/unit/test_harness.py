@@ -88,7 +88,9 @@ def test_static_removal_scores_as_the_sliced_model_through_plain_lm_eval(backbon
         HFLM(pretrained=smaller, tokenizer=byte_tokenizer(), batch_size=8, max_length=512),
         tasks=chosen, task_manager=manager, limit=24, bootstrap_iters=100,
     )  # fmt: skip
-    lm = BuddyLM(RoutedModel(backbone, StaticPolicy(7, removed), tokenizer=byte_tokenizer()), batch_size=8, max_length=512)
+    lm = BuddyLM(
+        RoutedModel(backbone, StaticPolicy(7, removed), tokenizer=byte_tokenizer()), batch_size=8, max_length=512
+    )
     metrics = accuracy.measure(lm, 5 / 7, Evaluation(tasks=NAMES, limit=24), data)
     assert metrics["executed_mean"] == 5
     assert metrics["limit"] == 24
@@ -109,7 +111,8 @@ def test_generation_stops_at_stop_strings_and_rolls_over_windows(backbone):
     tokenizer = byte_tokenizer()
     lm = BuddyLM(RoutedModel(backbone, StaticPolicy(7), tokenizer=tokenizer), batch_size=2, max_length=64)
     asked = [
-        Instance("generate_until", {}, (text, {"until": ["q"], "max_gen_toks": 12}), 0) for text in ("abc", "hello there")
+        Instance("generate_until", {}, (text, {"until": ["q"], "max_gen_toks": 12}), 0)
+        for text in ("abc", "hello there")
     ]
     for found, one in zip(lm.generate_until(asked, disable_tqdm=True), asked, strict=True):
         ids = tokenizer(one.args[0], return_tensors="pt").input_ids

@@ -14,7 +14,8 @@ from buddy.records import SCHEMA, Budget, Record, commit, environment, find, wri
 
 def record(**changes):
     return Record(
-        **{"kind": "accuracy", "study": "s", "backbone": "b", "method": "buddy", "metrics": {"x": 1.5}, "n": 3} | changes
+        **{"kind": "accuracy", "study": "s", "backbone": "b", "method": "buddy", "metrics": {"x": 1.5}, "n": 3}
+        | changes
     )
 
 

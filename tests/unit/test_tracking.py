@@ -28,7 +28,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 JOB: dict[str, Any] = {
     "study": "demo",
     "run_path": "backbone~tiny/method~buddy/feature~value/seed~0",
-    "group": "tiny × buddy",  # noqa: RUF001
+    "group": "tiny × buddy",
     "config": {"learning_rate": 1e-4, "variant": {"feature": "value"}},
 }
 

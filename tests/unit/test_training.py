@@ -192,7 +192,10 @@ def test_the_loss_is_the_mean_negative_log_likelihood():
     logits, labels = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
     labels[0, :3] = IGNORED
     terms = [
-        -logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != IGNORED
+        -logits[b, t - 1].log_softmax(-1)[labels[b, t]]
+        for b in range(2)
+        for t in range(1, 5)
+        if labels[b, t] != IGNORED
     ]
     torch.testing.assert_close(sft.next_token_loss(logits, labels), torch.stack(terms).mean())
     torch.testing.assert_close(sft.next_token_loss(logits, labels, count=10), torch.stack(terms).sum() / 10)
