@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from buddy.config import Settings
-from buddy.errors import UserError, choices, unknown
+from buddy.errors import UserError, unknown
 
 
 def with_settings(
@@ -94,9 +94,12 @@ def counts(text: str, option: str) -> list[int]:
         UserError: something else; names the option.
     """
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"{option}: {text!r} is not a list of whole numbers such as 4,8,12") from None
+        found = []
+    if not found or min(found) < 0:
+        raise UserError(f"{option}: {text!r} is not a list of whole numbers such as 4,8,12")
+    return found
 
 
 def choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -106,5 +109,5 @@ def choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
         UserError: it is not.
     """
     if value not in allowed:
-        raise UserError(f"{option}: {value!r} is not {choices(allowed)}")
+        raise unknown(option, value, allowed)
     return value

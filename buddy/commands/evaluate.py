@@ -44,7 +44,7 @@ def evaluate(
     from buddy.records import Budget, Record, Stopwatch, commit, environment
     from buddy.routing.budget import executed_blocks
 
-    depths = counts(removed, "--removed")
+    depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
     model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
     for count in depths:  # refuse all before measuring any
@@ -52,7 +52,8 @@ def evaluate(
     info = model.origin.info
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     lm = BuddyLM(model, batch_size=settings.batch_size)
-    with tracked("evaluate", info.study, run_of(info), settings.model_dump()) as tracker:
+    config = {**settings.model_dump(), "removed": depths, "training": info.training}
+    with tracked("evaluate", info.study, run_of(info), config) as tracker:
         for count in depths:
             budget = Budget.of(model.blocks - count, model.blocks)
             watch = Stopwatch(str(model.device))

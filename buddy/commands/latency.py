@@ -37,14 +37,15 @@ def latency(
     from buddy.records import Budget, Record, Stopwatch, commit, environment
     from buddy.routing.budget import executed_blocks
 
-    depths = counts(removed, "--removed")
+    depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)][: settings.prompts]
     model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
     for count in depths:
         executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
     info = model.origin.info
-    with tracked("latency", info.study, run_of(info), settings.model_dump(), data.name) as tracker:
+    config = {**settings.model_dump(), "removed": depths, "training": info.training}
+    with tracked("latency", info.study, run_of(info), config, data.name) as tracker:
         watch = Stopwatch(str(model.device))
         for contender, metrics in benchmark(model, prompts, depths, settings, data.name):
             is_buddy = contender.execution in ("reuse", "recompute")

@@ -91,7 +91,7 @@ class BuddyLM(TemplateLM):
             yield order[start : start + self.batch_size]
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, **_: Any
+        self, requests: list[Request], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         # Answers of one token share their input (BoolQ's yes and no): one pass scores them all.
         shared: dict[tuple[int, ...], list[int]] = {}

@@ -11,7 +11,7 @@ import pytest
 import watch
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = "tests/slurm/study.yaml"
+STUDY = "tests/tiny.yaml"
 
 
 def dry_run(profile: str | Path) -> str:

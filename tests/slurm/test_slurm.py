@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import slurmd
 import watch
+from checkout import clone
 
 from buddy import config, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = "tests/slurm/study.yaml"
+STUDY = "tests/tiny.yaml"
 HEAVY = {"importance", "train", "evaluate", "latency"}
 OFTEN = "--slurm-init-seconds-before-status-checks=2"
 
@@ -63,21 +62,6 @@ def probe(tmp_path: Path) -> Path:
     (folder / "Snakefile").write_text(PROBE)
     (folder / "buddy" / "__main__.py").write_text(PROBE_COMMAND)
     (folder / "slurm").symlink_to((ROOT / "slurm").resolve())
-    return folder
-
-
-def clone(folder: Path) -> Path:
-    """This checkout as a user would have it: what git holds or would take, links as links."""
-    listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        source, target = ROOT / name, folder / name
-        if source.is_symlink() or source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
     return folder
 
 

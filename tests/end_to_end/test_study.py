@@ -1,0 +1,160 @@
+"""A whole tiny study on this machine: from nothing to tables and figures, then again, then with knobs turned."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from checkout import clone, planned, snakemake
+
+from buddy.records import Record, find
+
+TINY = ("--configfile", "tests/tiny.yaml")
+MAIN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A checkout in which the tiny study has run to its end, with W&B offline."""
+    folder = clone(tmp_path_factory.mktemp("clone"))
+    result = snakemake(folder, "--cores", "2", *TINY, WANDB_MODE="offline")
+    logs = "".join(path.read_text()[-1500:] for path in (folder / "results/tiny/logs").rglob("*.log"))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:] + logs
+    return folder
+
+
+def buddy(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "buddy", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tables_and_figures_are_there(finished):
+    study = finished / "results/tiny"
+    for table in ("table2", "table4", "table5"):
+        for kind in ("csv", "md", "tex"):
+            assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
+    for figure in ("accuracy_vs_budget", "latency"):
+        assert (study / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert (study / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_measurement_left_a_record(finished):
+    records = [Record.read(path) for path in find(finished / "results/tiny")]
+    kinds = [record.kind for record in records]
+    # two routed runs at two depths and one dense; dense and three executions at two depths
+    assert kinds.count("accuracy") == 2 * 2 + 1
+    assert kinds.count("latency") == 1 + 3 * 2
+    assert kinds.count("importance") == 1
+    assert kinds.count("training") == 2
+    for record in records:
+        assert record.study == "tiny"
+        assert record.backbone == "tiny"
+        assert record.environment["torch"]
+        assert record.wall_s > 0
+        if record.kind == "accuracy":
+            assert record.metrics["executed_mean"] == record.budget.executed == 6 - record.budget.removed
+            assert record.metrics["limit"] == 4
+            assert record.n == 2 * 4
+
+
+def test_every_job_logged_one_wandb_run(finished):
+    """Two trainings, three evaluations, one latency and one importance job: each one offline run, no key needed."""
+    folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
+    ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
+    assert len(ids) == 7
+
+
+def test_a_second_run_finds_nothing_to_do(finished):
+    start = time.monotonic()
+    result = snakemake(finished, "--cores", "2", *TINY)
+    assert "Nothing to be done" in result.stdout + result.stderr
+    assert time.monotonic() - start < 15
+
+
+KNOBS = [
+    ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
+    ({"evaluation": {"limit": 5}}, {"evaluate", "table", "figure", "all"}),
+    ({"training": {"learning_rate": 0.01}}, {"train", "evaluate", "latency", "table", "figure", "all"}),
+    ({"importance": {"length": 40}}, {"importance", "train", "evaluate", "latency", "table", "figure", "all"}),
+    ({"tracking": {"project": "other"}}, set()),
+]
+
+
+@pytest.mark.parametrize(("knob", "expected"), KNOBS, ids=lambda value: str(value)[:40])
+def test_one_knob_reruns_what_depends_on_it(finished, knob, expected):
+    (finished / "knob.yaml").write_text(yaml.safe_dump(knob))
+    jobs = planned(finished, *TINY, "knob.yaml")
+    assert set(jobs) - {"study"} == expected
+    if "latency" in knob:
+        assert jobs["table"] == jobs["figure"] == 1  # table4 and its picture, not the accuracy ones
+
+
+def test_adding_an_ablation_value_adds_its_runs_only(finished):
+    overlay = yaml.safe_load((finished / "tests/tiny.yaml").read_text())
+    overlay["study"]["ablations"][0]["feature"].append("key+value")
+    (finished / "knob.yaml").write_text(yaml.safe_dump(overlay))
+    jobs = planned(finished, "--configfile", "knob.yaml")
+    assert jobs == {"study": 1, "train": 1, "evaluate": 1, "table": 1, "all": 1}
+
+
+def test_a_person_can_generate_with_the_trained_run(finished):
+    run = f"results/tiny/runs/{MAIN}"
+    listed = buddy(finished, "runs", "--json")
+    assert run in [entry["path"] for entry in json.loads(listed.stdout)]
+    result = buddy(finished, "generate", "--run", run, "--budget", "0.67", "--max-new-tokens", "5", "hello")
+    assert result.returncode == 0, result.stderr
+    strips = [line for line in result.stdout.splitlines() if line.endswith("4/6")]
+    assert strips
+    assert all(line.count("█") == 4 and line.count("·") == 2 for line in strips)
+    assert "tokens/s" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--run", f"results/tiny/runs/{MAIN}", "--budget", "1.5", "hi"], "budget: 1.5 is over 1"),
+        (["generate", "--run", f"results/tiny/runs/{MAIN}", "--budget", "0.1", "hi"], "nearest legal budgets are 0.3333"),
+        (["generate", "--run", "results/nowhere", "--budget", "0.5", "hi"], "not a run"),
+        (["evaluate", "--run", f"results/tiny/runs/{MAIN}", "--data", "results/tiny/data", "--removed", "9", "--out", "x"], "of 6 blocks"),
+        (["evaluate", "--run", f"results/tiny/runs/{MAIN}", "--data", "results/tiny/data", "--tasks", "piqua", "--out", "x"], "did you mean piqa"),
+        (["train", "--backbone", "results/tiny/backbones/tiny", "--data", "results/tiny/data/piqa", "--most-removed", "2", "--out", "x"], "no prompts"),
+        (["train", "--backbone", "nowhere", "--data", "results/tiny/data/alpaca", "--most-removed", "2", "--out", "x"], "not a backbone"),
+        (["train", "--backbone", "results/tiny/backbones/tiny", "--data", "results/tiny/data/alpaca", "--most-removed", "5", "--out", "x"], "not between 1 and 4"),
+        (["importance", "--backbone", "results/tiny/backbones/tiny", "--corpus", "nowhere.txt", "--indicator", "taylor", "--out", "x"], "neither a data set folder"),
+        (["latency", "--run", f"results/tiny/runs/{MAIN}", "--data", "results/tiny/data/alpaca", "--removed", "two", "--out", "x"], "--removed: 'two'"),
+        (["train", "--epochs", "-1", "--backbone", "b", "--data", "d", "--most-removed", "2", "--out", "x"], "--epochs"),
+        (["nonsense"], "No such command"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value[:20],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line(finished, arguments, words):
+    result = buddy(finished, *arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("buddy:")]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (finished / "x").exists()
+
+
+def test_tables_are_rebuilt_from_records_alone(finished, tmp_path):
+    """Runs, backbones, data and old tables deleted: the same table comes back, and no job but `table` is planned."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy, symlinks=True)
+    table = copy / "results/tiny/tables/table4.csv"
+    before = table.read_text()
+    for folder in ("runs", "backbones", "data", "tables", "figures", "logs", "wandb", "benchmarks"):
+        shutil.rmtree(copy / "results/tiny" / folder)
+    assert set(planned(copy, *TINY, "table4")) <= {"table", "table4", "study"}
+    result = snakemake(copy, "--cores", "1", *TINY, "table4")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert table.read_text() == before
