@@ -17,11 +17,15 @@ include: "rules/report.smk"
 
 localrules:
     all,
-    study,
     backbone,
     data,
     table,
     figure,
+
+
+onstart:
+    # Reports read the whole study from here. It is no rule's input: a knob must rerun what it changes and nothing else.
+    write_json(f"{RESULTS}/study.json", STUDY.model_dump(mode="json"))
 
 
 rule all:

@@ -7,13 +7,16 @@ import logging
 import os
 import signal
 import sys
+from typing import Any
 
-import click
 import typer
 
 from buddy.errors import UserError
 
 COMMANDS = ("backbone", "data", "importance", "train", "evaluate", "latency", "generate", "runs", "report", "config")
+
+# Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
+_WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 _EPILOG = "The order of a study: backbone, data, importance, train, evaluate, latency, report. `buddy COMMAND --help` shows examples."
 
@@ -24,14 +27,13 @@ def build() -> typer.Typer:
         name="buddy",
         help="Budget-driven dynamic depth routing for LLM inference (BUDDY, arXiv 2606.09514).",
         epilog=_EPILOG,
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
     for name in COMMANDS:
         module = importlib.import_module(f"buddy.commands.{name}")
-        app.command(name, no_args_is_help=name not in ("runs", "config"))(getattr(module, name))
+        app.command(name)(getattr(module, name))
     return app
 
 
@@ -45,14 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
     for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `finally` blocks tidy up when Slurm cancels
+    arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(build())
     try:
-        status = command.main(args=arguments, prog_name="buddy", standalone_mode=False)
+        status = command.main(args=arguments or ["--help"], prog_name="buddy", standalone_mode=False)
     except UserError as error:
         _stop(" ".join(str(error).split()), 2)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         _stop("interrupted", 130)
-    except click.ClickException as error:
+    except _WRONG_USAGE as error:
         context = getattr(error, "ctx", None)
         usage = f" (try: {context.command_path} --help)" if context else ""
         _stop(" ".join(error.format_message().split()) + usage, error.exit_code)

@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from buddy import config as buddy_config
 from buddy.errors import UserError
+from buddy.records import write_json
 
 
 def read_study():

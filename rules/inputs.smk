@@ -1,19 +1,5 @@
-# What every other job reads: the validated study, backbones, data sets, block importance.
+# What every other job reads: backbones, data sets, block importance.
 # Fetching runs where Snakemake runs, which has the network; all other jobs keep away from the Hub.
-
-
-rule study:
-    output:
-        f"{RESULTS}/study.json",
-    log:
-        f"{RESULTS}/logs/study.log",
-    params:
-        study=STUDY.model_dump_json(),
-    run:
-        import json
-        from buddy.records import write_json
-
-        write_json(output[0], json.loads(params.study))
 
 
 rule backbone:

@@ -5,8 +5,7 @@ FIGURES = ["accuracy_vs_budget"] + (["latency"] if STUDY.timed_backbones() else 
 
 rule table:
     input:
-        records=lambda w: table_records(w.table),
-        study=ancient(rules.study.output[0]),
+        lambda w: table_records(w.table),
     output:
         [f"{RESULTS}/tables/{{table}}.{kind}" for kind in ("csv", "md", "tex")],
     log:
@@ -17,16 +16,15 @@ rule table:
         mem_mb=2000,
         runtime=15,
     params:
-        study=lambda w, input: parent(input.study),
+        study=STUDY.study.name,
         settings=table_settings,
     shell:
-        "python -m buddy report --study {params.study} --table {wildcards.table} > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --table {wildcards.table} > {log} 2>&1"
 
 
 rule figure:
     input:
-        records=lambda w: figure_records(w.figure),
-        study=ancient(rules.study.output[0]),
+        lambda w: figure_records(w.figure),
     output:
         [f"{RESULTS}/figures/{{figure}}.{kind}" for kind in ("pdf", "png")],
     log:
@@ -37,10 +35,10 @@ rule figure:
         mem_mb=2000,
         runtime=15,
     params:
-        study=lambda w, input: parent(input.study),
+        study=STUDY.study.name,
         removed=lambda w: {backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
     shell:
-        "python -m buddy report --study {params.study} --figure {wildcards.figure} > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} > {log} 2>&1"
 
 
 # `snakemake table2` and so on: the paper's names as targets, for those that the study measures.

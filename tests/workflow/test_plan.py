@@ -97,8 +97,6 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
     )
     for rule in text.split("\nrule ")[1:]:
         name = rule.split(":")[0]
-        if name == "study":
-            continue
         for directive in ("log:", "resources:", "mem_mb=", "runtime=", "retries:", "conda:"):
             assert directive in rule, f"rule {name} has no {directive}"
         if name not in ("backbone", "data"):
