@@ -1,4 +1,4 @@
-"""Tiny random models, built from a configuration: the suite needs no network."""
+"""What every test runs under: no network, no W&B; and the tiny backbones as fixtures."""
 
 import os
 
@@ -6,37 +6,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-ARCHITECTURES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-VOCABULARY = 97
-
-
-def tiny(architecture: str = "llama", blocks: int = 7, seed: int = 0, kv_heads: int = 2) -> torch.nn.Module:
-    """A random model whose blocks matter: weights are large enough that skipping one moves the logits."""
-    configuration, model = ARCHITECTURES[architecture]
-    torch.manual_seed(seed)
-    return model(
-        configuration(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=blocks,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-            head_dim=8,
-            max_position_embeddings=512,
-            initializer_range=0.15,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
+from models import ARCHITECTURES, tiny
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import ARCHITECTURES, VOCABULARY, tiny
 from transformers.cache_utils import DynamicCache
 
 from buddy.errors import BudgetError, UserError

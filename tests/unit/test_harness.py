@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from models import tiny
 
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.config import Evaluation

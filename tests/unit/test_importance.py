@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from models import VOCABULARY
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from buddy.errors import UserError

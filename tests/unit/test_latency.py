@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import tiny
+from models import tiny
 
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.config import Latency

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny
+from models import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny
+from models import VOCABULARY, tiny
 
 from buddy.config import Training
 from buddy.policies.buddy import BuddyPolicy
