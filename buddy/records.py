@@ -104,14 +104,19 @@ class Record:
 
 
 def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON atomically, beside the target first, so that a killed job leaves no half file."""
+    """Write JSON atomically; NaN and infinities, which JSON does not know, are refused."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, f"{text}\n".encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write a file beside its target first and rename it, so that a killed job leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from buddy import records
-from buddy.config import Tracking, digest
+from buddy.config import digest
+from buddy.settings import Tracking
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,9 +13,9 @@ from typing import Any
 
 from buddy import folders
 from buddy.backbones import linked, untrained, weights, wheel
-from buddy.config import FolderSource, HubSource, RandomSource, WheelSource
 from buddy.errors import UserError, unknown
 from buddy.records import write_json
+from buddy.settings import FolderSource, HubSource, RandomSource, WheelSource
 
 log = logging.getLogger(__name__)
 

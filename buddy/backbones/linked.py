@@ -9,8 +9,8 @@ from typing import Any
 
 from buddy import hub
 from buddy.backbones import architectures
-from buddy.config import FolderSource, HubSource
 from buddy.errors import UserError
+from buddy.settings import FolderSource, HubSource
 
 FILES = (
     "config.json",

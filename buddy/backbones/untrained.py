@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.backbones import architectures, weights
-from buddy.config import RandomSource
 from buddy.errors import UserError, unknown
+from buddy.settings import RandomSource
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 from buddy.backbones import architectures, gguf_tokenizer, weights
-from buddy.config import WheelSource
 from buddy.errors import UserError, choices
+from buddy.settings import WheelSource
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from buddy.config import Run, Tracking
+from buddy.config import Run
 from buddy.errors import UserError
+from buddy.records import Stopwatch, commit, environment
 from buddy.runs import RunInfo
+from buddy.settings import Tracking
 
 
 def run_of(info: RunInfo) -> Run:
@@ -70,3 +72,17 @@ def check_one_gpu(device: str) -> None:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible and one is used; set CUDA_VISIBLE_DEVICES to a single GPU"
         )
+
+
+def provenance(model: Any, watch: Stopwatch) -> dict[str, Any]:
+    """What every record of a measured model says of where it came from: environment, commit, seconds.
+
+    Args:
+        model: anything with ``dtype`` and ``device``.
+        watch: started when the work began.
+    """
+    return {
+        "environment": environment(str(model.dtype).removeprefix("torch."), model.device.type),
+        "commit": commit(),
+        **watch.seconds(),
+    }

@@ -12,8 +12,8 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from buddy.config import Settings
 from buddy.errors import UserError, unknown
+from buddy.settings import Settings
 
 
 def with_settings(

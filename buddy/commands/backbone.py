@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ValidationError
 
-from buddy.config import ARCHITECTURES, FolderSource, HubSource, RandomSource, WheelSource
 from buddy.errors import UserError, choices, unknown
+from buddy.settings import ARCHITECTURES, FolderSource, HubSource, RandomSource, WheelSource
 
 _SOURCES: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     # option that names the source: its model, and the options that belong to it (option: field)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from buddy.config import Config, Settings
+from buddy.config import Config
+from buddy.settings import Settings
 
 
 def config(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from buddy.config import Data
 from buddy.data.catalogue import CATALOGUE
+from buddy.settings import Data
 
 _SOURCE = Data.model_fields["source"]
 

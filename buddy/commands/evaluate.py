@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.config import Evaluation
+from buddy.settings import Evaluation
 
 
 @with_settings(Evaluation)
@@ -37,11 +37,11 @@ def evaluate(
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, run_of, tracked
+    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.records import Budget, Record, Stopwatch, commit, environment
+    from buddy.records import Budget, Record, Stopwatch
     from buddy.routing.budget import executed_blocks
 
     depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
@@ -68,9 +68,7 @@ def evaluate(
                 variant={**info.variant, "kv": settings.kv} if info.variant else {},
                 seed=info.seed,
                 budget=budget,
-                environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
-                commit=commit(),
-                **watch.seconds(),
+                **provenance(model, watch),
             ).write(out / f"removed~{count}.json")
             tracker.log(
                 {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.config import Importance
+from buddy.settings import Importance
 
 
 @with_settings(Importance, leave_out=("corpus",))
@@ -31,11 +31,11 @@ def importance(
           --indicator taylor --samples 8 --length 256 --out taylor.json
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --out cosine.json
     """
-    from buddy.commands._common import tracked
+    from buddy.commands._common import provenance, tracked
     from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import estimate, windows
-    from buddy.records import Record, Stopwatch, commit, environment
+    from buddy.records import Record, Stopwatch
     from buddy.runs import load_backbone
 
     text = inputs.prose(corpus)
@@ -59,8 +59,6 @@ def importance(
             method="dense",
             metrics=metrics,
             n=settings.samples,
-            environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
-            commit=commit(),
-            **watch.seconds(),
+            **provenance(model, watch),
         ).write(out)
         tracker.summary({f"block_{index}": value for index, value in enumerate(metrics["values"])})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.config import Latency
+from buddy.settings import Latency
 
 
 @with_settings(Latency, leave_out=("backbones", "datasets"))
@@ -30,11 +30,11 @@ def latency(
       buddy latency --run RUN --data DIR --removed 16 --batch-size 4 --executions dense,recompute --out records
     """
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, run_of, tracked
+    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.data import inputs
     from buddy.evaluation.latency import benchmark
-    from buddy.records import Budget, Record, Stopwatch, commit, environment
+    from buddy.records import Budget, Record, Stopwatch
     from buddy.routing.budget import executed_blocks
 
     depths = sorted(set(counts(removed, "--removed")))
@@ -59,9 +59,7 @@ def latency(
                 variant={**info.variant, "kv": settings.kv, "decode": contender.execution} if is_buddy else {},
                 seed=info.seed,
                 budget=Budget.of(model.blocks - contender.removed, model.blocks),
-                environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
-                commit=commit(),
-                **watch.seconds(),
+                **provenance(model, watch),
             ).write(out / f"execution~{contender.execution}" / f"removed~{contender.removed}.json")
             tracker.log(
                 {

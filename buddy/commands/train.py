@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.config import FEATURES, PRIORS, Training
+from buddy.settings import FEATURES, PRIORS, Training
 
 
 @with_settings(Training, leave_out=("data",))
@@ -45,12 +45,12 @@ def train(
     import torch
 
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, run_of, tracked
+    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Record, Stopwatch, commit, environment
+    from buddy.records import Record, Stopwatch, commit
     from buddy.training import sft
 
     choice("--feature", feature, FEATURES)
@@ -119,9 +119,7 @@ def train(
                 n=len(pairs),
                 variant=info.variant,
                 seed=seed,
-                environment=environment(str(model.dtype).removeprefix("torch."), model.device.type),
-                commit=commit(),
-                **watch.seconds(),
+                **provenance(model, watch),
             ).write(record)
         tracker.summary({key: value for key, value in metrics.items() if key != "curve"})
 

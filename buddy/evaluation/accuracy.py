@@ -6,9 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from buddy.config import Evaluation
 from buddy.data.tasks import PREFIX, tasks
 from buddy.evaluation.harness import BuddyLM
+from buddy.settings import Evaluation
 
 KEPT = ("acc", "acc_norm", "exact_match")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
-from buddy.config import Latency
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
+from buddy.settings import Latency
 
 
 @dataclass(frozen=True)

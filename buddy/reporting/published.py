@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from buddy.config import Backbone, FolderSource, HubSource, RandomSource
 from buddy.errors import unknown
+from buddy.settings import Backbone, FolderSource, HubSource, RandomSource
 
 FILES = ("accuracy", "ablations", "latency", "breakdown", "figures", "gsm8k", "training_cost")
 BACKBONES = ("llama3-8b", "qwen2.5-7b-instruct", "llama2-7b", "llama1-13b")

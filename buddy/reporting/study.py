@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 
 from buddy import config
-from buddy.config import TASKS, Config
+from buddy.config import Config
 from buddy.errors import UserError, choices
 from buddy.reporting import frame as frames
 from buddy.reporting.frame import series_of
+from buddy.settings import TASKS
 
 METHOD_ORDER = ("dense", "shortened_llama", "shortgpt", "sleb", "pudding", "first")
 """Order of methods in tables and legends, as in the paper; methods not named here follow, BUDDY comes last."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from buddy.config import Ablation, Table, Variant
 from buddy.errors import unknown
 from buddy.reporting import measures, published
 from buddy.reporting.grid import Cell, Grid, Row, add_notes, rank
 from buddy.reporting.labels import DATASETS, EXECUTIONS, TASK_LABELS, method_label, series_labels
 from buddy.reporting.measures import LATENCY_METRICS, Measure
 from buddy.reporting.study import Study
+from buddy.settings import Ablation, Table, Variant
 
 ERROR_NOTE = "± standard error over a task's items; that of the average is sqrt(sum of squares) / number of tasks."
 PASSES_NOTE = "± bootstrap standard error of the median over the timed passes."

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from buddy.config import Training
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
 from buddy.routing.types import CausalLM
+from buddy.settings import Training
 from buddy.training.examples import IGNORED, Collator, encode
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from buddy.config import TASKS, Config, Run, parse
+from buddy.config import Config, Run, parse
 from buddy.records import Budget, Record, write_json
+from buddy.settings import TASKS
 
 FOUR = ("openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 CHANCE = {task: 1 / 4 if task in FOUR else 1 / 2 for task in TASKS} | {"siqa": 1 / 3}

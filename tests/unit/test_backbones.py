@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from buddy import backbones
 from buddy.backbones import architectures, gguf_tokenizer, untrained, weights
-from buddy.config import ARCHITECTURES, FolderSource, RandomSource, WheelSource
 from buddy.errors import UserError
+from buddy.settings import ARCHITECTURES, FolderSource, RandomSource, WheelSource
 
 TEXTS = ["hello", " two  spaces\n\n\ttab", "naïve «quotes» 漢字 🙂", "<|im_start|>user\nHi<|im_end|>"]
 

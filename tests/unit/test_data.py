@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from buddy import data
-from buddy.config import TASKS
 from buddy.data import sources, templates
 from buddy.errors import UserError
+from buddy.settings import TASKS
 
 COLUMNS = {
     "openbookqa": {"question_stem", "choices", "answerKey"},

@@ -8,7 +8,6 @@ from lm_eval.models.huggingface import HFLM
 from models import tiny
 
 from buddy.backbones.untrained import byte_tokenizer
-from buddy.config import Evaluation
 from buddy.data import materialise
 from buddy.data.tasks import tasks
 from buddy.evaluation import accuracy
@@ -17,6 +16,7 @@ from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
+from buddy.settings import Evaluation
 
 NAMES = ["piqa", "boolq", "openbookqa", "winogrande"]
 

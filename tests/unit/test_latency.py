@@ -7,10 +7,10 @@ import torch
 from models import tiny
 
 from buddy.backbones.untrained import byte_tokenizer
-from buddy.config import Latency
 from buddy.evaluation.latency import benchmark, contenders, time_batch
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.model import RoutedModel
+from buddy.settings import Latency
 
 SETTINGS = Latency(prompts=3, new_tokens=4, batch_size=2, repeats=3, warmup=1)
 

