@@ -17,9 +17,10 @@ rule backbone:
         source=source_flags,
         blocks=lambda w: STUDY.backbones[w.backbone].blocks,
         dtype=lambda w: STUDY.backbones[w.backbone].dtype,
+        study=STUDY.study.name,
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy backbone {params.source} --blocks {params.blocks} --dtype {params.dtype} --out {params.folder} "
+        "python -m buddy backbone {params.source} --blocks {params.blocks} --dtype {params.dtype} --out {params.folder} --study {params.study} "
         "> {log} 2>&1"
 
 
@@ -36,9 +37,10 @@ rule data:
         runtime=60,
     params:
         source=STUDY.data.source,
+        study=STUDY.study.name,
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} > {log} 2>&1"
+        "python -m buddy data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} --study {params.study} > {log} 2>&1"
 
 
 rule importance:

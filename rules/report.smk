@@ -19,7 +19,7 @@ rule table:
         study=STUDY.study.name,
         settings=table_settings,
     shell:
-        "python -m buddy report --results results --study {params.study} --table {wildcards.table} > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --table {wildcards.table} --track > {log} 2>&1"
 
 
 rule figure:
@@ -38,7 +38,7 @@ rule figure:
         study=STUDY.study.name,
         removed=lambda w: {backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
     shell:
-        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} --track > {log} 2>&1"
 
 
 # `snakemake table2` and so on: the paper's names as targets, for those that the study measures.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buddy.config import Run
 from buddy.errors import UserError
@@ -14,15 +13,19 @@ from buddy.records import Stopwatch, commit, environment
 from buddy.runs import RunInfo
 from buddy.settings import Tracking
 
+if TYPE_CHECKING:
+    from buddy.tracking import Tracker
+
 
 def run_of(info: RunInfo) -> Run:
     """The study's run behind a run folder."""
     return Run(info.backbone, info.method, tuple(info.variant.items()), info.seed)
 
 
-@contextmanager
-def tracked(stage: str, study: str, run: Run, config: dict[str, Any], part: str = "") -> Iterator[Any]:
-    """A W&B run for this job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
+def tracked(
+    stage: str, study: str, run: Run, config: dict[str, Any], part: str = ""
+) -> AbstractContextManager[Tracker]:
+    """A W&B run for a job on one run of the study.
 
     Args:
         stage: job type.
@@ -31,31 +34,41 @@ def tracked(stage: str, study: str, run: Run, config: dict[str, Any], part: str 
         config: every setting of the job.
         part: tells jobs of one stage on one run apart (a data set).
     """
+    facts = {"backbone": run.backbone, "method": run.method, "seed": run.seed, **run.variant}
+    path = f"{run.path}/{part}" if part else run.path
+    group = f"{run.backbone} × {run.method}"
+    return tracked_job(stage, study, path, group, {**facts, **config}, (run.backbone, run.method))
+
+
+def tracked_job(
+    stage: str, study: str, path: str, group: str, config: dict[str, Any], tags: tuple[str, ...] = ()
+) -> AbstractContextManager[Tracker]:
+    """A W&B run for any job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
+
+    Args:
+        stage: job type.
+        study: study it belongs to.
+        path: what the job makes, unique within its stage; with the other two it is the run's identity.
+        group: runs shown together.
+        config: every setting of the job.
+        tags: besides the study's name.
+    """
     from buddy.tracking import track
 
-    settings = Tracking(
-        project=os.environ.get("WANDB_PROJECT", "buddy"),
-        entity=os.environ.get("WANDB_ENTITY") or None,
-        mode="auto",
-    )
-    with track(
+    return track(
         stage,
         study=study,
-        run_path=f"{run.path}/{part}" if part else run.path,
-        group=f"{run.backbone} × {run.method}",
-        config={
-            "study": study,
-            "backbone": run.backbone,
-            "method": run.method,
-            "seed": run.seed,
-            **run.variant,
-            **config,
-        },
-        tags=(study, run.backbone, run.method),
+        run_path=path,
+        group=group,
+        config={"study": study, **config},
+        tags=(study, *tags),
         folder=Path(os.environ.get("WANDB_DIR", ".")),
-        settings=settings,
-    ) as tracker:
-        yield tracker
+        settings=Tracking(
+            project=os.environ.get("WANDB_PROJECT", "buddy"),
+            entity=os.environ.get("WANDB_ENTITY") or None,
+            mode="auto",
+        ),
+    )
 
 
 def check_one_gpu(device: str) -> None:

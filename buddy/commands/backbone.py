@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ def backbone(
     name: Annotated[
         str | None, typer.Option(help="name of the backbone in backbone.json (default: that of --out)")
     ] = None,
+    study: Annotated[str, typer.Option(help="study it is for: logs a W&B run; none without")] = "",
 ) -> None:
     """Fetch or make a backbone: one local folder, ready for the other commands, which need no network.
 
@@ -74,8 +76,13 @@ def backbone(
     given = {key: value for key, value in locals().items() if value is not None}
     source = _source(given)
     from buddy import backbones
+    from buddy.commands._common import tracked_job
 
-    found = backbones.prepare(source, out, name=name, blocks=blocks, dtype=dtype)
+    config = {**source.model_dump(), "backbone": name or out.name, "dtype": dtype}
+    with tracked_job("backbone", study, out.name, "backbones", config) if study else nullcontext() as job:
+        found = backbones.prepare(source, out, name=name, blocks=blocks, dtype=dtype)
+        if job is not None:
+            job.summary({key: found[key] for key in ("architecture", "blocks", "parameters", "revision")})
     parameters = f"{found['parameters'] / 1e6:,.1f} million parameters"
     typer.echo(f"{out}: {found['architecture']}, {found['blocks']} blocks, {parameters}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ def data(
     name: Annotated[str, typer.Option(help="data set: " + ", ".join(CATALOGUE))],
     out: Annotated[Path, typer.Option(help="folder to make")],
     source: Annotated[str, typer.Option(help=_SOURCE.description)] = _SOURCE.default,
+    study: Annotated[str, typer.Option(help="study it is for: logs a W&B run; none without")] = "",
 ) -> None:
     """Fetch a data set: one JSON Lines file per split, and data.json, which says where they came from.
 
@@ -35,8 +37,12 @@ def data(
       # Your own rows, in /mine/piqa.validation.jsonl and /mine/piqa.train.jsonl
       buddy data --name piqa --source /mine --out results/mine/data/piqa
     """
+    from buddy.commands._common import tracked_job
     from buddy.data import materialise
 
-    content = materialise(name, source, out)
+    with tracked_job("data", study, name, "data", {"data": name, "source": source}) if study else nullcontext() as job:
+        content = materialise(name, source, out)
+        if job is not None:
+            job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})
     sizes = ", ".join(f"{split} {facts['rows']} rows" for split, facts in content["splits"].items())
     typer.echo(f"{out}: {name} from {source}, {sizes}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +20,7 @@ def report(
     table: Annotated[list[str] | None, typer.Option(help="table to build, 2 or table2; repeat for more")] = None,
     figure: Annotated[list[str] | None, typer.Option(help="figure to draw, by name; repeat for more")] = None,
     all_: Annotated[bool, typer.Option("--all", help="every table and figure that the study measures")] = False,
+    track: Annotated[bool, typer.Option("--track", help="log each table and figure as a W&B run")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="print accuracy, speed and where the plots are")] = False,
 ) -> None:
     """Build tables and figures from a study's records, or print its summary.
@@ -37,6 +39,8 @@ def report(
 
       buddy report --study /data/results/paper --all
     """
+    import pandas as pd
+
     from buddy.reporting import figures, tables, write
     from buddy.reporting.study import load
     from buddy.reporting.summary import summary as summarise
@@ -53,16 +57,30 @@ def report(
     asked_tables = list(dict.fromkeys(tables.resolve(found, name) for name in table or []))
     asked_figures = list(dict.fromkeys(figures.resolve(found, name) for name in figure or []))
     for name in tables.names(found) if all_ else asked_tables:
-        _announce(write.table(found, name))
+        with _tracked(track, "table", found.name, name) as job:
+            paths = write.table(found, name)
+            if job is not None:
+                job.table(name, pd.read_csv(paths[0]))
+        _announce(paths)
     for name in figures.names(found) if all_ else asked_figures:
         try:
-            _announce(write.figure(found, name))
+            with _tracked(track, "figure", found.name, name):
+                paths = write.figure(found, name)
+            _announce(paths)
         except UserError as error:
             if name in asked_figures:
                 raise
             log.warning("%s left out: %s", name, error)  # --all of an unfinished study gives what there is
     if summary:
         typer.echo(summarise(folder))
+
+
+def _tracked(wanted: bool, stage: str, study: str, name: str) -> AbstractContextManager[Any]:
+    if not wanted:
+        return nullcontext()
+    from buddy.commands._common import tracked_job
+
+    return tracked_job(stage, study, name, "report", {stage: name})
 
 
 def _folder(study: str, results: Path) -> Path:
