@@ -217,7 +217,7 @@ measure() { # OUT KINDS FACTS OVERLAY...: run the steps behind these kinds of ta
         say "$title"
         started=$SECONDS
         status=0
-        within_limit bash -c "$command" > "$log" 2>&1 < /dev/null || status=$?
+        within_limit bash -c "$command" >> "$log" 2>&1 < /dev/null || status=$?
         if ((status == AGAIN)); then
             say "$LIMIT_S s are up in the middle of it: run the same again to go on"
             exit $AGAIN

@@ -30,6 +30,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 """A name that is safe as a folder and as a part of a path."""
 
 
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+"""Values of ``model_type`` in config.json that are routed: plain stacks of pre-norm blocks with rotary embedding."""
+
+
 class Settings(BaseModel):
     """A section of the study; keys it does not know are errors."""
 
@@ -79,7 +83,8 @@ class Backbone(Settings):
     blocks: int = Field(description="number of blocks L; checked against the weights", ge=3)
     removed: list[int] = Field(description="numbers of blocks left out, one per budget of the study", min_length=1)
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="weights and compute on a GPU; a CPU uses float32"
+        "bfloat16",
+        description="weights written for wheel and random sources; compute is bfloat16 on a GPU, float32 on a CPU",
     )
     mem_gb: int = Field(48, description="host memory of a job that loads it, GB", ge=1)
     hours: float = Field(12, description="time limit of one training job, hours; other jobs scale with it", gt=0)

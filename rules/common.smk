@@ -10,6 +10,7 @@ from snakemake.exceptions import WorkflowError
 from buddy import config as buddy_config
 from buddy.errors import UserError
 from buddy.records import write_json
+from buddy.settings import PRIORS
 
 
 def read_study():
@@ -27,7 +28,6 @@ validate(config, "../workflow/schemas/config.schema.json", set_default=False)
 
 RESULTS = f"results/{STUDY.study.name}"
 RUNS = {run.path: run for run in STUDY.runs()}
-ROUTED = [run for run in RUNS.values() if run.method == "buddy"]
 
 # Jobs find the interpreter and the tools that Snakemake itself runs with; a conda environment brings its own.
 ENVIRONMENT = {"WANDB_PROJECT": STUDY.tracking.project, "WANDB_DIR": f"{RESULTS}/wandb"}
@@ -49,7 +49,7 @@ def any_of(names):
 wildcard_constraints:
     backbone=any_of(STUDY.backbones),
     run=any_of(RUNS),
-    indicator="delta_ppl|cosine|taylor",
+    indicator=any_of(PRIORS[1:]),
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
     figure="[a-z0-9_]+",

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from buddy.errors import UserError, choices
-
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
-"""Values of ``model_type`` in config.json whose blocks buddy knows how to route."""
+from buddy.settings import MODEL_TYPES
 
 _TINY = {
     "hidden_size": 64,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,6 +70,7 @@ def evaluate(
                 budget=budget,
                 **provenance(model, watch),
             ).write(out / f"removed~{count}.json")
+            typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
             tracker.log(
                 {
                     f"{task}/{key}": value
@@ -79,3 +80,10 @@ def evaluate(
                 },
                 step=count,
             )
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    """Each task's score in percent: normalised accuracy where the task has one."""
+    scores = {name: 100 * found.get("acc_norm", found.get("acc", 0.0)) for name, found in metrics["tasks"].items()}
+    mean = sum(scores.values()) / len(scores)
+    return ", ".join(f"{name} {score:.1f}" for name, score in scores.items()) + f"; mean {mean:.1f}"

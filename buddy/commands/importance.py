@@ -31,7 +31,7 @@ def importance(
           --indicator taylor --samples 8 --length 256 --out taylor.json
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --out cosine.json
     """
-    from buddy.commands._common import provenance, tracked
+    from buddy.commands._common import check_one_gpu, provenance, tracked
     from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import estimate, windows
@@ -40,6 +40,7 @@ def importance(
 
     text = inputs.prose(corpus)
     model, tokenizer = load_backbone(backbone, device, dtype)
+    check_one_gpu(model.device.type)
     run = Run(name or backbone.name, "dense", (), 0)
     with tracked("importance", study, run, {"indicator": indicator, **settings.model_dump()}, indicator) as tracker:
         watch = Stopwatch(str(model.device))

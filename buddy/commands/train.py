@@ -54,7 +54,7 @@ def train(
     from buddy.training import sft
 
     choice("--feature", feature, FEATURES)
-    pairs = inputs.pairs(data)[: settings.examples]
+    pairs = inputs.pairs(data, training=True)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)

@@ -12,13 +12,17 @@ from buddy.data.templates import prompts, text_of
 from buddy.errors import UserError
 
 
-def pairs(folder: str | Path) -> list[tuple[str, str]]:
-    """Prompts and responses of the evaluation split of an instruction, dialogue or problem set.
+def pairs(folder: str | Path, training: bool = False) -> list[tuple[str, str]]:
+    """Prompts and responses of an instruction, dialogue or problem set.
+
+    Args:
+        folder: a data set folder.
+        training: read the training split, and not the one that measurements read.
 
     Raises:
         UserError: not a data set folder, or a set without prompts.
     """
-    name, rows = _rows(Path(folder))
+    name, rows = _rows(Path(folder), training)
     return prompts(name, rows)
 
 
@@ -40,9 +44,10 @@ def prose(path: str | Path) -> str:
         raise UserError(f"{path}: neither a data set folder (`buddy data`) nor a text file ({error})") from None
 
 
-def _rows(folder: Path) -> tuple[str, list[Row]]:
+def _rows(folder: Path, training: bool = False) -> tuple[str, list[Row]]:
     try:
         name = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder}: not a data set (no {PROVENANCE}); make it with `buddy data`") from None
-    return name, read(folder, entry(name).evaluation)
+    data = entry(name)
+    return name, read(folder, (training and data.train) or data.evaluation)

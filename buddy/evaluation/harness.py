@@ -25,7 +25,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 @register_model("buddy")
 class BuddyLM(TemplateLM):
-    """Scores and generates at one budget; ``lm_eval --model buddy --model_args run=PATH,budget=0.75`` works too.
+    """Scores and generates at one budget.
+
+    Once this module is imported, lm-eval knows it by name: ``simple_evaluate(model="buddy", model_args="run=PATH,budget=0.75")``.
 
     Args:
         run: a `RoutedModel`, or the path of a run or a backbone.

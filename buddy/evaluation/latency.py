@@ -120,13 +120,17 @@ def benchmark(
     racing = contenders(model, removed, settings.executions)
     work = batches(model.tokenizer, prompts, settings.batch_size, model.device)
     rates: dict[Contender, list[tuple[float, float]]] = {contender: [] for contender in racing}
+    peaks: dict[Contender, float | None] = {}
     total = (settings.warmup + settings.repeats) * len(racing)
     with tqdm(total=total, desc=f"latency {dataset}", unit="pass") as bar:
         for repeat in range(-settings.warmup, settings.repeats):
             for contender in racing:
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
                 times = [time_batch(contender, ids, mask, settings.new_tokens) for ids, mask in work]
                 if repeat >= 0:
                     rates[contender].append(_rates(work, times, settings.new_tokens))
+                    peaks[contender] = _peak_memory_mb()
                 bar.update()
     shared = {
         "dataset": dataset,
@@ -136,7 +140,15 @@ def benchmark(
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,
     }
-    return [(contender, {**shared, **_metrics(contender, rates)}) for contender in racing]
+    return [
+        (contender, {**shared, **_metrics(contender, rates), "peak_memory_mb": peaks[contender]})
+        for contender in racing
+    ]
+
+
+def _peak_memory_mb() -> float | None:
+    """Most GPU memory held since the counter was reset, MB of 2**20 bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
 
 
 def _rates(
@@ -165,7 +177,6 @@ def _metrics(contender: Contender, rates: dict[Contender, list[tuple[float, floa
         metrics[f"{phase}_of_sliced"] = (
             median / statistics.median(rate[place] for rate in rates[limit]) if limit is not None else None
         )
-    metrics["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
     return metrics
 
 

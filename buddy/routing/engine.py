@@ -24,9 +24,7 @@ from buddy.routing.kv import RoutedCache, SourceTap, project
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
 from buddy.routing.types import Block, CausalLM, Decoder
-
-SUPPORTED = ("llama", "qwen2", "qwen3")
-"""Architectures (``config.model_type``) whose decoder is a plain stack of pre-norm blocks with rotary embedding."""
+from buddy.settings import MODEL_TYPES
 
 
 @dataclass
@@ -68,11 +66,11 @@ def check_supported(backbone: CausalLM) -> None:
     """Refuse a backbone whose block loop this engine does not reproduce.
 
     Raises:
-        UserError: an architecture outside `SUPPORTED`, or sliding-window attention in use.
+        UserError: an architecture that is not supported, or sliding-window attention in use.
     """
     config = backbone.config
-    if config.model_type not in SUPPORTED:
-        raise UserError(f"backbone: architecture {config.model_type!r} is not supported; {', '.join(SUPPORTED)} are")
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"backbone: architecture {config.model_type!r} is not supported; {', '.join(MODEL_TYPES)} are")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError("backbone: sliding-window attention is in use; only full attention is supported")

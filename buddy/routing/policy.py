@@ -33,6 +33,10 @@ class Policy(nn.Module, ABC):
         return max(self.source_block, 1) + 1
 
     @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments that build this policy again; learnt values come from its state dict."""
+
+    @abstractmethod
     def begin(self, budget: Budget | None, batch: int, device: torch.device) -> Any:
         """Start routing a batch of sequences.
 
