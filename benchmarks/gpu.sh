@@ -18,10 +18,9 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python3}
 SITE=${BUDDY_SITE:-${TMPDIR:-/tmp}/buddy-site}
 LIMIT_S=${LIMIT_S:-0}
-AGAIN=75 # exit status: out of time, run it again
+AGAIN=75    # exit status: out of time, run it again
 LIMIT_MB=60 # of all wheels
 PART_MB=${PART_MB:-32}
 
@@ -45,7 +44,7 @@ usage() {
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
-absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
+absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac }
 
 # ---- where the network is --------------------------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ join() { # PARTS INTO: put the parts of a wheel together, in whatever folders be
     mkdir -p "$2"
     say "joining ${#parts[@]} parts of $name"
     cat "${parts[@]}" > "$2/.$name"
-    "$PYTHON" -m zipfile -l "$2/.$name" > /dev/null 2>&1 || fail "study: the ${#parts[@]} parts of $name in $1 make no whole wheel"
+    "$PYTHON" -m zipfile -t "$2/.$name" > /dev/null 2>&1 || fail "study: the ${#parts[@]} parts of $name in $1 make no whole wheel"
     mv "$2/.$name" "$2/$name"
 }
 
@@ -228,7 +227,10 @@ measure() { # OUT KINDS FACTS OVERLAY...: run the steps behind these kinds of ta
         say "  $((SECONDS - started)) s"
     done
     "$PYTHON" -m buddy report --study "$out" --all --summary 2> "$out/logs/report.log" ||
-        { tail -n 5 "$out/logs/report.log" >&2; fail "the report failed, log: $out/logs/report.log"; }
+        {
+            tail -n 5 "$out/logs/report.log" >&2
+            fail "the report failed, log: $out/logs/report.log"
+        }
 }
 
 within_limit() { # COMMAND: run it for what is left of LIMIT_S; AGAIN if that is not enough
@@ -284,6 +286,10 @@ expect() { # OUT KIND COUNT
     ((found == $3)) || fail "selftest: $1 has $found records of kind $2, not $3"
 }
 
+: "${PYTHON:=python3}"
+command -v "$PYTHON" > /dev/null || fail "PYTHON: there is no $PYTHON"
+PYTHON=$(absolute "$(command -v "$PYTHON")")
+export PYTHON
 case ${1:-} in
     pack) (($# == 2 || $# == 3)) || usage ;;
     install) (($# == 2)) || usage ;;

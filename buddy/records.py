@@ -178,7 +178,10 @@ def _processor() -> str:
 
 @cache
 def commit() -> str:
-    """Commit of the checkout this package lies in, "-dirty" if it has changes, "" if it is none."""
+    """Commit of the checkout this package lies in, "-dirty" if it has changes.
+
+    Outside a checkout it is what ``BUDDY_COMMIT`` says (a copy taken to a machine without its .git), or "".
+    """
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -190,7 +193,7 @@ def commit() -> str:
         revision = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get("BUDDY_COMMIT", "")
     return revision + ("-dirty" if dirty else "")
 
 
