@@ -119,6 +119,7 @@ cut_up() { # FILE FOLDER BYTES: FOLDER/NAME.part-0, FOLDER/NAME.part-1 and so on
 environment() {
     export PYTHONPATH="$SITE:$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     export WANDB_MODE=disabled HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    unset PYTHONDONTWRITEBYTECODE # every step is a process: without compiled modules each takes ten seconds longer
     if [[ ! -e $ROOT/.git && -z ${BUDDY_COMMIT:-} ]]; then
         say "no .git here and BUDDY_COMMIT is not set: records will not say which commit they are of"
     fi

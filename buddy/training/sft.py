@@ -223,6 +223,7 @@ def _optimizer(model: CausalLM, settings: Training) -> torch.optim.Optimizer:
 
 def router_trainer_class() -> type:
     """`SFTTrainer` with the routed loss; built on first use, since importing TRL takes seconds."""
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     from trl import SFTTrainer
 
@@ -290,7 +291,8 @@ def router_trainer_class() -> type:
             model: CausalLM = self.model
             if hasattr(model, "peft_config"):
                 model.save_pretrained(str(folder))
-            save_file({k: v.contiguous() for k, v in self.policy.state_dict().items()}, folder / ROUTER_STATE)
+            state = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
+            save_file(state, folder / ROUTER_STATE, metadata={"tokens": str(self.tokens)})
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None: checkpoints are not published."""
@@ -299,6 +301,9 @@ def router_trainer_class() -> type:
             """Adapter and router from the checkpoint."""
             if hasattr(self.model, "peft_config"):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self.policy.load_state_dict(load_file(Path(resume_from_checkpoint) / ROUTER_STATE))
+            path = Path(resume_from_checkpoint) / ROUTER_STATE
+            self.policy.load_state_dict(load_file(path))
+            with safe_open(path, "pt") as stored:
+                self.tokens = int(stored.metadata()["tokens"])
 
     return RouterTrainer

@@ -137,6 +137,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
     assert (tmp_path / "cut" / sft.CHECKPOINTS / "checkpoint-4" / "trainer_state.json").exists()
     resumed, resumed_policy = run(tmp_path / "cut")
     assert resumed.steps == whole.steps == 8
+    assert resumed.tokens == whole.tokens
     for name, value in whole_policy.state_dict().items():
         torch.testing.assert_close(resumed_policy.state_dict()[name], value, atol=0, rtol=0)
     for (name, a), (_, b) in zip(whole.adapted.named_parameters(), resumed.adapted.named_parameters(), strict=True):
