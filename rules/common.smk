@@ -15,7 +15,7 @@ from buddy.settings import PRIORS
 
 def read_study():
     """The typed study; a mistake in it is one line that names file, key, value and what is allowed."""
-    origin = " + ".join(str(file) for file in ["config.yaml", *workflow.overwrite_configfiles])
+    origin = " with ".join(str(file) for file in ["config.yaml", *workflow.overwrite_configfiles])
     try:
         return buddy_config.parse(config, origin)
     except UserError as error:
@@ -161,7 +161,8 @@ def model_flags(wildcards):
     """Which study and backbone it is; a dense model has no run folder that could say so, and skips no block."""
     run = RUNS[wildcards.run]
     if run.method == "dense":
-        return section(STUDY.evaluation, "kv") + " " + flags({"study": STUDY.study.name, "name": run.backbone})
+        settings = STUDY.evaluation.model_dump(exclude={"kv"})
+        return flags({**settings, "study": STUDY.study.name, "name": run.backbone})
     return section(STUDY.evaluation)
 
 
