@@ -56,11 +56,6 @@ class Run:
         """The axes as a dictionary."""
         return dict(self.axes)
 
-    @property
-    def id(self) -> str:
-        """Eight hexadecimal digits that stay the same for the same run."""
-        return hashlib.sha256(self.path.encode()).hexdigest()[:8]
-
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -146,13 +141,6 @@ class Config(Settings):
             for seed in self.study.seeds
         ]
         return list(dict.fromkeys(runs))
-
-    def run(self, path: str) -> Run:
-        """The run whose folder is ``path`` (see `Run.path`)."""
-        by_path = {run.path: run for run in self.runs()}
-        if path not in by_path:
-            raise unknown("run", path, by_path)
-        return by_path[path]
 
     def ablation(self, name: str) -> Ablation:
         """The ablation of that name."""

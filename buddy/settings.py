@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
 KV = Literal["zero", "mask", "project"]
-Decode = Literal["recompute", "reuse"]
 Method = Literal["dense", "buddy"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "reuse", "recompute"]
@@ -20,10 +19,7 @@ Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "ti
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
-DECODE_MODES: tuple[Decode, ...] = get_args(Decode)
-METHODS: tuple[Method, ...] = get_args(Method)
 TASKS: tuple[Task, ...] = get_args(Task)
-EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]

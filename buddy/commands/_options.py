@@ -1,4 +1,4 @@
-"""Options made from the study's settings: name, default and help stand once, in `buddy.config`."""
+"""Options made from the study's settings: name, default and help stand once, in `buddy.settings`."""
 
 from __future__ import annotations
 
@@ -102,12 +102,11 @@ def counts(text: str, option: str) -> list[int]:
     return found
 
 
-def choice(option: str, value: str, allowed: tuple[str, ...]) -> str:
-    """The value, if it is one of those allowed.
+def choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check a value that has a fixed set.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not one of those allowed.
     """
     if value not in allowed:
         raise unknown(option, value, allowed)
-    return value

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import FEATURES, PRIORS, Training
+from buddy.settings import FEATURES, KV_POLICIES, PRIORS, Training
 
 
 @with_settings(Training, leave_out=("data",))
@@ -54,6 +53,7 @@ def train(
     from buddy.training import sft
 
     choice("--feature", feature, FEATURES)
+    choice("--kv", kv, KV_POLICIES)
     pairs = inputs.pairs(data, training=True)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
@@ -141,7 +141,7 @@ def read_prior(path: Path | None) -> tuple[str, list[float]]:
     indicator = record.metrics["indicator"]
     if indicator not in PRIORS[1:]:
         raise unknown(f"--prior: {path}: indicator", indicator, PRIORS[1:])
-    return indicator, json.loads(json.dumps(record.metrics["values"]))
+    return indicator, record.metrics["values"]
 
 
 def fused_prior(indicator: str, values: list[float], blocks: int, source_block: int) -> Any:

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-KV_POLICIES = ("zero", "mask", "project")
-
 
 class BlockCache(CacheLayerMixin):
     """Keys and values of one block: (B, KV heads, capacity, head size), of which ``owner.length`` columns are filled."""

@@ -12,10 +12,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from buddy.errors import UserError, choices
 from buddy.routing.budget import Budget
 from buddy.routing.engine import Routing, check_supported, routed
-from buddy.routing.kv import KV_POLICIES, RoutedCache
+from buddy.routing.kv import RoutedCache
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
 from buddy.routing.types import CausalLM
+from buddy.settings import KV_POLICIES
 
 
 class RoutedModel(nn.Module):
