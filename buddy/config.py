@@ -22,6 +22,7 @@ from buddy.errors import UserError, choices, unknown
 from buddy.settings import (
     Ablation,
     Backbone,
+    Breakdown,
     Data,
     Evaluation,
     Importance,
@@ -71,6 +72,7 @@ class Config(Settings):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     latency: Latency = Latency()
+    breakdown: Breakdown = Breakdown()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -80,6 +82,7 @@ class Config(Settings):
             ("study.backbones", self.study.backbones),
             ("study.removed", self.study.removed),
             ("latency.backbones", self.latency.backbones or []),
+            ("breakdown.backbones", self.breakdown.backbones or []),
         ):
             for name in names:
                 if name not in defined:
@@ -151,8 +154,14 @@ class Config(Settings):
 
     def timed_backbones(self) -> list[str]:
         """Backbones of the study that the latency benchmark runs on."""
-        chosen = self.study.backbones if self.latency.backbones is None else self.latency.backbones
-        return [name for name in chosen if name in self.study.backbones]
+        return self._of_study(self.latency.backbones)
+
+    def profiled_backbones(self) -> list[str]:
+        """Backbones of the study whose passes are profiled."""
+        return self._of_study(self.breakdown.backbones)
+
+    def _of_study(self, chosen: list[str] | None) -> list[str]:
+        return [name for name in self.study.backbones if chosen is None or name in chosen]
 
     def measured_tables(self) -> dict[str, Table]:
         """The tables that this study measures, in the order of their numbers."""
@@ -163,6 +172,8 @@ class Config(Settings):
                 return table.ablation in ablations
             if table.kind == "latency":
                 return table.backbone in self.timed_backbones()
+            if table.kind == "breakdown":
+                return table.backbone in self.profiled_backbones()
             return table.backbone in self.study.backbones
 
         tables = {name: table for name, table in self.study.tables.items() if measured(table)}

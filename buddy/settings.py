@@ -14,10 +14,14 @@ Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
 KV = Literal["zero", "mask", "project"]
 Method = Literal["dense", "buddy"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
-Execution = Literal["dense", "sliced", "reuse", "recompute"]
+Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
+Engine = Literal["eager", "graph"]
+RoutingForm = Literal["sequence", "causal"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
+ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 TASKS: tuple[Task, ...] = get_args(Task)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
@@ -129,8 +133,10 @@ class Ablation(Settings):
 class Table(Settings):
     """What a numbered table of the paper shows in this study."""
 
-    kind: Literal["accuracy", "latency", "ablation"] = Field(description="accuracy by budget, latency, or an ablation")
-    backbone: Name | None = Field(None, description="backbone of an accuracy or latency table")
+    kind: Literal["accuracy", "latency", "breakdown", "ablation"] = Field(
+        description="accuracy by budget, latency, what a pass spends its time on, or an ablation"
+    )
+    backbone: Name | None = Field(None, description="backbone of an accuracy, latency or breakdown table")
     ablation: Name | None = Field(None, description="ablation of an ablation table")
 
     @model_validator(mode="after")
@@ -156,6 +162,11 @@ class StudyPlan(Settings):
     main: Variant = Field(Variant(), description="BUDDY's main variant")
     ablations: list[Ablation] = Field([], description="grids around the main variant")
     tables: dict[str, Table] = Field({}, description="the paper's tables: what each shows in this study")
+    records: str | None = Field(
+        None,
+        description="folder of measured records, such as results/reference/NAME/records, to build tables and figures "
+        "from; nothing is measured then",
+    )
 
 
 class Data(Settings):
@@ -191,6 +202,16 @@ class Training(Settings):
     pool_over: Literal["prompt", "all"] = Field(
         "prompt", description="tokens the router pools over: what inference will have seen, or the response too"
     )
+    routing: RoutingForm = Field(
+        "sequence",
+        description="sequence: one route per example, from the tokens of pool_over; causal: the prompt's route for the "
+        "prompt, then each token its own, as decoding recomputes it",
+    )
+    kv: KV = Field(
+        "zero",
+        description="K/V of skipped blocks: zero (the paper's), mask or project. The run's default; it enters training "
+        "itself with routing: causal",
+    )
     lora_rank: int = Field(
         8, description="LoRA rank on every linear layer of the blocks; 0 trains the router alone", ge=0
     )
@@ -200,6 +221,12 @@ class Training(Settings):
     gradient_checkpointing: bool = Field(False, description="trade compute for memory in the backbone")
     save_steps: int = Field(500, description="steps between checkpoints, from which a killed job resumes", ge=1)
     logging_steps: int = Field(10, description="steps between log lines", ge=1)
+
+    @model_validator(mode="after")
+    def _causal_has_a_prompt(self) -> Training:
+        if self.routing == "causal" and self.pool_over == "all":
+            raise ValueError("pool_over: all leaves nothing to routing: causal, which needs pool_over: prompt")
+        return self
 
 
 class Evaluation(Settings):
@@ -213,6 +240,11 @@ class Evaluation(Settings):
         ge=1,
     )
     batch_size: int = Field(16, description="sequences per forward pass", ge=1)
+    routing: RoutingForm = Field(
+        "sequence",
+        description="sequence: the context's route for the answer too; causal: each token of the answer has its own, "
+        "as decoding recomputes it",
+    )
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
 
@@ -223,13 +255,36 @@ class Latency(Settings):
     datasets: list[Literal["alpaca", "samsum"]] = Field(["alpaca", "samsum"], description="prompts", min_length=1)
     prompts: int = Field(32, description="prompts per data set", ge=1)
     new_tokens: int = Field(128, description="tokens decoded after each prompt", ge=1)
-    batch_size: int = Field(1, description="prompts decoded together", ge=1)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        [1], description="prompts decoded together; each size is timed", min_length=1
+    )
     repeats: int = Field(5, description="timed passes over the prompts; the median is reported", ge=1)
     warmup: int = Field(1, description="untimed passes first", ge=0)
+    turn: int = Field(
+        8, description="tokens an execution decodes before the next one takes its turn: drift of the machine hits all", ge=1
+    )
     executions: list[Execution] = Field(
         ["dense", "sliced", "reuse", "recompute"],
-        description="what is timed side by side; dense is always timed",
+        description="what is timed side by side; dense is always timed; mixed is a batch whose sequences have different "
+        "budgets (batch sizes above 1)",
         min_length=1,
+    )
+    engines: list[Engine] = Field(
+        ["eager", "graph"], description="eager, and on a GPU also decoding by captured CUDA graphs", min_length=1
+    )
+    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
+class Breakdown(Settings):
+    """What a routed pass spends its time on, by the profiler (Table 8), and what routing costs at longer contexts."""
+
+    backbones: list[Name] | None = Field(None, description="backbones to profile (all of the study by default)")
+    batch_size: int = Field(5, description="sequences in the batch", ge=1)
+    tokens: int = Field(256, description="prompt tokens per sequence", ge=1)
+    steps: int = Field(16, description="decode steps that are profiled", ge=1)
+    repeats: int = Field(5, description="profiled passes; the median is reported", ge=1)
+    contexts: list[Annotated[int, Field(ge=1)]] = Field(
+        [128, 512, 2048, 8192], description="context lengths, tokens, at which a routing step is timed", min_length=1
     )
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 

@@ -2,6 +2,11 @@
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from buddy.policies.buddy import BuddyPolicy
+from buddy.routing.decision import source_feature
+from buddy.routing.model import RoutedModel
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -31,3 +36,34 @@ def tiny(architecture: str = "llama", blocks: int = 7, seed: int = 0, kv_heads: 
             pad_token_id=0,
         )
     ).eval()
+
+
+def prompts(batch: int = 3, length: int = 9, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens, the second sequence padded left by four."""
+    ids = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        ids[1, :4], mask[1, :4] = 0, 0
+    return ids, mask
+
+
+def with_router(
+    backbone: torch.nn.Module,
+    feature: str = "value",
+    source_block: int = 1,
+    kv: str = "zero",
+    seed: int = 0,
+    balanced: int = 0,
+) -> RoutedModel:
+    """A model with a router that is strong enough to change its mind between steps."""
+    width = backbone.config.num_key_value_heads * backbone.config.head_dim
+    policy = BuddyPolicy(backbone.config.num_hidden_layers, width, feature, source_block)
+    torch.manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        torch.nn.init.normal_(parameter, std=20.0 if name.endswith("weight") else 0.1)
+    with torch.no_grad():  # after this prompt all blocks score alike: every decoded token tips the balance
+        backbone(prompts(batch=1, seed=balanced)[0], past_key_values=(plain := DynamicCache()), use_cache=True)
+        states = plain.layers[source_block - 1]
+        scores = policy.decision(source_feature(states.keys, states.values, feature))
+        policy.decision.up.bias -= scores.mean((0, 1))
+    return RoutedModel(backbone, policy, kv).eval()

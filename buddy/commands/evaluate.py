@@ -51,7 +51,7 @@ def evaluate(
         executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
     info = model.origin.info
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
-    lm = BuddyLM(model, batch_size=settings.batch_size)
+    lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
     with tracked("evaluate", info.study, run_of(info), config) as tracker:
         for count in depths:

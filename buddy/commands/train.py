@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import FEATURES, KV_POLICIES, PRIORS, Training
+from buddy.settings import FEATURES, PRIORS, Training
 
 
 @with_settings(Training, leave_out=("data",))
@@ -23,7 +23,6 @@ def train(
     source_block: Annotated[int, typer.Option(help="block whose KV it reads, counted from 1")] = 1,
     prior: Annotated[Path | None, typer.Option(help="importance record fused into the scores; none without")] = None,
     omega: Annotated[float, typer.Option(help="weight of the prior")] = 0.1,
-    kv: Annotated[str, typer.Option(help="K/V of skipped blocks, stored as the run's default")] = "zero",
     seed: Annotated[int, typer.Option(help="seed of weights, order and depths")] = 0,
     study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
     name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
@@ -53,7 +52,6 @@ def train(
     from buddy.training import sft
 
     choice("--feature", feature, FEATURES)
-    choice("--kv", kv, KV_POLICIES)
     pairs = inputs.pairs(data, training=True)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
@@ -80,7 +78,7 @@ def train(
         variant={"feature": feature, "prior": prior_name, "omega": policy.omega, "source_block": source_block},
         seed=seed,
         study=study,
-        kv=kv,
+        kv=settings.kv,
         training={**settings.model_dump(), "most_removed": most_removed, "data": data.name},
         commit=commit(),
     )

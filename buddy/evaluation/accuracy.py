@@ -49,6 +49,7 @@ def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dic
         "executed_mean": lm.executed_mean,
         "few_shot": settings.few_shot,
         "limit": settings.limit,
+        "routing": settings.routing,
         "lm_eval": metadata.version("lm_eval"),
     }
 

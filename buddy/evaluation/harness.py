@@ -33,6 +33,8 @@ class BuddyLM(TemplateLM):
         run: a `RoutedModel`, or the path of a run or a backbone.
         budget: fraction of blocks; 1 runs them all.
         decode: ``recompute`` or ``reuse``, for tasks that generate.
+        routing: how answers and texts are scored. ``sequence``: the context's route holds for the answer too. ``causal``:
+            each token of the answer has the route that decoding it would have had.
         batch_size: sequences per pass.
         max_length: longest input, tokens; longer contexts lose their beginning. The backbone's own limit by default.
         load_settings: passed to `buddy.load` when ``run`` is a path.
@@ -43,6 +45,7 @@ class BuddyLM(TemplateLM):
         run: RoutedModel | str,
         budget: float = 1.0,
         decode: str = "recompute",
+        routing: str = "sequence",
         batch_size: int | str = 16,
         max_length: int | None = None,
         **load_settings: Any,
@@ -53,6 +56,7 @@ class BuddyLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.budget = float(budget)
         self.decode = decode
+        self.routing = routing
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
         self.max_length = int(max_length or min(self.model.config.max_position_embeddings, 4096))
         self.reset_count()
@@ -133,6 +137,7 @@ class BuddyLM(TemplateLM):
             ids.to(device),
             mask.to(device),
             budget=self.budget,
+            routing=self.routing,
             context_mask=context.to(device),
             logits_to_keep=torch.arange(first, longest, device=device),
         ).logits

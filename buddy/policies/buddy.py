@@ -36,6 +36,7 @@ class BuddyPolicy(Policy):
     """
 
     prior: Tensor
+    capturable = True
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class BuddyPolicy(Policy):
         if budget is None:
             raise UserError("budget: None asks the budget predictor, and this run has none; give a budget in (0, 1]")
         executed = executed_per_sequence(budget, batch, self.blocks, self.always, device)
-        return BuddyState(executed, RunningMean.empty(batch, self.prior.shape[0], self.prior))
+        return BuddyState(executed, RunningMean.empty(batch, self.prior.shape[0], device))
 
     def observe(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Score the new tokens and add them to the running mean."""
@@ -96,13 +97,29 @@ class BuddyPolicy(Policy):
 
     def decide(self, state: BuddyState) -> Tensor:
         """Exactly ``executed`` blocks per sequence; softmax is monotone, so the choice needs only the scores."""
-        route = torch.ones(len(state.executed), self.blocks, dtype=torch.bool, device=self.prior.device)
-        route[:, self.candidates] = keep_top(self.scores(state), state.executed - self.always)
-        return route
+        return self._route(keep_top(self.scores(state), state.executed - self.always))
+
+    def decide_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """One pass over all tokens: cumulative means of their scores, top-k for each."""
+        scores = self._scores_each(state, keys, values, mask, prompt)
+        return self._route(keep_top(scores, state.executed - self.always))
 
     def gates(self, state: BuddyState) -> Tensor:
         """Straight-through gates of the chosen route, 1 for the blocks that always run."""
-        scores = self.scores(state)
-        gates = torch.ones(len(state.executed), self.blocks, dtype=scores.dtype, device=scores.device)
+        return self._gates(state, self.scores(state))
+
+    def gates_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """Straight-through gates of every token's own route."""
+        return self._gates(state, self._scores_each(state, keys, values, mask, prompt))
+
+    def _scores_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        scores = self.decision(source_feature(keys, values, self.feature))
+        return state.pooled.add_each(scores, mask, prompt) + self.omega * self.prior
+
+    def _route(self, chosen: Tensor) -> Tensor:
+        """(..., candidates) to (..., L): the blocks that always run are added."""
+        return torch.nn.functional.pad(chosen, (self.source_block, 1), value=True)
+
+    def _gates(self, state: BuddyState, scores: Tensor) -> Tensor:
         chosen = straight_through(keep_top(scores, state.executed - self.always), scores)
-        return torch.cat([gates[:, : self.source_block], chosen, gates[:, -1:]], dim=1)
+        return torch.nn.functional.pad(chosen, (self.source_block, 1), value=1.0)

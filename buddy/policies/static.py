@@ -22,6 +22,8 @@ class StaticPolicy(Policy):
             first n of them.
     """
 
+    capturable = True
+
     def __init__(self, blocks: int, removal_order: Sequence[int] = ()) -> None:
         super().__init__()
         order = [int(index) for index in removal_order]
@@ -57,3 +59,7 @@ class StaticPolicy(Policy):
     def decide(self, state: Tensor) -> Tensor:
         """The routes that `begin` made."""
         return state
+
+    def decide_each(self, state: Tensor, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """The same for every token."""
+        return state.unsqueeze(1).expand(-1, mask.shape[1], -1)

@@ -56,60 +56,85 @@ def source_feature(keys: Tensor, values: Tensor, feature: str) -> Tensor:
 class RunningMean:
     """Mean of token scores over everything seen so far, padding excluded.
 
+    The sum is kept in double precision: over thousands of steps it stays what pooling the whole prefix again would give.
+
     Attributes:
-        total: (B, candidates), sum of the scores of the tokens seen.
-        count: (B, 1), number of them.
+        total: (B, candidates) float64, sum of the scores of the tokens seen; updated in place.
+        count: (B, 1) float64, number of them; updated in place.
     """
 
     total: Tensor
     count: Tensor
 
     @classmethod
-    def empty(cls, batch: int, candidates: int, like: Tensor) -> RunningMean:
-        """Nothing seen yet; dtype and device of ``like``."""
-        return cls(like.new_zeros(batch, candidates), like.new_zeros(batch, 1))
+    def empty(cls, batch: int, candidates: int, device: torch.device) -> RunningMean:
+        """Nothing seen yet."""
+        kind = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(batch, candidates, **kind), torch.zeros(batch, 1, **kind))
 
     def add(self, scores: Tensor, mask: Tensor | None) -> None:
         """Take in the scores of new tokens: scores (B, S, candidates), mask (B, S), True where a token counts."""
         if mask is None:
-            self.total = self.total + scores.sum(1)
-            self.count = self.count + scores.shape[1]
+            self.total += scores.sum(1, dtype=torch.float64)
+            self.count += scores.shape[1]
         else:
-            weight = mask.to(scores.dtype).unsqueeze(-1)
-            self.total = self.total + (scores * weight).sum(1)
-            self.count = self.count + weight.sum(1)
+            weight = mask.to(scores.dtype)
+            self.total += (scores * weight.unsqueeze(-1)).sum(1, dtype=torch.float64)
+            self.count += weight.sum(1, keepdim=True)
+
+    def add_each(self, scores: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """Take in tokens one after the other, those of the prompt together; the mean as each of them finds it.
+
+        Args:
+            scores: (B, S, candidates).
+            mask: boolean (B, S), True where a token counts.
+            prompt: boolean (B, S), the leading tokens that are pooled together.
+
+        Returns:
+            (B, S, candidates) float32: for a token of the prompt the mean over the whole prompt, for another one the
+            mean over everything up to and including it.
+        """
+        weight = mask.to(torch.float64)
+        total = self.total.unsqueeze(1) + (scores.double() * weight.unsqueeze(-1)).cumsum(1)
+        count = self.count + weight.cumsum(1)
+        whole = (prompt & mask).sum(1, keepdim=True)  # a prompt's tokens come first: its last sum is the prompt's
+        seen = (prompt & mask).cumsum(1)
+        last = (seen == whole).to(torch.int8).argmax(1, keepdim=True)
+        place = torch.where(prompt, last, torch.arange(mask.shape[1], device=mask.device))
+        means = total / count.clamp(min=1).unsqueeze(-1)
+        means = means.gather(1, place.unsqueeze(-1).expand_as(means))
+        self.total += (scores * weight.unsqueeze(-1)).sum(1, dtype=torch.float64)
+        self.count += weight.sum(1, keepdim=True)
+        return means.float()
 
     def mean(self) -> Tensor:
-        """(B, candidates); zero where no token was seen."""
-        return self.total / self.count.clamp(min=1)
+        """(B, candidates) float32; zero where no token was seen."""
+        return (self.total / self.count.clamp(min=1)).float()
 
 
 def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
     """Keep exactly ``keep[b]`` candidates of sequence ``b``: the highest scores, ties to the earlier block.
 
     Args:
-        scores: (B, C).
+        scores: (B, ..., C).
         keep: (B,), integers in [0, C].
 
     Returns:
-        Boolean mask (B, C).
+        Boolean mask (B, ..., C).
     """
-    order = scores.detach().argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return rank < keep.to(rank.device).unsqueeze(-1)
+    rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < keep.to(rank.device).view(-1, *[1] * (scores.dim() - 1))
 
 
 def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
     """Gates that are the hard mask in the forward pass and softmax(scores) in the backward pass (paper sec. 4.2.3).
 
     Args:
-        mask: boolean (B, C).
-        scores: (B, C), the scores the mask was chosen from.
+        mask: boolean (..., C).
+        scores: (..., C), the scores the mask was chosen from.
 
     Returns:
-        (B, C) in the dtype of ``scores``, values exactly 0 or 1.
+        (..., C) in the dtype of ``scores``, values exactly 0 or 1.
     """
     soft = scores.softmax(-1)
     # `soft - soft.detach()` is exactly zero, where `mask + soft - soft.detach()` would round.

@@ -8,7 +8,7 @@ route that names every block computes what the untouched model computes, bit for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,8 +19,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from buddy.errors import UserError
+from buddy.routing import attention
+from buddy.routing.attention import reading_rows
 from buddy.routing.budget import Budget
-from buddy.routing.kv import RoutedCache, SourceTap, project
+from buddy.routing.kv import RoutedCache, Tap, project
+from buddy.routing.marks import DECISION, GATHER, mark
+from buddy.routing.plan import Plan, Rows, plan
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
 from buddy.routing.types import Block, CausalLM, Decoder
@@ -35,19 +39,27 @@ class Routing:
         policy: chooses the blocks.
         budget: fraction of blocks, one or one per sequence; None lets the policy choose.
         every: choose a new path at every n-th decode step; 0 keeps the path of the prefill.
+        form: ``sequence``: all tokens of a pass share their sequence's route. ``causal``: each token has the route that
+            decoding token by token would give it, the prompt one route.
+        kv: K/V of a skipped block where no cache says it, in passes of the causal form.
         context_mask: (B, S), True where the policy may read a token of a pass over a whole sequence; None means every
-            token under the attention mask. Answers that are being scored must not choose their own route.
+            token under the attention mask. Answers that are being scored must not choose their own route. In the causal
+            form it marks the prompt; None means that the first token alone is the prompt.
         gradient: training: gates are straight-through and skipped blocks are computed to give them a gradient.
+        grouping: go path by path (True) or block by block (False); None leaves it to `plan.grouping_pays`.
         trace: filled with the routes of the call.
-        gates: (B, L), straight-through gates of the pass under way, in training.
+        gates: straight-through gates of the last pass, (B, L) or (B, S, L), in training.
         state: state of the sequences of the last pass, for logging.
     """
 
     policy: Policy
     budget: Budget | None
     every: int = 1
+    form: str = "sequence"
+    kv: str = "zero"
     context_mask: Tensor | None = None
     gradient: bool = False
+    grouping: bool | None = None
     trace: Trace = field(default_factory=Trace)
     gates: Tensor | None = None
     state: RouteState | None = None
@@ -55,7 +67,7 @@ class Routing:
 
 @dataclass
 class RouteState:
-    """Routing of the sequences in a cache: the policy's own state, the route (B, L), and the steps taken."""
+    """Routing of the sequences in a cache: the policy's own state, the current route (B, L), and the steps taken."""
 
     policy_state: Any
     route: Tensor | None = None
@@ -119,9 +131,11 @@ def run_blocks(
     cache = past_key_values
     if cache is not None and not isinstance(cache, RoutedCache):
         raise TypeError(f"a routed pass needs a RoutedCache, not {type(cache).__name__}")
-    if cache is not None:
-        cache.reserve(batch, new)
     past = cache.length if cache is not None else 0
+    if cache is not None:
+        if cache.graph is not None and past and new == 1:
+            return cache.graph.step(routing, hidden, attention_mask, position_ids)
+        cache.reserve(batch, new)
     if position_ids is None:
         position_ids = (torch.arange(new, device=hidden.device) + past).unsqueeze(0)
     causal = create_causal_mask(
@@ -146,7 +160,6 @@ def run_blocks(
     hidden = step.run(hidden)
     if cache is not None:
         cache.commit(new)
-    step.state.step += 1
     return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden), past_key_values=cache)
 
 
@@ -174,135 +187,376 @@ class Step:
     rotary: tuple[Tensor, Tensor]
     state: RouteState
 
+    def __post_init__(self) -> None:
+        self.past = self.cache.length if self.cache is not None else 0
+        self.kv = self.cache.policy if self.cache is not None else self.routing.kv
+        self.in_place = False
+        self._inputs: dict[int, tuple[Any, ...]] = {}
+
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, H) after the last block."""
         source = self.routing.policy.source_block
-        tap = SourceTap() if self.cache is None else None
+        tap = Tap() if self.cache is None else None
         for index in range(source):
             with _uncheckpointed(self.decoder.layers[index]):
-                hidden = self.block(index, hidden, None, tap if index == source - 1 else None)
-        rows = self.choose(tap)
-        for index in range(source, len(self.decoder.layers)):
-            if self.routing.gates is not None:
-                hidden = self.gated_block(index, hidden, rows[index])
-                continue
-            running, skipping = rows[index]
-            if skipping is not None:
-                self.skip(index, hidden, skipping)
-            if running is None:
-                hidden = self.block(index, hidden, None)
-            elif len(running):
-                hidden = hidden.index_copy(0, running, self.block(index, hidden[running], running))
-        return hidden
+                hidden = self.block(index, hidden, past_key_values=tap if index == source - 1 else None)
+        if self.routing.form == "causal":
+            return self._by_token(hidden, tap)
+        self.choose(tap)
+        assert self.state.route is not None
+        route = self.state.route.cpu()  # the one read from the device in a pass
+        self.routing.trace.add(route, self.new)
+        listed = route.tolist()
+        device = hidden.device
+        if self.cache is not None:
+            self.cache.record(self.state.route, self.new, [all(column) for column in zip(*listed, strict=True)])
+        if self.routing.gradient:
+            return self._gated(hidden, plan(listed, source, device))
+        work = plan(listed, source, device, self._tokens(listed), self.routing.grouping)
+        # A sub-batch that attends to a cache of the whole batch needs an attention that can pick its rows.
+        self.in_place = self.past > 0 and any(rows is not None and len(rows) for rows in work.running)
+        with reading_rows(self.decoder) if self.in_place else nullcontext():
+            return self._by_path(hidden, work) if work.groups else self._by_block(hidden, work)
 
-    def choose(self, tap: SourceTap | None) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Let the policy read and decide; for each block, the rows that run it and those that skip it (None: all, none)."""
+    # ---- the choice --------------------------------------------------------------------------------------------------
+
+    def choose(self, tap: Tap | None) -> None:
+        """Let the policy read and decide; in training also the gates."""
         routing, state = self.routing, self.state
         policy = routing.policy
-        if policy.source_block and (routing.every or state.route is None):
-            keys, values = self._source_states(tap)
-            policy.observe(state.policy_state, keys, values, self._readable())
-        if state.route is None or (routing.every and state.step % routing.every == 0):
-            state.route = policy.decide(state.policy_state)
-            routing.gates = policy.gates(state.policy_state) if routing.gradient else None
-        route = state.route.cpu()  # the one read from the device in a pass
-        routing.trace.add(route, self.new)
-        device = self.rotary[0].device
-        return [_split(column, device) for column in route.T]
+        with mark(DECISION):
+            if policy.source_block and (routing.every or state.route is None):
+                keys, values = self._source_states(tap)
+                policy.observe(state.policy_state, keys, values, self._readable(routing.context_mask))
+            if routing.gradient:
+                routing.gates = policy.gates(state.policy_state)
+                state.route = routing.gates.detach().bool()
+            elif state.route is None or (routing.every and state.step % routing.every == 0):
+                state.route = policy.decide(state.policy_state)
+            state.step += 1
 
-    def _source_states(self, tap: SourceTap | None) -> tuple[Tensor, Tensor]:
+    def _source_states(self, tap: Tap | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the new tokens in the source block; empty where the policy reads none."""
+        source = self.routing.policy.source_block
+        if source == 0:
+            nothing = self.position_ids.new_zeros(1, 1, self.new, 0, dtype=torch.float32)
+            return nothing, nothing
         if self.cache is not None:
-            return self.cache.window(self.routing.policy.source_block - 1, self.new)
+            return self.cache.window(source - 1, self.new)
         assert tap is not None
         if tap.keys is None or tap.values is None:
             raise RuntimeError("the source block wrote no keys and values")
         return tap.keys, tap.values
 
-    def _readable(self) -> Tensor | None:
-        """(B, S) mask of the new tokens that the policy may read; None means all."""
+    def _readable(self, context: Tensor | None = None) -> Tensor | None:
+        """(B, S) boolean mask of the new tokens that are real, and of the context if one is given; None means all."""
         mask = None if self.attention_mask is None else self.attention_mask[:, -self.new :].bool()
-        context = self.routing.context_mask
         if context is not None and context.shape[1] == self.new:
             mask = context.bool() if mask is None else mask & context.bool()
         return mask
 
-    def block(self, index: int, hidden: Tensor, rows: Tensor | None, tap: SourceTap | None = None) -> Tensor:
-        """Run one block of the backbone on all sequences, or on a sub-batch: hidden (n, S, H) to the same shape."""
-        cache: Any = tap
-        if self.cache is not None:
-            self.cache.rows = rows
-            cache = self.cache
-        result = self.decoder.layers[index](
-            hidden,
-            attention_mask=self._mask(index, hidden, rows),
-            position_ids=_take(self.position_ids, rows),
-            past_key_values=cache,
-            use_cache=self.cache is not None,
-            position_embeddings=(_take(self.rotary[0], rows), _take(self.rotary[1], rows)),
-        )
-        if self.cache is not None:
-            self.cache.rows = None
+    # ---- one route per sequence --------------------------------------------------------------------------------------
+
+    def _by_block(self, hidden: Tensor, work: Plan) -> Tensor:
+        """Gather the rows that run a block, run it, scatter them back (paper sec. 4.3)."""
+        for index in range(self.routing.policy.source_block, len(self.decoder.layers)):
+            running, skipping = work.running[index], work.skipping[index]
+            if skipping is not None:
+                self.skip(index, hidden, skipping)
+            if running is None:
+                hidden = self.block(index, hidden)
+            elif len(running):
+                with mark(GATHER):
+                    part = hidden[running.index]
+                part = self.block(index, part, running)
+                with mark(GATHER):
+                    hidden = hidden.index_copy(0, running.index, part)
+        return hidden
+
+    def _by_path(self, hidden: Tensor, work: Plan) -> Tensor:
+        """Take sequences of one path through all their blocks together, without the padding they do not need."""
+        result = hidden.clone()
+        everything = slice(0, self.new)
+        for group in work.groups or ():
+            columns = group.columns if self.past == 0 and self._trims() else everything
+            with mark(GATHER):
+                part = hidden[group.rows.index, columns]
+            for index in range(self.routing.policy.source_block, len(self.decoder.layers)):
+                if index in group.path:
+                    part = self.block(index, part, group.rows, columns)
+                else:
+                    self._project(index, part, group.rows, columns)
+            with mark(GATHER):
+                result[group.rows.index, columns] = part
         return result
 
-    def skip(self, index: int, hidden: Tensor, rows: Tensor) -> None:
-        """A block that these rows skip: the state passes by; under ``project`` it leaves its K/V."""
-        if self.cache is None or self.cache.policy != "project":
-            return
-        layer = self.decoder.layers[index]
-        states = layer.input_layernorm(hidden[rows])
-        keys, values = project(layer.self_attn, states, _take(self.rotary[0], rows), _take(self.rotary[1], rows))
-        self.cache.write(index, rows, keys, values)
+    def _tokens(self, route: list[list[bool]]) -> list[tuple[int, int]]:
+        """Per sequence the range of its real tokens in the pass; asks the device only for prompts that differ."""
+        everything = (0, self.new)
+        mask = self._readable()
+        if mask is None or self.past or len({tuple(row) for row in route}) == 1:
+            return [everything] * len(route)
+        first = mask.int().argmax(1)
+        last = self.new - mask.flip(1).int().argmax(1)
+        return list(zip(first.tolist(), last.tolist(), strict=True))
 
-    def gated_block(self, index: int, hidden: Tensor, rows: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    def _trims(self) -> bool:
+        """Whether the shared attention mask can be cut to a group's columns."""
+        return self.decoder.config._attn_implementation in ("sdpa", "eager")
+
+    def block(
+        self,
+        index: int,
+        hidden: Tensor,
+        rows: Rows | None = None,
+        columns: slice | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        """Run one block of the backbone on all sequences, or on a sub-batch: hidden (n, S, H) to the same shape."""
+        cache = self.cache
+        if cache is not None:
+            cache.rows, cache.offset = rows, columns.start if columns is not None else 0
+            past_key_values = cache
+        position_ids, rotary, mask = self._inputs_of(index, rows, columns)
+        try:
+            return self.decoder.layers[index](
+                hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=cache is not None,
+                position_embeddings=rotary,
+                **({"rows": rows} if self.in_place else {}),
+            )
+        finally:
+            if cache is not None:
+                cache.rows, cache.offset = None, 0
+
+    def skip(self, index: int, hidden: Tensor, rows: Rows) -> None:
+        """A block that these rows skip: the state passes by; under ``project`` it leaves its K/V."""
+        if self.cache is not None and self.kv == "project":
+            self._project(index, hidden[rows.index], rows)
+
+    def _project(self, index: int, hidden: Tensor, rows: Rows | None, columns: slice | None = None) -> None:
+        """Write the K/V of a skipped block for the states (n, S, H) of these rows (policy ``project`` only)."""
+        cache = self.cache
+        if cache is None or self.kv != "project":
+            return
+        _, rotary, _ = self._inputs_of(index, rows, columns)
+        layer = self.decoder.layers[index]
+        keys, values = project(layer.self_attn, layer.input_layernorm(hidden), *rotary)
+        cache.rows, cache.offset = rows, columns.start if columns is not None else 0
+        cache.blocks[index].update(keys, values)
+        cache.rows, cache.offset = None, 0
+
+    # ---- what a block is given ---------------------------------------------------------------------------------------
+
+    def _inputs_of(self, index: int, rows: Rows | None, columns: slice | None) -> tuple[Any, Any, Any]:
+        """Positions, rotary embedding and attention mask of a sub-batch; cut out once for all blocks that share it."""
+        key = id(rows)
+        if key not in self._inputs:
+            cut = partial(_take, rows=rows, columns=columns)
+            self._inputs[key] = (
+                cut(self.position_ids),
+                (cut(self.rotary[0]), cut(self.rotary[1])),
+                self._shared_mask(rows, columns),
+            )
+        position_ids, rotary, mask = self._inputs[key]
+        if self._leaves_out(index):
+            mask = self._present_mask(index)
+        return position_ids, rotary, mask
+
+    def _shared_mask(self, rows: Rows | None, columns: slice | None) -> Any:
+        """The attention mask of blocks that miss nothing: what `attend_rows` or Hugging Face's attention expects."""
+        if self.in_place:
+            return self._allowed()
+        if rows is None or self.causal is None:
+            return self.causal
+        mask = self.causal if self.causal.shape[0] == 1 else self.causal[rows.index]
+        if columns is None or columns == slice(0, self.new):
+            return mask
+        if len(rows) == 1 and self.decoder.config._attn_implementation == "sdpa":
+            return None  # one prompt cut to its own tokens has no padding: attention takes its causal shortcut
+        return mask[:, :, columns, columns]
+
+    def _leaves_out(self, index: int) -> bool:
+        """Whether attention in this block must leave positions out (policy ``mask`` only)."""
+        cache = self.cache
+        return cache is not None and self.past > 0 and not cache.complete[index] and self.kv == "mask"
+
+    def _allowed(self) -> Tensor | None:
+        """Boolean (B or 1, 1, S, T): what each new token may see, were nothing missing; None means everything."""
+        if "allowed" not in self.__dict__:
+            total = self.past + self.new
+            allowed = None
+            if self.new > 1:
+                square = torch.ones(self.new, total, dtype=torch.bool, device=self.position_ids.device)
+                allowed = square.tril(self.past)[None, None]
+            if self.attention_mask is not None:
+                real = self.attention_mask[:, None, None, :total].bool()
+                allowed = real if allowed is None else allowed & real
+            self.allowed = allowed
+        return self.allowed
+
+    def _present_mask(self, index: int, present: Tensor | None = None) -> Tensor:
+        """`_allowed` without the positions whose K/V this block lacks; in the form that the attention in use expects.
+
+        Args:
+            index: the block.
+            present: boolean (B, T); by default what the cache has recorded.
+        """
+        total = self.past + self.new
+        if present is None:
+            assert self.cache is not None
+            assert self.cache.present is not None
+            present = self.cache.present[index, :, :total]
+        mask = present[:, None, None]
+        allowed = self._allowed()
+        mask = (mask if allowed is None else mask & allowed).expand(-1, -1, self.new, -1).clone()
+        # A padding token may have nothing to see; letting it see itself keeps its (unused) output finite.
+        own = torch.arange(self.new, device=mask.device)
+        mask[:, :, own, self.past + own] = True
+        implementation = self.decoder.layers[0].self_attn.config._attn_implementation
+        if implementation in ("sdpa", attention.NAME):
+            return mask
+        if implementation == "eager":
+            return torch.zeros_like(mask, dtype=self.rotary[0].dtype).masked_fill(
+                ~mask, torch.finfo(self.rotary[0].dtype).min
+            )
+        raise UserError(f"kv: policy mask needs attention sdpa or eager, not {implementation}")
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def _gated(self, hidden: Tensor, work: Plan) -> Tensor:
         """Training form of ``h + M * F(h)``: exact forward pass, a gradient for every gate (paper sec. 4.2.3).
 
         Sequences that run the block get its output; the others keep their state, and the block is still evaluated for
         them, without a graph, because ``dL/dM = <dL/dh, F(h)>`` needs F. What the gate multiplies is detached: with M
         equal to 0 or 1 the backbone's own gradient is that of the hard path.
         """
-        running, skipping = rows
-        assert self.routing.gates is not None
-        gate = self.routing.gates[:, index].to(hidden.dtype)
-        gate = (gate - gate.detach()).view(-1, 1, 1)  # exactly zero, with the gate's gradient
-        if skipping is None:
-            out = self.block(index, hidden, None)
-            return out + gate * (out - hidden).detach()
-        with torch.no_grad():
-            residual = torch.zeros_like(hidden)
-            residual[skipping] = self.block(index, hidden[skipping], skipping) - hidden[skipping]
-        out = hidden
-        if running is not None and len(running):
-            ran = self.block(index, hidden[running], running)
-            out = hidden.index_copy(0, running, ran)
-            residual[running] = (ran - hidden[running]).detach()
-        return out + gate * residual
+        gates = self.routing.gates
+        assert gates is not None
+        for index in range(self.routing.policy.source_block, len(self.decoder.layers)):
+            running, skipping = work.running[index], work.skipping[index]
+            gate = _slope(gates[:, index].view(-1, 1, 1), hidden)
+            if skipping is None:
+                out = self.block(index, hidden)
+                hidden = out + gate * (out - hidden).detach()
+                continue
+            with torch.no_grad():
+                residual = torch.zeros_like(hidden)
+                part = hidden[skipping.index]
+                residual[skipping.index] = self.block(index, part, skipping) - part
+            out = hidden
+            if running is not None and len(running):
+                part = hidden[running.index]
+                ran = self.block(index, part, running)
+                out = hidden.index_copy(0, running.index, ran)
+                residual[running.index] = (ran - part).detach()
+            hidden = out + gate * residual
+        return hidden
 
-    def _mask(self, index: int, hidden: Tensor, rows: Tensor | None) -> Tensor | None:
-        """Attention mask of one block: the shared causal one, minus positions whose K/V are missing."""
-        if self.cache is None or not self.cache.missing(index):
-            return None if self.causal is None else _take(self.causal, rows)
-        return self._mask_without_missing(index, hidden, rows)
+    # ---- one route per token -----------------------------------------------------------------------------------------
 
-    def _mask_without_missing(self, index: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        cache = self.cache
-        assert cache is not None
-        past, end = cache.length, cache.length + self.new
-        layer = cache.blocks[index]
-        allowed = torch.ones(self.new, end, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
-        if self.attention_mask is not None:
-            allowed = allowed & self.attention_mask[:, None, None, :end].bool()
-        seen = torch.ones(cache.batch, end, dtype=torch.bool, device=hidden.device)
-        seen[:, :past] = False if layer.present is None else layer.present[:, :past]
-        allowed = _take((allowed & seen[:, None, None]), rows)
-        # A padding query may attend to nothing; letting it see itself keeps its (unused) output finite.
-        own = torch.arange(self.new, device=hidden.device)
-        allowed[:, :, own, past + own] = True
-        implementation = self.decoder.config._attn_implementation
-        if implementation == "sdpa":
-            return allowed
-        if implementation == "eager":
-            return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
-        raise UserError(f"kv: policy mask needs attention sdpa or eager, not {implementation}")
+    def _by_token(self, hidden: Tensor, tap: Tap | None) -> Tensor:
+        """The parallel form of decoding: each token has its own route, chosen from what came before it.
+
+        A block that any token runs is computed for all of them and kept where it runs; its keys and values are those of
+        the tokens that ran it, and for the others what the K/V policy says. One pass gives what as many decode steps
+        would have given, at the price of computing what most of them skip.
+        """
+        routing = self.routing
+        route, gates = self._routes_of_tokens(tap, len(hidden)), routing.gates
+        anywhere = route.any(0).any(0).tolist()
+        if self.cache is not None:
+            self.cache.record(route, self.new, route.all(0).all(0).tolist())
+        for index in range(routing.policy.source_block, len(self.decoder.layers)):
+            runs = route[:, :, index]
+            if not anywhere[index] and gates is None:
+                self._project(index, hidden, None)
+                continue
+            out = self._token_block(index, hidden, runs)
+            kept = torch.where(runs.unsqueeze(-1), out, hidden)
+            if gates is not None:
+                kept = kept + _slope(gates[:, :, index].unsqueeze(-1), hidden) * (out - hidden).detach()
+            hidden = kept
+        return hidden
+
+    def _token_block(self, index: int, hidden: Tensor, runs: Tensor) -> Tensor:
+        """One block for all tokens, of which those in ``runs`` (B, S) leave their keys and values."""
+        written = runs[:, None, :, None] if self.kv == "zero" else None
+        position_ids, rotary, mask = self._inputs_of(index, None, None)
+        if self.kv == "mask" and self.past == 0:
+            mask = self._present_mask(index, runs)
+        cache: Any = self.cache if self.cache is not None else Tap(written)
+        cache.written = written
+        try:
+            return self.decoder.layers[index](
+                hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=self.cache is not None,
+                position_embeddings=rotary,
+            )
+        finally:
+            cache.written = None
+
+    def _routes_of_tokens(self, tap: Tap | None, batch: int) -> Tensor:
+        """The routes (B, S, L); in training also the gates."""
+        routing, state = self.routing, self.state
+        keys, values = self._source_states(tap)
+        mask = self._readable()
+        if mask is None:
+            mask = torch.ones(batch, self.new, dtype=torch.bool, device=keys.device)
+        prompt = self._prompt(mask)
+        with mark(DECISION):
+            if routing.gradient:
+                routing.gates = routing.policy.gates_each(state.policy_state, keys, values, mask, prompt)
+                route = routing.gates.detach().bool()
+            else:
+                route = routing.policy.decide_each(state.policy_state, keys, values, mask, prompt)
+                steps = state.step + (mask & ~prompt).cumsum(1) - (1 if state.step else 0)
+                route = _held(route, steps, routing.every, state.route)
+                state.step = int(steps.max()) + 1
+            state.route = route[:, -1]
+        routing.trace.add_each(route.cpu())
+        return route
+
+    def _prompt(self, mask: Tensor) -> Tensor:
+        """(B, S) boolean: the leading tokens that a prefill would have taken in together."""
+        context = self.routing.context_mask
+        if self.past:
+            return torch.zeros_like(mask)
+        if context is not None:
+            return context.bool()
+        return mask & (mask.cumsum(1) == 1)
+
+
+def _held(route: Tensor, steps: Tensor, every: int, before: Tensor | None) -> Tensor:
+    """Routes (B, S, L) if a new path is chosen at every n-th step only.
+
+    Args:
+        route: what each token would choose.
+        steps: (B, S), number of the decode step that takes in the token; 0 for a prompt.
+        every: n; 0 keeps the prompt's.
+        before: (B, L), the route in force before these tokens, if there were any.
+    """
+    if every == 1:
+        return route
+    chooses = steps == 0 if every == 0 else steps % every == 0
+    places = torch.arange(route.shape[1], device=route.device).expand_as(steps)
+    latest = torch.where(chooses, places, -1).cummax(1).values
+    held = route.gather(1, latest.clamp(min=0).unsqueeze(-1).expand_as(route))
+    if before is None:
+        return held
+    return torch.where((latest < 0).unsqueeze(-1), before.unsqueeze(1), held)
+
+
+def _slope(gate: Tensor, like: Tensor) -> Tensor:
+    """A factor that is exactly zero and has the gate's gradient."""
+    gate = gate.to(like.dtype)
+    return gate - gate.detach()
 
 
 @contextmanager
@@ -316,13 +570,8 @@ def _uncheckpointed(layer: Block) -> Iterator[None]:
         layer.gradient_checkpointing = checkpointing
 
 
-def _split(column: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Rows that run a block and rows that skip it, from its column of the route; (None, None) when all run."""
-    if bool(column.all()):
-        return None, None
-    return column.nonzero().flatten().to(device), (~column).nonzero().flatten().to(device)
-
-
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of a tensor whose first dimension is the batch, or 1 for all alike."""
-    return tensor if rows is None or tensor.shape[0] == 1 else tensor[rows]
+def _take(tensor: Tensor, rows: Rows | None, columns: slice | None) -> Tensor:
+    """Rows and columns of (B or 1, S, ...), where a first dimension of 1 is shared by all rows."""
+    if rows is not None and tensor.shape[0] > 1:
+        tensor = tensor[rows.index]
+    return tensor if columns is None else tensor[:, columns]

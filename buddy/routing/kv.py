@@ -6,7 +6,8 @@ A block that is skipped at a token computes no key and value for it. What stands
 - ``mask``: the position is left out of that block's attention.
 - ``project``: the block's own k/v projections of the state that passes by (two small products, no attention, no MLP).
 
-Keys and values live in buffers that grow geometrically; a decode step writes one column and copies nothing.
+Keys and values live in buffers that grow geometrically. A decode step writes one column; a sub-batch writes its rows and
+attends to them where they lie (`buddy.routing.attention`). Nothing is copied.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from buddy.routing.marks import CACHE, mark
+from buddy.routing.plan import Rows
 
 
 class BlockCache(CacheLayerMixin):
@@ -28,7 +32,6 @@ class BlockCache(CacheLayerMixin):
     def __init__(self, owner: RoutedCache) -> None:
         super().__init__()
         self.owner = owner
-        self.present: Tensor | None = None  # (B, capacity) bool, only under `mask`: where real K/V stand
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros for the whole batch, shaped like these states but ``owner.capacity`` long."""
@@ -36,42 +39,40 @@ class BlockCache(CacheLayerMixin):
         _, heads, _, size = key_states.shape
         self.keys = key_states.new_zeros(owner.batch, heads, owner.capacity, size)
         self.values = value_states.new_zeros(owner.batch, heads, owner.capacity, value_states.shape[-1])
-        if owner.policy == "mask":
-            self.present = torch.zeros(owner.batch, owner.capacity, dtype=torch.bool, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new columns of ``owner.rows`` and return those rows' keys and values up to and including them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end, rows = self.owner.length, self.owner.length + key_states.shape[-2], self.owner.rows
-        if rows is None:
-            self.keys[:, :, start:end] = key_states
-            self.values[:, :, start:end] = value_states
-            if self.present is not None:
-                self.present[:, start:end] = True
-            return self.keys[:, :, :end], self.values[:, :, :end]
-        self.keys[rows, :, start:end] = key_states
-        self.values[rows, :, start:end] = value_states
-        if self.present is not None:
-            self.present[rows, start:end] = True
-        return self.keys[rows, :, :end], self.values[rows, :, :end]
+        """Write the new columns of ``owner.rows``, and return what attention reads.
+
+        That is the states just given while nothing came before them, and afterwards the filled columns of the whole
+        batch, as views.
+        """
+        with mark(CACHE):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            owner = self.owner
+            if owner.written is not None:
+                key_states = torch.where(owner.written, key_states, 0)
+                value_states = torch.where(owner.written, value_states, 0)
+            start = owner.length + owner.offset
+            end = start + key_states.shape[-2]
+            rows = owner.rows
+            if rows is None:
+                self.keys[:, :, start:end] = key_states
+                self.values[:, :, start:end] = value_states
+            else:
+                self.keys[rows.index, :, start:end] = key_states
+                self.values[rows.index, :, start:end] = value_states
+        if owner.length == 0:
+            return key_states, value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def grow(self, capacity: int) -> None:
-        """Move to longer buffers; the new columns are zero and absent."""
-        if not self.is_initialized:
-            return
-        extra = capacity - self.keys.shape[2]
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
-        if self.present is not None:
-            self.present = torch.nn.functional.pad(self.present, (0, extra))
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Move to longer buffers; the new columns are zero."""
         if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-            self.present = None if self.present is None else self.present[rows]
+            extra = capacity - self.keys.shape[2]
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, extra))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, extra))
 
     def get_seq_length(self) -> int:
         """Columns filled, the same for every block."""
@@ -99,8 +100,13 @@ class RoutedCache(Cache):
 
     Attributes:
         length: tokens held.
-        rows: rows of the batch that the block now running works on, (n,) int64; None means all.
+        rows: rows of the batch that the block now running works on; None means all.
+        offset: first of the pass's columns that it works on (a group of prompts leaves out padding).
+        written: (B, 1, S, 1) boolean, the tokens whose K/V the block now running leaves; None means all.
+        present: (L, B, capacity) boolean under ``mask``: where a block has K/V. None until a route is recorded.
+        complete: per block, whether no position of it is missing: known on the host, so that no step has to ask.
         routing: the policy's state and the current route, kept by the engine.
+        graph: captured decode steps (`buddy.routing.graph`), or None.
     """
 
     def __init__(self, blocks: int, policy: str = "zero", capacity: int = 64) -> None:
@@ -110,8 +116,13 @@ class RoutedCache(Cache):
         self.capacity = max(capacity, 1)
         self.length = 0
         self.batch = 0
-        self.rows: Tensor | None = None
+        self.rows: Rows | None = None
+        self.offset = 0
+        self.written: Tensor | None = None
+        self.present: Tensor | None = None
+        self.complete = [True] * blocks
         self.routing: Any = None
+        self.graph: Any = None
 
     def reserve(self, batch: int, new: int) -> None:
         """Make room for ``new`` columns of ``batch`` sequences before a forward pass."""
@@ -122,11 +133,30 @@ class RoutedCache(Cache):
             self.capacity = max(self.length + new, 2 * self.capacity)
             for block in self.blocks:
                 block.grow(self.capacity)
+            if self.present is not None:
+                self.present = torch.nn.functional.pad(self.present, (0, self.capacity - self.present.shape[-1]))
+
+    def record(self, route: Tensor, new: int, everywhere: list[bool]) -> None:
+        """Remember which positions of the pass under way each block leaves out (policy ``mask`` only).
+
+        Args:
+            route: boolean (B, L), or (B, S, L) with a route per token, on the cache's device.
+            new: number of tokens S of the pass.
+            everywhere: per block, whether the whole route names it.
+        """
+        if self.policy != "mask":
+            return
+        if self.present is None:
+            self.present = torch.zeros(
+                len(self.blocks), self.batch, self.capacity, dtype=torch.bool, device=route.device
+            )
+        by_block = route.T.unsqueeze(-1) if route.dim() == 2 else route.permute(2, 0, 1)
+        self.present[:, :, self.length : self.length + new] = by_block
+        self.complete = [before and now for before, now in zip(self.complete, everywhere, strict=True)]
 
     def commit(self, new: int) -> None:
         """Count the columns that the forward pass just wrote."""
         self.length += new
-        self.rows = None
 
     def window(self, block: int, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values that this block wrote for the ``new`` tokens of the pass under way: (B, heads, new, size)."""
@@ -134,24 +164,9 @@ class RoutedCache(Cache):
         columns = slice(self.length, self.length + new)
         return layer.keys[:, :, columns], layer.values[:, :, columns]
 
-    def missing(self, block: int) -> bool:
-        """Whether attention in this block must leave positions out (policy ``mask`` only)."""
-        layer = self.blocks[block]
-        if self.policy != "mask" or self.length == 0:
-            return False
-        return layer.present is None or not bool(layer.present[:, : self.length].all())
-
-    def write(self, block: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write K/V of these rows for a block that does not run (policy ``project``)."""
-        self.rows = rows
-        self.blocks[block].update(keys, values)
-        self.rows = None
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
-        for block in self.blocks:
-            block.select(indices)
-        self.batch = len(indices)
+        """Refused: the routing state does not follow a selection of sequences."""
+        raise NotImplementedError("sequences cannot be picked out of a routed cache: their routing state would stay")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: the routing state does not follow beams."""
@@ -162,15 +177,24 @@ class RoutedCache(Cache):
         raise NotImplementedError("a routed cache cannot be cropped: running scores cannot be taken back")
 
 
-class SourceTap:
-    """Stands in for a cache where none is kept (training): remembers what the source block would have written."""
+class Tap:
+    """Stands in for a cache where none is kept (training, scoring), gradients intact.
 
-    def __init__(self) -> None:
+    Attributes:
+        keys, values: what the block would have written.
+        written: (B, 1, S, 1) boolean, the tokens whose K/V are left; those of the others are zero. None means all.
+    """
+
+    def __init__(self, written: Tensor | None = None) -> None:
+        self.written = written
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Remember and hand back, gradients intact."""
+        """Remember and hand back."""
+        if self.written is not None:
+            key_states = torch.where(self.written, key_states, 0)
+            value_states = torch.where(self.written, value_states, 0)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 

@@ -16,7 +16,7 @@ from buddy.routing.kv import RoutedCache
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
 from buddy.routing.types import CausalLM
-from buddy.settings import KV_POLICIES
+from buddy.settings import ENGINES, KV_POLICIES, ROUTING_FORMS
 
 
 class RoutedModel(nn.Module):
@@ -91,8 +91,17 @@ class RoutedModel(nn.Module):
             raise UserError("save: this model was not loaded from a run; `buddy.runs.save` writes one from its parts")
         return self.origin.save(folder, self.policy)
 
-    def new_cache(self, capacity: int = 64) -> RoutedCache:
-        """An empty cache for this model, with room for ``capacity`` tokens before it grows."""
+    def new_cache(self, capacity: int = 64, engine: str = "eager", batch: int = 1) -> RoutedCache:
+        """An empty cache for this model.
+
+        Args:
+            capacity: tokens it has room for before it grows.
+            engine: ``eager``; ``graph``, whose decode steps are captured CUDA graphs and which cannot grow; or ``auto``,
+                which takes graphs where they are possible. What keeps graphs from being used is logged.
+            batch: number of sequences B, which graphs have to know.
+        """
+        if engine not in ("auto", *ENGINES):
+            raise UserError(f"engine: {engine!r} is not one of {choices(('auto', *ENGINES))}")
         return RoutedCache(self.blocks, self.kv, capacity)
 
     def forward(
@@ -102,6 +111,7 @@ class RoutedModel(nn.Module):
         *,
         budget: Budget | None = None,
         decode: str | int = "recompute",
+        routing: str = "sequence",
         context_mask: Tensor | None = None,
         past_key_values: RoutedCache | None = None,
         use_cache: bool = False,
@@ -116,7 +126,10 @@ class RoutedModel(nn.Module):
                 it was started with.
             decode: ``recompute`` chooses a new path at every step, ``reuse`` keeps the prefill's, an integer n chooses at
                 every n-th step.
-            context_mask: (B, S), True where the policy may read; by default all real tokens.
+            routing: ``sequence``: the tokens of this pass share their sequence's route. ``causal``: each token has the
+                route that decoding would give it, so one pass has the logits of as many decode steps.
+            context_mask: (B, S), True where the policy may read; by default all real tokens. With ``causal`` it marks the
+                prompt, which shares a route; by default that is the first token.
             past_key_values: cache of an earlier call.
             use_cache: return a cache to go on from.
             kwargs: passed to the backbone (``logits_to_keep`` and the like).
@@ -129,9 +142,11 @@ class RoutedModel(nn.Module):
         """
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(2 * input_ids.shape[1])
-        routing = Routing(self.policy, budget, _every(decode), context_mask)
-        self.trace = routing.trace
-        with routed(self.backbone, routing):
+        if routing not in ROUTING_FORMS:
+            raise UserError(f"routing: {routing!r} is not one of {choices(ROUTING_FORMS)}")
+        call = Routing(self.policy, budget, _every(decode), routing, self.kv, context_mask)
+        self.trace = call.trace
+        with routed(self.backbone, call):
             return self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -22,10 +22,13 @@ class Policy(nn.Module, ABC):
     Attributes:
         blocks: number of blocks L of the backbone.
         source_block: number of leading blocks that run before `decide` (0: it needs nothing from the pass).
+        capturable: `observe` and `decide` change nothing but the tensors of the state, in place, and never ask the
+            device for a value; a CUDA graph may hold them then.
     """
 
     blocks: int
     source_block: int = 0
+    capturable: bool = False
 
     @property
     def always(self) -> int:
@@ -66,8 +69,40 @@ class Policy(nn.Module, ABC):
     def decide(self, state: Any) -> Tensor:
         """Choose the route of every sequence: boolean (B, L), True where the block runs."""
 
+    def decide_each(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """Take in tokens and give each the route that decoding token by token would give it.
+
+        This loop is the definition; a policy whose scores are sums overrides it with one that works on all tokens.
+
+        Args:
+            state: from `begin`.
+            keys, values: (B, KV heads, S, head size) of the new tokens.
+            mask: boolean (B, S), True where a token may be read.
+            prompt: boolean (B, S), leading tokens that are read together and share a route (the prefill).
+
+        Returns:
+            Boolean (B, S, L).
+        """
+        route = torch.ones(*mask.shape, self.blocks, dtype=torch.bool, device=mask.device)
+        if bool(prompt.any()):
+            self.observe(state, keys, values, mask & prompt)
+            route = torch.where(prompt.unsqueeze(-1), self.decide(state).unsqueeze(1), route)
+        for token in range(mask.shape[1]):
+            here = slice(token, token + 1)
+            self.observe(state, keys[:, :, here], values[:, :, here], (mask & ~prompt)[:, here])
+            route[:, token] = torch.where(prompt[:, here], route[:, token], self.decide(state))
+        return route
+
     def gates(self, state: Any) -> Tensor:
         """Routes with a gradient, for training: (B, L) float, exactly 0 or 1 in value.
+
+        Raises:
+            UserError: the policy has nothing to train.
+        """
+        raise UserError(f"{type(self).__name__} has no router to train")
+
+    def gates_each(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+        """`decide_each` with a gradient, for training: (B, S, L) float, exactly 0 or 1 in value.
 
         Raises:
             UserError: the policy has nothing to train.

@@ -13,8 +13,9 @@ class Trace:
     """Routes of one call, oldest first.
 
     Attributes:
-        steps: one boolean tensor (B, L) per forward pass, on the CPU; step 0 is the prefill.
-        tokens: number of tokens each pass took in.
+        steps: one boolean tensor (B, L) per forward pass, on the CPU; step 0 is the prefill. A pass in which every token
+            has its own route leaves one per token.
+        tokens: number of tokens each of them took in.
     """
 
     steps: list[Tensor] = field(default_factory=list)
@@ -24,6 +25,11 @@ class Trace:
         """Append the route (B, L) of a pass over this many tokens per sequence."""
         self.steps.append(route.cpu())
         self.tokens.append(tokens)
+
+    def add_each(self, route: Tensor) -> None:
+        """Append the routes (B, S, L) of a pass whose tokens have a route each."""
+        for token in route.unbind(1):
+            self.add(token, 1)
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -205,6 +205,7 @@ def _trainer(
         data_collator=Collator(tokenizer.pad_token_id, settings.loss_on, settings.pool_over),
         processing_class=tokenizer,
         optimizers=(_optimizer(model, settings), None),
+        settings=settings,
         most_removed=most_removed,
         on_log=on_log,
     )
@@ -230,8 +231,9 @@ def router_trainer_class() -> type:
     class RouterTrainer(SFTTrainer):
         """SFT in which every example runs at its own depth."""
 
-        def __init__(self, *, most_removed: int, on_log: Any = None, **kwargs: Any) -> None:
+        def __init__(self, *, settings: Training, most_removed: int, on_log: Any = None, **kwargs: Any) -> None:
             super().__init__(**kwargs)
+            self.settings = settings
             self.on_log = on_log
             self.policy: BuddyPolicy = getattr(self.model, _POLICY)
             self.shallowest = self.policy.blocks - most_removed
@@ -247,6 +249,8 @@ def router_trainer_class() -> type:
             routing = Routing(
                 self.policy,
                 budget=[depth / self.policy.blocks for depth in depths],
+                form=self.settings.routing,
+                kv=self.settings.kv,
                 context_mask=inputs["context_mask"],
                 gradient=model.training,
             )
@@ -266,7 +270,7 @@ def router_trainer_class() -> type:
         def _note(self, routing: Routing, inputs: dict[str, Tensor]) -> None:
             """Collect what the next log line averages."""
             metrics = self._metrics["train"]
-            metrics["executed_fraction"].append(routing.trace.steps[0].float().mean().item())
+            metrics["executed_fraction"].append(routing.trace.frequency().mean().item())
             assert routing.state is not None
             scores = self.policy.scores(routing.state.policy_state)
             metrics["score_entropy"].append(torch.distributions.Categorical(logits=scores).entropy().mean().item())

@@ -27,7 +27,7 @@ def test_the_running_mean_equals_pooling_the_whole_prefix(seed, pieces):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, sum(pieces), 6, generator=generator)
     mask = torch.rand(3, sum(pieces), generator=generator) > 0.3
-    running, seen = RunningMean.empty(3, 6, scores), 0
+    running, seen = RunningMean.empty(3, 6, scores.device), 0
     for piece in pieces:
         running.add(scores[:, seen : seen + piece], mask[:, seen : seen + piece])
         seen += piece

@@ -6,42 +6,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, VOCABULARY, tiny
-from transformers.cache_utils import DynamicCache
+from models import ARCHITECTURES, VOCABULARY, prompts, tiny, with_router
 
 from buddy.errors import BudgetError, UserError
-from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.routing.decision import source_feature
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 
 KV = ("zero", "mask", "project")
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-def routed(backbone, feature="value", source_block=1, kv="zero", seed=0, balanced=0):
-    """A model with a router that is strong enough to change its mind between steps."""
-    width = backbone.config.num_key_value_heads * backbone.config.head_dim
-    policy = BuddyPolicy(backbone.config.num_hidden_layers, width, feature, source_block)
-    torch.manual_seed(seed)
-    for name, parameter in policy.named_parameters():
-        torch.nn.init.normal_(parameter, std=20.0 if name.endswith("weight") else 0.1)
-    with torch.no_grad():  # after this prompt all blocks score alike: every decoded token tips the balance
-        backbone(prompts(batch=1, seed=balanced)[0], past_key_values=(plain := DynamicCache()), use_cache=True)
-        states = plain.layers[source_block - 1]
-        scores = policy.decision(source_feature(states.keys, states.values, feature))
-        policy.decision.up.bias -= scores.mean((0, 1))
-    return RoutedModel(backbone, policy, kv).eval()
-
-
-def prompts(batch=3, length=9, seed=0):
-    """Random tokens, the second sequence padded left by four."""
-    ids = torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    if batch > 1:
-        ids[1, :4], mask[1, :4] = 0, 0
-    return ids, mask
 
 
 class CountBlocks:
@@ -74,7 +47,7 @@ def test_budget_one_is_the_untouched_model_bit_for_bit(backbone):
     ids, mask = prompts()
     plain = copy.deepcopy(backbone)
     names = list(backbone.state_dict())
-    model = routed(backbone)
+    model = with_router(backbone)
     assert torch.equal(model(ids, mask, budget=1.0).logits, plain(ids, mask).logits)
     assert torch.equal(
         model.generate(ids, mask, budget=1.0, **GREEDY),
@@ -97,7 +70,7 @@ def test_budget_one_is_the_untouched_model_bit_for_bit(backbone):
 )
 def test_hooks_count_exactly_the_budget_at_every_step(architecture, kv, feature, source, executed, seed):
     backbone = tiny(architecture, seed=seed % 3)
-    model = routed(backbone, feature, source, kv, seed)
+    model = with_router(backbone, feature, source, kv, seed)
     if min(executed) < source + 1:
         return
     ids, mask = prompts(seed=seed)
@@ -143,7 +116,7 @@ def test_a_constant_route_is_the_sliced_model(backbone, removed, kv):
 @pytest.mark.parametrize("source", [1, 2])
 def test_a_batch_generates_what_its_sequences_generate_alone(deep_backbone, kv, source):
     # Balanced on another prompt: an exact tie would be broken by the rounding that batching changes.
-    model = routed(deep_backbone, source_block=source, kv=kv, balanced=1)
+    model = with_router(deep_backbone, source_block=source, kv=kv, balanced=1)
     ids, mask = prompts()
     budgets = [0.5, 1.0, 0.75]
     together = model.generate(ids, mask, budget=budgets, **GREEDY)
@@ -158,7 +131,7 @@ def test_a_batch_generates_what_its_sequences_generate_alone(deep_backbone, kv, 
 
 @torch.no_grad()
 def test_every_decode_step_may_take_a_new_path_unless_told_to_reuse(deep_backbone):
-    model = routed(deep_backbone)
+    model = with_router(deep_backbone)
     ids, _ = prompts(batch=1)
     sampled = {"max_new_tokens": 16, "do_sample": True, "temperature": 3.0, "pad_token_id": 0}
     torch.manual_seed(0)
@@ -177,7 +150,7 @@ def test_every_decode_step_may_take_a_new_path_unless_told_to_reuse(deep_backbon
 @pytest.mark.parametrize("kv", KV)
 def test_decoding_step_by_step_follows_the_definition(backbone, kv):
     """One more generated token, computed the slow way: no cache object, K/V tensors kept by hand per block."""
-    model = routed(backbone, kv=kv)
+    model = with_router(backbone, kv=kv)
     ids, _ = prompts(batch=1)
     for token in torch.arange(1, VOCABULARY).view(-1, 1, 1):  # one that makes the router change its mind
         cache = model.new_cache()
@@ -240,7 +213,7 @@ def slow_second_step(backbone, ids, token, first, second, kv):
 
 @torch.no_grad()
 def test_an_answer_does_not_choose_its_own_route(backbone):
-    model = routed(backbone)
+    model = with_router(backbone)
     ids, _ = prompts(batch=2)
     ids[1, :5] = ids[0, :5]  # same context, different answers
     context = torch.zeros_like(ids, dtype=torch.bool)
@@ -255,7 +228,7 @@ def test_an_answer_does_not_choose_its_own_route(backbone):
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_never_enters_a_score(backbone, side):
-    model = routed(backbone)
+    model = with_router(backbone)
     ids, _ = prompts(batch=1)
     model(ids, budget=4 / 7)
     route = model.trace.routes()
@@ -288,7 +261,7 @@ def test_skipped_blocks_take_no_time():
 
 
 def test_sampling_and_stopping_work_as_usual(backbone):
-    model = routed(backbone)
+    model = with_router(backbone)
     ids, mask = prompts()
     torch.manual_seed(3)
     sampled = model.generate(ids, mask, budget=0.6, do_sample=True, top_k=5, max_new_tokens=6)
@@ -305,7 +278,7 @@ def test_sampling_and_stopping_work_as_usual(backbone):
 
 
 def test_wrong_requests_are_refused_in_one_line(backbone):
-    model = routed(backbone)
+    model = with_router(backbone)
     ids, mask = prompts()
     for budget in (0, 1.2, 0.1, [0.5, 0.5]):
         with pytest.raises(BudgetError) as error:
@@ -324,7 +297,7 @@ def test_wrong_requests_are_refused_in_one_line(backbone):
 
 
 def test_the_cache_grows_without_losing_anything(backbone):
-    model = routed(backbone, kv="project")
+    model = with_router(backbone, kv="project")
     ids, _ = prompts(batch=1)
     with torch.no_grad():
         small, large = model.new_cache(1), model.new_cache(400)

@@ -210,3 +210,36 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     for name, value in plain_policy.state_dict().items():
         torch.testing.assert_close(saving_policy.state_dict()[name], value)
     assert json.dumps(plain.steps) == json.dumps(saving.steps)
+
+
+def test_causal_routing_trains_the_paths_that_decoding_takes(tmp_path):
+    """The loss of a causal pass is the loss of decoding the response token by token."""
+    from buddy.routing.model import RoutedModel
+
+    backbone = tiny("llama", blocks=6)
+    policy = policy_for(backbone)
+    torch.nn.init.normal_(policy.decision.up.weight, std=30.0)
+    rows = encode(Letters(), [("what is it?", "it is that")], 64)
+    batch = Collator(0, "response", "prompt")(rows)
+    ids, context = batch["input_ids"], batch["context_mask"]
+    with torch.no_grad():
+        model = RoutedModel(backbone, policy, "mask")
+        cache, losses = model.new_cache(), []
+        prompt = int(context.sum())
+        logits = model(ids[:, :prompt], budget=4 / 6, past_key_values=cache).logits[:, -1]
+        for token in ids[0, prompt:]:
+            losses.append(torch.nn.functional.cross_entropy(logits, token[None]))
+            logits = model(token[None, None], budget=4 / 6, past_key_values=cache).logits[:, -1]
+    routing = Routing(policy, 4 / 6, form="causal", kv="mask", context_mask=context, gradient=True)
+    with routed(backbone, routing):
+        loss = sft.next_token_loss(backbone(ids).logits, batch["labels"])
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+    causal = SETTINGS.model_copy(update={"routing": "causal", "kv": "mask", "epochs": 1})
+    sequence = SETTINGS.model_copy(update={"epochs": 1})
+    norms = [run(tmp_path / form.routing, form)[0].curve[0]["grad_norm"] for form in (causal, sequence)]
+    assert norms[0] != norms[1]  # the first loss is one of routers that have learnt nothing yet; their gradients differ
+
+
+def test_causal_routing_needs_a_prompt():
+    with pytest.raises(ValueError, match="pool_over"):
+        Training(routing="causal", pool_over="all")
