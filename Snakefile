@@ -12,6 +12,7 @@ include: "rules/inputs.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/latency.smk"
+include: "rules/breakdown.smk"
 include: "rules/report.smk"
 
 
@@ -31,5 +32,5 @@ onstart:
 rule all:
     default_target: True
     input:
-        [table_files(name) for name in STUDY.measured_tables()],
+        [table_files(name) for name in TABLES],
         [figure_files(name) for name in FIGURES],

@@ -256,7 +256,7 @@ pack_records() { # OUT: what is worth taking home, in one file
 # ---- anywhere --------------------------------------------------------------------------------------------------------
 
 selftest() {
-    local out
+    local out engines
     out=${1:-$(mktemp -d)}
     mkdir -p "$out/parts" "$out/joined"
     out=$(folder "$out")
@@ -268,9 +268,11 @@ selftest() {
     local me="$ROOT/benchmarks/gpu.sh" tiny="$ROOT/tests/tiny.yaml" rows="$ROOT/buddy/data/embedded" status=0
     "$me" latency "$out/latency" embedded "$tiny"
     "$me" study "$rows" none "$out/study" "$tiny"
-    expect "$out/latency" latency 7
+    # per engine: dense and three executions at two depths, for two batch sizes, and one mixed batch
+    engines=$("$PYTHON" -c 'import torch; print(1 + torch.cuda.is_available())')
+    expect "$out/latency" latency $((15 * engines))
     expect "$out/study" accuracy 5
-    expect "$out/study" latency 7
+    expect "$out/study" latency $((15 * engines))
     expect "$out/study" training 2
     say "again: nothing must be left to do"
     "$me" study "$rows" none "$out/study" "$tiny" > "$out/again.log"

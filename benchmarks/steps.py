@@ -60,7 +60,7 @@ class Plan:
     Args:
         study: the study.
         out: its folder, laid out as ``results/{study}``.
-        kinds: kinds of tables to measure for (accuracy, latency, ablation).
+        kinds: kinds of tables to measure for (accuracy, latency, breakdown, ablation).
     """
 
     study: Config
@@ -69,10 +69,10 @@ class Plan:
 
     def steps(self) -> Iterator[Step]:
         """Every step, done or not; what a step reads comes before it, the main variant before the ablations."""
-        scored, timed = self._scored(), self._timed()
-        runs = [run for run in self.study.runs() if run in {*scored, *timed}]
+        scored, timed, profiled = self._scored(), self._timed("latency"), self._timed("breakdown")
+        runs = [run for run in self.study.runs() if run in {*scored, *timed, *profiled}]
         yield from (self._backbone(name) for name in dict.fromkeys(run.backbone for run in runs))
-        yield from (self._data(name) for name in self._data_sets(runs, scored, timed))
+        yield from (self._data(name) for name in self._data_sets(runs, scored, timed, profiled))
         for run in runs:
             if run.method == "buddy":
                 if run.variant["prior"] != "none":
@@ -80,6 +80,8 @@ class Plan:
                 yield self._train(run)
             if run in timed:
                 yield from (self._latency(run, name) for name in self.study.latency.datasets)
+            if run in profiled:
+                yield self._breakdown(run)
             if run in scored:
                 yield self._evaluate(run)
 
@@ -102,14 +104,14 @@ class Plan:
             found |= set(self.study.ablation_runs(self.study.ablation(str(table.ablation))))
         return found
 
-    def _timed(self) -> set[Run]:
-        """The main variant, first seed, of each backbone of a latency table."""
-        return {self._main(table.backbone, self.study.study.seeds[0]) for table in self._tables("latency")}
+    def _timed(self, kind: str) -> set[Run]:
+        """The main variant, first seed, of each backbone of a latency or breakdown table."""
+        return {self._main(table.backbone, self.study.study.seeds[0]) for table in self._tables(kind)}
 
     def _main(self, backbone: str | None, seed: int) -> Run:
         return self.study.buddy_run(str(backbone), self.study.study.main.model_dump(), seed)
 
-    def _data_sets(self, runs: list[Run], scored: set[Run], timed: set[Run]) -> list[str]:
+    def _data_sets(self, runs: list[Run], scored: set[Run], timed: set[Run], profiled: set[Run]) -> list[str]:
         study = self.study
         names: list[str] = []
         if any(run.method == "buddy" for run in runs):
@@ -118,6 +120,8 @@ class Plan:
             names.append(study.importance.corpus)
         if timed:
             names += study.latency.datasets
+        if profiled:
+            names.append(min(study.latency.datasets))
         if scored:
             names += study.evaluation.tasks
         return list(dict.fromkeys(names))
@@ -189,8 +193,6 @@ class Plan:
         """One job per data set: what is compared is timed in one process, so all of it again if a part is missing."""
         folder = self.out / "records" / "latency" / run.path / f"dataset~{dataset}"
         removed = self.study.removed(run.backbone)
-        others = [name for name in self.study.latency.executions if name != "dense"]
-        outputs = [folder / f"execution~{name}" / f"removed~{count}.json" for name in others for count in removed]
         options = {
             "run": self._run_folder(run),
             "data": self.out / "data" / dataset,
@@ -198,8 +200,31 @@ class Plan:
             **self.study.latency.model_dump(exclude={"backbones", "datasets"}),
             "out": folder,
         }
-        dense = folder / "execution~dense" / "removed~0.json"
-        return Step(f"latency {run.backbone} {dataset}", "latency", options, [dense, *outputs])
+        outputs = [folder / record for record in self._latency_records(removed)]
+        return Step(f"latency {run.backbone} {dataset}", "latency", options, outputs)
+
+    def _latency_records(self, removed: list[int]) -> Iterator[Path]:
+        """Records of one data set that any machine leaves: without a GPU the engine graph is left out."""
+        settings = self.study.latency
+        engine = "eager" if "eager" in settings.engines else "graph"
+        depths: dict[str, list[Any]] = {"dense": [0], "mixed": ["mixed"]}
+        for batch in settings.batch_sizes:
+            names = [name for name in dict.fromkeys(["dense", *settings.executions]) if name != "mixed" or batch > 1]
+            for name in names:
+                for depth in depths.get(name, removed):
+                    yield Path(f"batch~{batch}", f"engine~{engine}", f"execution~{name}", f"removed~{depth}.json")
+
+    def _breakdown(self, run: Run) -> Step:
+        folder, removed = self.out / "records" / "breakdown" / run.path, self.study.removed(run.backbone)
+        options = {
+            "run": self._run_folder(run),
+            "data": self.out / "data" / min(self.study.latency.datasets),
+            "removed": removed,
+            **self.study.breakdown.model_dump(exclude={"backbones"}),
+            "out": folder,
+        }
+        outputs = [folder / f"removed~{count}.json" for count in removed]
+        return Step(f"breakdown {run.backbone}", "breakdown", options, outputs)
 
     def _run_folder(self, run: Run) -> Path:
         return self.out / "runs" / run.path
@@ -210,7 +235,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="study file and overlays")
     parser.add_argument("--out", required=True, type=Path, help="the study's folder")
-    parser.add_argument("--tables", default="accuracy,latency,ablation", help="kinds of tables to measure for")
+    parser.add_argument(
+        "--tables", default="accuracy,latency,breakdown,ablation", help="kinds of tables to measure for"
+    )
     arguments = parser.parse_args()
     plan = Plan(config.read(*arguments.files), arguments.out, arguments.tables.split(","))
     seen: set[str] = set()

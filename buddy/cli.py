@@ -13,12 +13,24 @@ import typer
 
 from buddy.errors import UserError
 
-COMMANDS = ("backbone", "data", "importance", "train", "evaluate", "latency", "generate", "runs", "report", "config")
+COMMANDS = (
+    "backbone",
+    "data",
+    "importance",
+    "train",
+    "evaluate",
+    "latency",
+    "breakdown",
+    "generate",
+    "runs",
+    "report",
+    "config",
+)
 
 # Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
 _WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_EPILOG = "The order of a study: backbone, data, importance, train, evaluate, latency, report. `buddy COMMAND --help` shows examples."
+_EPILOG = "The order of a study: backbone, data, importance, train, evaluate, latency, breakdown, report. `buddy COMMAND --help` shows examples."
 
 
 def build() -> typer.Typer:

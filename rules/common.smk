@@ -10,23 +10,27 @@ from snakemake.exceptions import WorkflowError
 from buddy import config as buddy_config
 from buddy.errors import UserError
 from buddy.records import write_json
+from buddy.reporting import source
 from buddy.settings import PRIORS
 
 
-def read_study():
-    """The typed study; a mistake in it is one line that names file, key, value and what is allowed."""
-    origin = " with ".join(str(file) for file in ["config.yaml", *workflow.overwrite_configfiles])
+def checked(ask, *arguments):
+    """What `ask` answers; a user's mistake is one line that names file, key, value and what is allowed."""
     try:
-        return buddy_config.parse(config, origin)
+        return ask(*arguments)
     except UserError as error:
         raise WorkflowError(str(error)) from None
 
 
-STUDY = read_study()
+ORIGIN = " with ".join(str(file) for file in ["config.yaml", *workflow.overwrite_configfiles])
+STUDY = checked(buddy_config.parse, config, ORIGIN)
 # Defaults come from the typed study: filling them in here would mix the keys of alternative backbone sources.
 validate(config, "../workflow/schemas/config.schema.json", set_default=False)
 
 RESULTS = f"results/{STUDY.study.name}"
+# The records behind tables and figures: those that the rules measure, or those that the study names (study.records).
+RECORDS = checked(source.records_folder, STUDY, RESULTS, ORIGIN)
+MEASURES = STUDY.study.records is None
 RUNS = {run.path: run for run in STUDY.runs()}
 
 # Jobs find the interpreter and the tools that Snakemake itself runs with; a conda environment brings its own.
@@ -48,7 +52,7 @@ def any_of(names):
 
 wildcard_constraints:
     backbone=any_of(STUDY.backbones),
-    run=any_of(RUNS),
+    run=any_of(RUNS if MEASURES else []),  # with records given, no rule trains or measures anything
     indicator=any_of(PRIORS[1:]),
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
@@ -109,15 +113,27 @@ def depths_of(run):
     return [0] if run.method == "dense" else STUDY.removed(run.backbone)
 
 
+def shown(folders):
+    """Folders of records as inputs: as the rules promise them, or the files that are there among records given."""
+    if MEASURES:
+        return folders
+    return [str(file) for folder in folders for file in source.files(folder)]
+
+
 def accuracy_records(runs):
     """Folders of accuracy records, one per run: removed~N.json."""
-    return [f"{RESULTS}/records/accuracy/{run.path}" for run in runs]
+    return shown([f"{RECORDS}/accuracy/{run.path}" for run in runs])
 
 
 def latency_records(backbone):
-    """Folders of latency records, one per data set: execution~E/removed~N.json."""
-    run = latency_run(backbone)
-    return [f"{RESULTS}/records/latency/{run.path}/dataset~{name}" for name in STUDY.latency.datasets]
+    """Folders of latency records, one per data set: batch~B/engine~E/execution~X/removed~N.json."""
+    run = timed_run(backbone)
+    return shown([f"{RECORDS}/latency/{run.path}/dataset~{name}" for name in STUDY.latency.datasets])
+
+
+def breakdown_records(backbone):
+    """The folder of breakdown records: removed~N.json."""
+    return shown([f"{RECORDS}/breakdown/{timed_run(backbone).path}"])
 
 
 def main_runs(backbone):
@@ -127,8 +143,8 @@ def main_runs(backbone):
     return [run for run in runs if run.method == "dense" or run.path in main]
 
 
-def latency_run(backbone):
-    """The run that is timed: the main variant with the first seed."""
+def timed_run(backbone):
+    """The run that is timed and profiled: the main variant with the first seed."""
     return STUDY.buddy_run(backbone, STUDY.study.main.model_dump(), STUDY.study.seeds[0])
 
 
@@ -161,7 +177,7 @@ def model_flags(wildcards):
     """Which study and backbone it is; a dense model has no run folder that could say so, and skips no block."""
     run = RUNS[wildcards.run]
     if run.method == "dense":
-        settings = STUDY.evaluation.model_dump(exclude={"kv"})
+        settings = STUDY.evaluation.model_dump(exclude={"kv", "routing"})
         return flags({**settings, "study": STUDY.study.name, "name": run.backbone})
     return section(STUDY.evaluation)
 
@@ -181,6 +197,8 @@ def table_records(name):
         return accuracy_records(STUDY.ablation_runs(STUDY.ablation(table.ablation)))
     if table.kind == "latency":
         return latency_records(table.backbone)
+    if table.kind == "breakdown":
+        return breakdown_records(table.backbone)
     return accuracy_records(main_runs(table.backbone))
 
 
@@ -191,6 +209,14 @@ def figure_records(name):
     return accuracy_records([run for backbone in STUDY.study.backbones for run in main_runs(backbone)])
 
 
+def measurements(kind):
+    """The settings that say which records of a kind enter, and how they are shown."""
+    return {
+        "latency": STUDY.latency.model_dump(exclude={"backbones"}),
+        "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
+    }.get(kind, STUDY.evaluation.tasks)
+
+
 def table_settings(wildcards):
     """What the study says of a table: its entry, and the budgets and runs behind its rows and columns."""
     table = STUDY.study.tables[wildcards.table]
@@ -199,4 +225,13 @@ def table_settings(wildcards):
         "table": table.model_dump(),
         "removed": STUDY.removed(backbone),
         "records": table_records(wildcards.table),
+        "measurements": measurements(table.kind),
+    }
+
+
+def figure_settings(wildcards):
+    """What the study says of a figure: the budgets on its axes, and which records it draws."""
+    return {
+        "removed": {backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
+        "measurements": measurements(wildcards.figure),
     }

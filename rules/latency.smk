@@ -1,4 +1,4 @@
-# Speed: one job per timed run and data set; dense, sliced and routed side by side in one process.
+# Speed: one job per timed run and data set; dense, sliced and routed take turns in one process, batch size by batch size.
 
 
 rule latency:
@@ -18,7 +18,7 @@ rule latency:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.2),
+        runtime=minutes(0.2 * len(STUDY.latency.batch_sizes)),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),

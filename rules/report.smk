@@ -1,6 +1,8 @@
 # Tables and figures, from records alone: no GPU, no model, no network.
 
-FIGURES = ["accuracy_vs_budget"] + (["latency"] if STUDY.timed_backbones() else [])
+# What `all` builds: all that the study measures, or of records given what they can show.
+TABLES = [name for name in STUDY.measured_tables() if table_records(name)]
+FIGURES = [name for name in ("accuracy_vs_budget", "latency") if figure_records(name)]
 
 
 rule table:
@@ -36,7 +38,7 @@ rule figure:
         runtime=15,
     params:
         study=STUDY.study.name,
-        removed=lambda w: {backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
+        settings=figure_settings,
     shell:
         "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} --track > {log} 2>&1"
 

@@ -17,6 +17,9 @@ def generate(
     decode: Annotated[
         str, typer.Option(help="recompute (a new path at every step), reuse, or a number of steps")
     ] = "recompute",
+    engine: Annotated[
+        str, typer.Option(help="eager, graph (captured CUDA graphs) or auto (graphs on a GPU, for long generations)")
+    ] = "auto",
     kv: Annotated[str, typer.Option(help="K/V of skipped blocks: zero, mask or project; the run's by default")] = "",
     chat: Annotated[bool, typer.Option(help="put the prompt into the backbone's chat template")] = False,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily")] = 0.0,
@@ -39,7 +42,10 @@ def generate(
     from transformers import TextStreamer
 
     from buddy import runs
+    from buddy.commands._options import choice
+    from buddy.settings import ENGINES
 
+    choice("--engine", engine, ("auto", *ENGINES))
     text = sys.stdin.read() if prompt == "-" else prompt
     model = runs.load(run, backbone=backbone, kv=kv or None, device=device)
     tokenizer = model.tokenizer
@@ -59,6 +65,7 @@ def generate(
         inputs.attention_mask,
         budget=budget,
         decode=int(decode) if decode.isdigit() else decode,
+        engine=engine,
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from buddy.commands._options import with_settings
 from buddy.settings import Latency
+
+if TYPE_CHECKING:
+    from buddy.evaluation.latency import Timing
+    from buddy.tracking import Tracker
 
 
 @with_settings(Latency, leave_out=("backbones", "datasets"))
@@ -16,26 +20,30 @@ def latency(
     run: Annotated[Path, typer.Option(help="run folder")],
     data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data` (alpaca, samsum)")],
     removed: Annotated[str, typer.Option(help="numbers of removed blocks, such as 4,8,12,16")],
-    out: Annotated[Path, typer.Option(help="folder for the records: execution~E/removed~N.json")],
+    out: Annotated[
+        Path,
+        typer.Option(help="folder for the records: batch~B/engine~E/execution~X/removed~N.json; written at the end"),
+    ],
     settings: Latency,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
 ) -> None:
-    """Time prefill and decode, the dense and the sliced model beside the routed one, in interleaved repeats.
+    """Time prefill and decode: the dense and the sliced model beside the routed one, taking turns of a few tokens.
 
     \b
     Examples:
       buddy latency --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --removed 4,8 \\
           --prompts 4 --new-tokens 32 --out records
-      buddy latency --run RUN --data DIR --removed 16 --batch-size 4 --executions dense,recompute --out records
+      buddy latency --run RUN --data DIR --removed 16 --executions dense,sliced,recompute --out records
+      buddy latency --run RUN --data DIR --removed 4,8,15 --batch-sizes 1,4,16 --executions mixed --out records
     """
     from buddy import runs
     from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.data import inputs
-    from buddy.evaluation.latency import benchmark
+    from buddy.evaluation.latency import benchmark, usable_engines
     from buddy.records import Budget, Record, Stopwatch
-    from buddy.routing.budget import executed_blocks
+    from buddy.routing.budget import executed_blocks, round_half_up
 
     depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)][: settings.prompts]
@@ -43,28 +51,43 @@ def latency(
     check_one_gpu(model.device.type)
     for count in depths:
         executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
+    # Refused or left out before W&B hears of it; the settings that are logged are those in force.
+    settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
     info = model.origin.info
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
     with tracked("latency", info.study, run_of(info), config, data.name) as tracker:
         watch = Stopwatch(str(model.device))
-        for contender, metrics in benchmark(model, prompts, depths, settings, data.name):
-            is_buddy = contender.execution in ("reuse", "recompute")
+        timings = benchmark(model, prompts, depths, settings, data.name)
+        facts = {"study": info.study, "backbone": info.backbone, "seed": info.seed, **provenance(model, watch)}
+        # Only now, so that a killed job leaves no half of a comparison; eager last, the engine that every machine has:
+        # where its records are, all are.
+        for timing in reversed(timings):
+            execution, sequences = timing.entry.execution, timing.entry.depths
+            routed = execution not in ("dense", "sliced")
+            decode = "recompute" if execution == "mixed" else execution
+            removed_mean = round_half_up(sum(sequences) / len(sequences))
             Record(
                 kind="latency",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method if is_buddy else contender.execution,
-                metrics=metrics,
-                n=settings.repeats,
-                variant={**info.variant, "kv": settings.kv, "decode": contender.execution} if is_buddy else {},
-                seed=info.seed,
-                budget=Budget.of(model.blocks - contender.removed, model.blocks),
-                **provenance(model, watch),
-            ).write(out / f"execution~{contender.execution}" / f"removed~{contender.removed}.json")
-            tracker.log(
-                {
-                    f"{contender.execution}/{phase}_tok_s": metrics[f"{phase}_tok_s"]["median"]
-                    for phase in ("prefill", "decode")
-                },
-                step=contender.removed,
-            )
+                method=info.method if routed else execution,
+                metrics=timing.metrics,
+                n=timing.metrics["repeats"],
+                variant={**info.variant, "kv": settings.kv, "decode": decode} if routed else {},
+                budget=Budget.of(model.blocks - removed_mean, model.blocks),
+                **facts,
+            ).write(out / timing.path)
+        _log(tracker, timings)
+
+
+def _log(tracker: Tracker, timings: list[Timing]) -> None:
+    """Rates as curves over the depth, and those of mixed batches, which have no one depth, in the summary."""
+    curves: dict[int, dict[str, Any]] = {}
+    mixed: dict[str, Any] = {}
+    for timing in timings:
+        entry = timing.entry
+        point = mixed if entry.execution == "mixed" else curves.setdefault(entry.depths[0], {})
+        for phase in ("prefill", "decode"):
+            name = f"b{timing.batch_size}/{timing.engine}/{entry.execution}/{phase}_tok_s"
+            point[name] = timing.metrics[f"{phase}_tok_s"]["median"]
+    for depth in sorted(curves):
+        tracker.log(curves[depth], step=depth)
+    tracker.summary(mixed)

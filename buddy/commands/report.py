@@ -25,9 +25,10 @@ def report(
 ) -> None:
     """Build tables and figures from a study's records, or print its summary.
 
-    Reads study.json and records/ in the study's folder and nothing else: no GPU, no model, no network. Tables go to
-    tables/ as CSV (one row per cell, with standard error and the paper's figure), Markdown and LaTeX; figures go to
-    figures/ as PDF and PNG. What has not been measured yet shows as a dash.
+    Reads study.json and records/ in the study's folder, or the folder of records that the study names (study.records),
+    and nothing else: no GPU, no model, no network. Tables go to tables/ as CSV (one row per cell, with standard error
+    and the paper's figure), Markdown and LaTeX; figures go to figures/ as PDF and PNG. What has not been measured yet
+    shows as a dash.
 
     Examples:
 

@@ -1,87 +1,242 @@
 """Prefill and decode speed, side by side in one process.
 
-Dense is the untouched Hugging Face model; *sliced* has the blocks physically removed and is the limit for its depth;
-*reuse* and *recompute* are the routed model. Repeats are interleaved, so that a machine that drifts drifts for all.
+*Dense* is the untouched model; *sliced* has the blocks physically removed and is the limit for its depth; *reuse* and
+*recompute* are the routed model; *mixed* is a batch whose sequences have different budgets. Each is timed eagerly and,
+on a GPU, by captured graphs too.
+
+A machine drifts by more than the differences that matter here. So what is compared shares a *heat*: in every repeat its
+contenders take turns of a few tokens, in an order that rotates, and a ratio is taken between seconds of one repeat.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
+from buddy.errors import UserError
+from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
-from buddy.settings import Latency
+from buddy.routing.types import CausalLM
+from buddy.settings import Engine, Latency
+
+log = logging.getLogger(__name__)
+
+PHASES = ("prefill", "decode")
+Lap = dict[str, float]
+"""Seconds of one repeat by phase, over all batches of prompts."""
+
+
+class Entry(NamedTuple):
+    """What is timed: an execution, and the removed blocks of each sequence of the batch."""
+
+    execution: str
+    depths: tuple[int, ...]
+
+    @property
+    def removed(self) -> int | str:
+        """The depth of all sequences, or "mixed"."""
+        return "mixed" if self.execution == "mixed" else self.depths[0]
+
+
+class Batch(NamedTuple):
+    """Prompts padded left: ids (B, S), and a mask (B, S + new) that has its ones for the tokens to come already."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+# ---- who is timed ----------------------------------------------------------------------------------------------------
+
+
+def heats(removed: Sequence[int], executions: Sequence[str], batch_size: int) -> list[list[Entry]]:
+    """What is timed in turns, for one batch size and engine; dense opens every heat.
+
+    There is one heat per depth, with sliced, reuse and recompute as far as they are asked for, so that at most four
+    K/V caches are alive. Where mixed is asked for and the batch has several sequences, another heat has it beside the
+    sliced models of its depths, which make its ideal. Without any of these, dense is timed alone.
+    """
+    dense = Entry("dense", (0,) * batch_size)
+    rivals = [name for name in ("sliced", "reuse", "recompute") if name in executions]
+    found = [[dense, *(Entry(name, (depth,) * batch_size) for name in rivals)] for depth in removed if rivals]
+    if "mixed" in executions and batch_size > 1:
+        mixed = Entry("mixed", mixed_depths(removed, batch_size))
+        ideals = [Entry("sliced", (depth,) * batch_size) for depth in sorted(set(mixed.depths) - {0})]
+        found.append([dense, *ideals, mixed])
+    return found or [[dense]]
+
+
+def mixed_depths(removed: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """Removed blocks of each sequence of a mixed batch: 0 and the depths in turn, over and over."""
+    return tuple(islice(cycle((0, *removed)), batch_size))
+
+
+def usable_engines(asked: Sequence[Engine], device: torch.device) -> list[Engine]:
+    """The engines asked for that this machine has, eager first; a log line says if graph is left out for want of a GPU.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    found = [engine for engine in get_args(Engine) if engine in asked]
+    if device.type == "cuda" or "graph" not in found:
+        return found
+    if found == ["graph"]:
+        raise UserError("--engines: 'graph' needs a GPU, and the model is not on one; eager runs anywhere")
+    log.info("engine graph is left out: it captures CUDA graphs, and the model is not on a GPU")
+    return ["eager"]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing that is timed: an execution at a depth."""
+    """An entry made ready to run.
 
-    execution: str
-    removed: int
+    Attributes:
+        entry: what it is.
+        backbone: model whose blocks it runs; a sliced one has only those.
+        begin: makes a cache with room for that many tokens.
+        step: (new ids (B, S), mask (B, past + S), cache) to logits of the last position (B, V).
+        router: routed model whose trace says which blocks ran; None if all blocks of ``backbone`` always run.
+    """
+
+    entry: Entry
+    backbone: CausalLM
     begin: Callable[[int], Any]
-    """Makes a cache with room for that many tokens."""
     step: Callable[[Tensor, Tensor, Any], Tensor]
-    """(new ids (B, S), mask (B, past + S), cache) to logits of the last position (B, V)."""
+    router: RoutedModel | None = None
+
+    def weight_bytes(self) -> int:
+        """What the last decode step had to read of the weights: blocks that any sequence ran, final norm and head."""
+        decoder = self.backbone.get_decoder()
+        ran = [True] * len(decoder.layers) if self.router is None else self.router.trace.steps[-1].any(0).tolist()
+        read = [layer for layer, runs in zip(decoder.layers, ran, strict=True) if runs]
+        read += [decoder.norm, self.backbone.get_output_embeddings()]
+        return sum(parameter.nbytes for module in read for parameter in module.parameters())
+
+    def kv_bytes(self, tokens: float) -> float:
+        """What a decode step reads of the keys and values in a cache of that many tokens per sequence."""
+        config = self.backbone.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_key_value_heads * size * self.backbone.dtype.itemsize
+        blocks = config.num_hidden_layers
+        executed = [blocks if self.router is None else blocks - depth for depth in self.entry.depths]
+        return sum(executed) * per_token * tokens
 
 
-def contenders(model: RoutedModel, removed: Sequence[int], executions: Sequence[str]) -> list[Contender]:
-    """What is timed: dense first, then every execution at every depth."""
-    found = [_plain("dense", 0, model.backbone)]
-    for count in removed:
-        if "sliced" in executions:
-            # Which blocks go does not matter for time; the sliced model keeps the first ones and the last.
-            kept = [*range(model.blocks - count - 1), model.blocks - 1]
-            found.append(_plain("sliced", count, sliced(model.backbone, kept)))
-        for decode in ("reuse", "recompute"):
-            if decode in executions:
-                found.append(_routed(decode, count, model))
-    return found
+def contender(entry: Entry, model: RoutedModel, engine: Engine) -> Contender:
+    """Make an entry ready to run.
+
+    Dense and sliced are plain Hugging Face models; under the engine graph they are routed models with a fixed path,
+    which is captured whole: the strongest baseline.
+    """
+    if entry.execution not in ("dense", "sliced"):
+        decode = "reuse" if entry.execution == "reuse" else "recompute"
+        return Contender(entry, model.backbone, *_routed(model, entry.depths, decode, engine), model)
+    # Which blocks go does not matter for time; the sliced model keeps the first ones and the last.
+    kept = [*range(model.blocks - entry.depths[0] - 1), model.blocks - 1]
+    backbone = sliced(model.backbone, kept) if entry.depths[0] else model.backbone
+    if engine == "eager":
+        return Contender(entry, backbone, lambda _: DynamicCache(config=backbone.config), _plain(backbone))
+    fixed = RoutedModel(backbone, StaticPolicy(len(kept)), model.kv).eval()
+    return Contender(entry, backbone, *_routed(fixed, (0,) * len(entry.depths), "reuse", engine))
 
 
-def _plain(execution: str, removed: int, backbone: Any) -> Contender:
+def _plain(backbone: CausalLM) -> Callable[[Tensor, Tensor, Any], Tensor]:
     def step(ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         outputs = backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return outputs.logits[:, -1]
 
-    return Contender(execution, removed, lambda _: DynamicCache(config=backbone.config), step)
+    return step
 
 
-def _routed(decode: str, removed: int, model: RoutedModel) -> Contender:
-    budget = (model.blocks - removed) / model.blocks
+def _routed(
+    model: RoutedModel, depths: tuple[int, ...], decode: str, engine: Engine
+) -> tuple[Callable[[int], Any], Callable[[Tensor, Tensor, Any], Tensor]]:
+    budgets = [(model.blocks - depth) / model.blocks for depth in depths]
+
+    def begin(capacity: int) -> Any:
+        made = model.new_cache(capacity, engine=engine, batch=len(depths))
+        if engine == "graph" and made.graph is None:  # eager decoding must not be recorded under another name
+            raise UserError("--engines: 'graph' cannot be had for this model; the log says why")
+        return made
 
     def step(ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         outputs = model(
-            ids, mask, budget=budget, decode=decode, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ids, mask, budget=budgets, decode=decode, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         return outputs.logits[:, -1]
 
-    return Contender(decode, removed, model.new_cache, step)
+    return begin, step
 
 
-@torch.no_grad()
-def time_batch(contender: Contender, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill and of decoding ``new_tokens`` tokens greedily: ids and mask (B, S), padded left."""
-    cache = contender.begin(ids.shape[1] + new_tokens)
-    _wait(ids)
-    start = time.perf_counter()
-    token = contender.step(ids, mask, cache).argmax(-1, keepdim=True)
-    _wait(ids)
-    middle = time.perf_counter()
-    for _ in range(new_tokens):
-        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        token = contender.step(token, mask, cache).argmax(-1, keepdim=True)
-    _wait(ids)
-    return middle - start, time.perf_counter() - middle
+def batches(model: RoutedModel, prompts: Sequence[str], batch_size: int, new_tokens: int) -> list[Batch]:
+    """Prompts in the order given, in as few full batches as hold each once; the last begins again with the first."""
+    encoded = [model.tokenizer(prompt).input_ids for prompt in prompts]
+    count = -(-len(encoded) // batch_size)
+    rows = list(islice(cycle(encoded), count * batch_size))
+    found = []
+    for start in range(0, len(rows), batch_size):
+        some = {"input_ids": rows[start : start + batch_size]}
+        padded = model.tokenizer.pad(some, padding_side="left", return_tensors="pt")
+        mask = torch.nn.functional.pad(padded["attention_mask"], (0, new_tokens), value=1)
+        found.append(Batch(padded["input_ids"].to(model.device), mask.to(model.device)))
+    return found
+
+
+# ---- how it is timed -------------------------------------------------------------------------------------------------
+
+
+class Racer:
+    """A contender on one batch of prompts, decoding greedily.
+
+    Args:
+        contender: what decodes.
+        batch: prompts, with room for the new tokens.
+        capacity: tokens that its cache has room for.
+
+    Attributes:
+        seconds: spent so far, by phase.
+        weight_bytes: weights that a decode step had to read, one sample per turn.
+    """
+
+    def __init__(self, contender: Contender, batch: Batch, capacity: int) -> None:
+        self.contender = contender
+        self.ids, self.mask = batch
+        self.length = self.ids.shape[1]
+        self.cache = contender.begin(capacity)
+        self.seconds: Lap = dict.fromkeys(PHASES, 0.0)
+        self.weight_bytes: list[int] = []
+
+    def prefill(self) -> None:
+        """The pass over the prompts, which gives the first new token."""
+        self._run("prefill", 1)
+
+    def decode(self, tokens: int) -> None:
+        """One turn of decoding."""
+        self._run("decode", tokens)
+        self.weight_bytes.append(self.contender.weight_bytes())
+
+    @torch.no_grad()
+    def _run(self, phase: str, passes: int) -> None:
+        _wait(self.mask)
+        start = time.perf_counter()
+        for _ in range(passes):
+            logits = self.contender.step(self.ids, self.mask[:, : self.length], self.cache)
+            self.ids = logits.argmax(-1, keepdim=True)
+            self.length += 1
+        _wait(self.mask)
+        self.seconds[phase] += time.perf_counter() - start
 
 
 def _wait(tensor: Tensor) -> None:
@@ -90,95 +245,269 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def batches(
-    tokenizer: Any, prompts: Sequence[str], batch_size: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Prompts as (ids, mask) batches, padded left, in the order given."""
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        rows = {"input_ids": [tokenizer(prompt).input_ids for prompt in prompts[start : start + batch_size]]}
-        padded = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
-        found.append((padded["input_ids"].to(device), padded["attention_mask"].to(device)))
-    return found
+def race(racers: Sequence[Racer], new_tokens: int, turn: int, shift: int) -> None:
+    """Prefill with every racer, then decode in turns until each has its new tokens.
+
+    Args:
+        racers: the contenders of a heat, on the same prompts.
+        new_tokens: tokens that each decodes after its prefill.
+        turn: tokens it decodes before the next one goes on; who begins changes with every round.
+        shift: who begins the prefill and the first round.
+    """
+    for racer in _rotated(racers, shift):
+        racer.prefill()
+    for number, done in enumerate(range(0, new_tokens, turn)):
+        for racer in _rotated(racers, shift + number):
+            racer.decode(min(turn, new_tokens - done))
+
+
+def _rotated(racers: Sequence[Racer], shift: int) -> list[Racer]:
+    first = shift % len(racers)
+    return [*racers[first:], *racers[:first]]
+
+
+@dataclass
+class Result:
+    """What was measured of an entry in a heat.
+
+    Attributes:
+        laps: seconds, repeat by repeat.
+        kv_bytes: keys and values that a decode step reads on average.
+        peak_memory_mb: see `_peak_memory_mb`.
+        weight_bytes: weights that a decode step had to read, samples.
+        capture: cost of its captured graphs, {seconds, memory_mb, graphs}; None without.
+    """
+
+    laps: list[Lap]
+    kv_bytes: float
+    peak_memory_mb: float | None
+    weight_bytes: list[int] = field(default_factory=list)
+    capture: dict[str, float] | None = None
+
+    def add(self, racer: Racer, repeat: int) -> None:
+        """Book what a racer needed on its batch."""
+        for phase in PHASES:
+            self.laps[repeat][phase] += racer.seconds[phase]
+        self.weight_bytes += racer.weight_bytes
+        graph = getattr(racer.cache, "graph", None)
+        if graph is not None:
+            self.capture = {"seconds": graph.capture_seconds, "memory_mb": graph.memory_mb, "graphs": graph.graphs}
+
+
+def run(
+    heat: Sequence[Entry], model: RoutedModel, engine: Engine, work: Sequence[Batch], settings: Latency, bar: Any
+) -> dict[Entry, Result]:
+    """Time a heat: untimed repeats first, in which graphs are captured, then those that count.
+
+    Args:
+        heat: what takes turns.
+        model: the run to time.
+        engine: eager or graph.
+        work: prompts, in batches of the heat's size.
+        settings: the section `latency` of the study.
+        bar: progress, moved on by one per batch.
+    """
+    contenders = [contender(entry, model, engine) for entry in heat]
+    capacity = max(batch.mask.shape[1] for batch in work)  # one for all batches: captured graphs serve every one
+    tokens = statistics.mean(batch.ids.shape[1] for batch in work) + settings.new_tokens / 2
+    untimed = warmups(engine, settings)
+    results = {}
+    for each in contenders:
+        laps = [dict.fromkeys(PHASES, 0.0) for _ in range(untimed + settings.repeats)]
+        peak = _peak_memory_mb(each, work, capacity, settings.turn)
+        results[each.entry] = Result(laps, each.kv_bytes(tokens), peak)
+
+    def once(batch: Batch, repeat: int, shift: int) -> None:  # a function, so that its caches are gone when it is done
+        racers = [Racer(each, batch, capacity) for each in contenders]
+        race(racers, settings.new_tokens, settings.turn, shift)
+        for racer in racers:
+            results[racer.contender.entry].add(racer, repeat)
+
+    for repeat in range(untimed + settings.repeats):
+        for number, batch in enumerate(work):
+            once(batch, repeat, repeat + number)
+            bar.update()
+    for result in results.values():
+        del result.laps[:untimed]
+    return results
+
+
+def warmups(engine: Engine, settings: Latency) -> int:
+    """Untimed repeats of a heat; graphs are captured in them, so that engine has at least one."""
+    return max(settings.warmup, 1) if engine == "graph" else settings.warmup
+
+
+def _peak_memory_mb(contender: Contender, work: Sequence[Batch], capacity: int, turn: int) -> float | None:
+    """Most GPU memory held while a contender works alone on the longest batch, MB of 2**20 bytes; None on a CPU.
+
+    No other contender's cache is alive. The weights are those of the whole backbone, for sliced models as well.
+    """
+    longest = max(work, key=lambda batch: batch.ids.shape[1])
+    if not longest.ids.is_cuda:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    racer = Racer(contender, longest, capacity)
+    racer.prefill()
+    racer.decode(min(turn, longest.mask.shape[1] - longest.ids.shape[1]))
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+@cache
+def copy_gb_s(device: torch.device) -> float:
+    """Bandwidth of a copy within the device's memory, read and write together, GB/s of 1e9 bytes; best of five.
+
+    The buffer has 256 MB on a CPU; on a GPU 2 GiB, or a quarter of the free memory.
+    """
+    size = 256 * 10**6
+    if device.type == "cuda":
+        size = min(2 * 2**30, torch.cuda.mem_get_info(device)[0] // 4)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        _wait(source)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / min(seconds) / 1e9
+
+
+# ---- what comes of it ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """An entry's ``metrics`` for its latency record."""
+
+    entry: Entry
+    batch_size: int
+    engine: Engine
+    metrics: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The record's place below the folder of its run and data set."""
+        levels = (f"batch~{self.batch_size}", f"engine~{self.engine}", f"execution~{self.entry.execution}")
+        return Path(*levels, f"removed~{self.entry.removed}.json")
 
 
 def benchmark(
     model: RoutedModel, prompts: Sequence[str], removed: Sequence[int], settings: Latency, dataset: str
-) -> list[tuple[Contender, dict[str, Any]]]:
-    """Time every contender on the same prompts.
+) -> list[Timing]:
+    """Time everything that the settings ask for, on the same prompts.
 
     Args:
         model: the run to time, in evaluation mode.
-        prompts: texts.
+        prompts: texts; every batch is full, so the last one begins again with the first prompts, and a batch larger
+            than their number has some of them several times.
         removed: numbers of removed blocks.
         settings: the section `latency` of the study.
         dataset: where the prompts come from, for the record.
 
     Returns:
-        Each contender with the ``metrics`` of its latency record.
+        One timing per batch size, engine, execution and depth. Dense takes part in every heat of its batch size and
+        engine, and its timing has the repeats of all of them.
+
+    Raises:
+        UserError: no engine that is asked for can be had here.
     """
-    racing = contenders(model, removed, settings.executions)
-    work = batches(model.tokenizer, prompts, settings.batch_size, model.device)
-    rates: dict[Contender, list[tuple[float, float]]] = {contender: [] for contender in racing}
-    peaks: dict[Contender, float | None] = {}
-    total = (settings.warmup + settings.repeats) * len(racing)
-    with tqdm(total=total, desc=f"latency {dataset}", unit="pass") as bar:
-        for repeat in range(-settings.warmup, settings.repeats):
-            for contender in racing:
-                if torch.cuda.is_available():
-                    torch.cuda.reset_peak_memory_stats()
-                times = [time_batch(contender, ids, mask, settings.new_tokens) for ids, mask in work]
-                if repeat >= 0:
-                    rates[contender].append(_rates(work, times, settings.new_tokens))
-                    peaks[contender] = _peak_memory_mb()
-                bar.update()
-    shared = {
-        "dataset": dataset,
-        "batch_size": settings.batch_size,
-        "prompts": len(prompts),
-        "prompt_tokens_mean": sum(int(mask.sum()) for _, mask in work) / len(prompts),
-        "new_tokens": settings.new_tokens,
-        "repeats": settings.repeats,
+    engines = usable_engines(settings.engines, model.device)
+    work = {size: batches(model, prompts, size, settings.new_tokens) for size in settings.batch_sizes}
+    plan = [(size, engine, heats(removed, settings.executions, size)) for size in work for engine in engines]
+    races = sum(len(some) * (warmups(name, settings) + settings.repeats) * len(work[size]) for size, name, some in plan)
+    facts = {"dataset": dataset, "prompts": len(prompts), "copy_gb_s": copy_gb_s(model.device)}
+    found = []
+    with tqdm(total=races, desc=f"latency {dataset}", unit="batch") as bar:
+        for size, engine, some in plan:
+            results = [run(heat, model, engine, work[size], settings, bar) for heat in some]
+            amount = Amount.of(work[size], settings.new_tokens)
+            found += [
+                Timing(entry, size, engine, {**facts, "engine": engine, **metrics})
+                for entry, metrics in _metrics(results, amount).items()
+            ]
+    return found
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The work of one repeat: sequences, real prompt tokens of all of them, and tokens decoded after each."""
+
+    batch_size: int
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def of(cls, work: Sequence[Batch], new_tokens: int) -> Amount:
+        """Count these batches; padding is no token."""
+        size = len(work[0].ids)
+        prompt_tokens = sum(int(batch.mask[:, :-new_tokens].sum()) for batch in work)
+        return cls(size, len(work) * size, prompt_tokens, new_tokens)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens by phase."""
+        return {"prefill": self.prompt_tokens, "decode": self.sequences * self.new_tokens}
+
+
+def _metrics(results: Sequence[dict[Entry, Result]], amount: Amount) -> dict[Entry, dict[str, Any]]:
+    """Metrics of every entry that has a record, from the heats of one batch size and engine."""
+    dense = next(iter(results[0]))
+    joined = replace(results[0][dense], laps=[lap for heat in results for lap in heat[dense].laps])
+    found = {dense: _described(dense, joined, {}, amount)}
+    for heat in results:
+        mixed = [entry for entry in heat if entry.execution == "mixed"]
+        # The sliced models of a mixed heat are there for its ideal; their own records come from their own heats.
+        for entry in mixed or [entry for entry in heat if entry != dense]:
+            found[entry] = _described(entry, heat[entry], _references(entry, heat), amount)
+    return found
+
+
+def _references(entry: Entry, heat: dict[Entry, Result]) -> dict[str, list[Lap]]:
+    """What an entry is compared with, repeat by repeat of its heat, by the name of the ratio."""
+    dense = next(result.laps for other, result in heat.items() if other.execution == "dense")
+    limits = {other.removed: result.laps for other, result in heat.items() if other.execution == "sliced"}
+    found = {"speedup": dense}
+    if entry.execution in ("reuse", "recompute") and entry.removed in limits:
+        found["of_sliced"] = limits[entry.removed]
+    if entry.execution == "mixed":
+        alone = [limits[depth] if depth else dense for depth in entry.depths]
+        found["of_ideal"] = [
+            {phase: statistics.mean(lap[phase] for lap in laps) for phase in PHASES}
+            for laps in zip(*alone, strict=True)
+        ]
+    return found
+
+
+def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], amount: Amount) -> dict[str, Any]:
+    """Metrics of one entry; a ratio is how many times faster it was than its reference in the same repeat."""
+    metrics: dict[str, Any] = {
+        "execution": entry.execution,
+        "batch_size": amount.batch_size,
+        "prompt_tokens_mean": amount.prompt_tokens / amount.sequences,
+        "new_tokens": amount.new_tokens,
+        "repeats": len(result.laps),
+        "removed_per_sequence": list(entry.depths) if entry.execution == "mixed" else None,
     }
-    return [
-        (contender, {**shared, **_metrics(contender, rates), "peak_memory_mb": peaks[contender]})
-        for contender in racing
-    ]
-
-
-def _peak_memory_mb() -> float | None:
-    """Most GPU memory held since the counter was reset, MB of 2**20 bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-
-
-def _rates(
-    work: Sequence[tuple[Tensor, Tensor]], times: Sequence[tuple[float, float]], new: int
-) -> tuple[float, float]:
-    """Tokens per second of one pass over all prompts: prefill (real prompt tokens) and decode."""
-    prompt_tokens = sum(int(mask.sum()) for _, mask in work)
-    decoded = sum(len(ids) for ids, _ in work) * new
-    return prompt_tokens / sum(t for t, _ in times), decoded / sum(t for _, t in times)
-
-
-def _metrics(contender: Contender, rates: dict[Contender, list[tuple[float, float]]]) -> dict[str, Any]:
-    dense = next(c for c in rates if c.execution == "dense")
-    limit = next((c for c in rates if c.execution == "sliced" and c.removed == contender.removed), None)
-    metrics: dict[str, Any] = {"execution": contender.execution}
-    for place, phase in enumerate(("prefill", "decode")):
-        values = [rate[place] for rate in rates[contender]]
-        median = statistics.median(values)
-        metrics[f"{phase}_tok_s"] = {
-            "median": median,
-            "p10": _quantile(values, 0.1),
-            "p90": _quantile(values, 0.9),
-            "values": values,
-        }
-        metrics[f"{phase}_speedup"] = median / statistics.median(rate[place] for rate in rates[dense])
-        metrics[f"{phase}_of_sliced"] = (
-            median / statistics.median(rate[place] for rate in rates[limit]) if limit is not None else None
-        )
+    for phase in PHASES:
+        metrics[f"{phase}_tok_s"] = spread([amount.tokens[phase] / lap[phase] for lap in result.laps])
+        for name in ("speedup", "of_sliced", "of_ideal"):
+            laps = references.get(name)
+            metrics[f"{phase}_{name}"] = (
+                None
+                if laps is None
+                else spread([other[phase] / own[phase] for other, own in zip(laps, result.laps, strict=True)])
+            )
+    steps_per_s = metrics["decode_tok_s"]["median"] / amount.batch_size
+    metrics["decode_gb_s"] = (statistics.mean(result.weight_bytes) + result.kv_bytes) * steps_per_s / 1e9
+    metrics["peak_memory_mb"] = result.peak_memory_mb
+    metrics["capture"] = result.capture
     return metrics
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, 10th and 90th percentile (linear interpolation), and the values themselves."""
+    low, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+    )
+    return {"median": statistics.median(values), "p10": low, "p90": high, "values": list(values)}

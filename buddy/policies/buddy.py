@@ -10,15 +10,32 @@ from torch import Tensor
 
 from buddy.errors import UserError
 from buddy.routing.budget import Budget, executed_per_sequence
-from buddy.routing.decision import DecisionModule, RunningMean, keep_top, source_feature, straight_through
+from buddy.routing.decision import (
+    DecisionModule,
+    RunningMean,
+    first_places,
+    keep_top,
+    ranking,
+    source_feature,
+    straight_through,
+)
 from buddy.routing.policy import Policy
 
 
 @dataclass
 class BuddyState:
-    """What BUDDY remembers of a batch: executed blocks per sequence (B,), and the running mean of token scores."""
+    """What BUDDY remembers of a batch.
 
-    executed: Tensor
+    Attributes:
+        first: (B, candidates) boolean, the places of a ranking that the budget keeps.
+        every: (B, L) boolean, all true: the route before anything is left out.
+        bias: (candidates,) float64, omega times the prior.
+        pooled: running mean of token scores.
+    """
+
+    first: Tensor
+    every: Tensor
+    bias: Tensor
     pooled: RunningMean
 
 
@@ -85,24 +102,30 @@ class BuddyPolicy(Policy):
         if budget is None:
             raise UserError("budget: None asks the budget predictor, and this run has none; give a budget in (0, 1]")
         executed = executed_per_sequence(budget, batch, self.blocks, self.always, device)
-        return BuddyState(executed, RunningMean.empty(batch, self.prior.shape[0], device))
+        candidates = self.prior.shape[0]
+        return BuddyState(
+            first=first_places(executed - self.always, candidates),
+            every=torch.ones(batch, self.blocks, dtype=torch.bool, device=device),
+            bias=(self.omega * self.prior.double()).to(device),
+            pooled=RunningMean.empty(batch, candidates, device),
+        )
 
     def observe(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Score the new tokens and add them to the running mean."""
         state.pooled.add(self.decision(source_feature(keys, values, self.feature)), mask)
 
     def scores(self, state: BuddyState) -> Tensor:
-        """Fused scores ``s + omega * prior`` of the candidate blocks, (B, candidates), before softmax."""
-        return state.pooled.mean() + self.omega * self.prior
+        """Fused scores ``s + omega * prior`` of the candidate blocks, (B, candidates) float64, before softmax."""
+        return state.pooled.mean() + state.bias
 
     def decide(self, state: BuddyState) -> Tensor:
         """Exactly ``executed`` blocks per sequence; softmax is monotone, so the choice needs only the scores."""
-        return self._route(keep_top(self.scores(state), state.executed - self.always))
+        return state.every.scatter(1, ranking(self.scores(state)) + self.source_block, state.first)
 
     def decide_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
         """One pass over all tokens: cumulative means of their scores, top-k for each."""
         scores = self._scores_each(state, keys, values, mask, prompt)
-        return self._route(keep_top(scores, state.executed - self.always))
+        return torch.nn.functional.pad(keep_top(scores, state.first), (self.source_block, 1), value=True)
 
     def gates(self, state: BuddyState) -> Tensor:
         """Straight-through gates of the chosen route, 1 for the blocks that always run."""
@@ -114,12 +137,8 @@ class BuddyPolicy(Policy):
 
     def _scores_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
         scores = self.decision(source_feature(keys, values, self.feature))
-        return state.pooled.add_each(scores, mask, prompt) + self.omega * self.prior
-
-    def _route(self, chosen: Tensor) -> Tensor:
-        """(..., candidates) to (..., L): the blocks that always run are added."""
-        return torch.nn.functional.pad(chosen, (self.source_block, 1), value=True)
+        return state.pooled.add_each(scores, mask, prompt) + state.bias
 
     def _gates(self, state: BuddyState, scores: Tensor) -> Tensor:
-        chosen = straight_through(keep_top(scores, state.executed - self.always), scores)
+        chosen = straight_through(keep_top(scores, state.first), scores)
         return torch.nn.functional.pad(chosen, (self.source_block, 1), value=1.0)

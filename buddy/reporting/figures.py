@@ -11,7 +11,7 @@ from buddy.reporting import measures, style
 from buddy.reporting.grid import limit_text
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
 from buddy.reporting.measures import Measure
-from buddy.reporting.study import Study
+from buddy.reporting.study import Race, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,31 +155,39 @@ def _shifts(lines: int, deepest: int, step: float = 0.014) -> list[float]:
 
 def latency(study: Study) -> Figure:
     """Speed-up over dense against blocks removed, prefill and decode apart, per data set: a line per execution, bars
-    from the 10th to the 90th percentile; the ideal is L over the number of blocks executed."""
-    datasets = study.config.latency.datasets
+    from the 10th to the 90th percentile; the ideal is L over the number of blocks executed.
+
+    Batch size and engine are those of `Study.shown_races`.
+    """
+    races = {backbone: study.shown_races(backbone) for backbone in study.config.timed_backbones()}
     backbones = [
         backbone
-        for backbone in study.config.timed_backbones()
-        if any(measures.latency(study, backbone, dataset, "dense", 0) for dataset in datasets)
+        for backbone, shown in races.items()
+        if any(measures.latency(study, backbone, race, "dense", 0) for race in shown)
     ]
     if not backbones:
         raise UserError(f"{study.folder}: no latency records of the timed backbones to draw")
-    wanted = [(b, dataset, phase) for b in backbones for dataset in datasets for phase in ("prefill", "decode")]
+    datasets = study.config.latency.datasets
+    wanted = [(b, race, phase) for b in backbones for race in races[b] for phase in ("prefill", "decode")]
     # One backbone fits a column: a row per data set. Several take the page: a row per backbone.
     columns, width = (2, style.COLUMN_IN) if len(backbones) == 1 else (2 * len(datasets), style.PAGE_IN)
-    figure, panels = _panels(len(wanted) // columns, columns, width, 1.35)
-    for place, ((backbone, dataset, phase), axes) in enumerate(zip(wanted, panels, strict=True)):
-        _speed_panel(study, backbone, dataset, phase, axes)
+    rows = len(wanted) // columns
+    figure, panels = _panels(rows, columns, width, 1.35 if rows > 1 else 1.8)  # a single row bears the whole legend
+    for place, ((backbone, race, phase), axes) in enumerate(zip(wanted, panels, strict=True)):
+        _speed_panel(study, backbone, race, phase, axes)
         if place < columns or len(backbones) == 1:
-            axes.set_title(f"{DATASETS.get(dataset, dataset)}, {phase}")
+            axes.set_title(f"{DATASETS.get(race.dataset, race.dataset)}, {phase}")
         if place >= len(wanted) - columns:
             axes.set_xlabel("Blocks removed")
         if place % columns == 0:
             axes.set_ylabel("Speed-up over dense" if len(backbones) == 1 else f"{backbone}\nspeed-up over dense")
-    return _finish(figure, panels)
+    told = {backbone: study.race_text(backbone) for backbone in backbones}
+    alike = len(set(told.values())) == 1
+    note = told[backbones[0]] if alike else "; ".join(f"{name}: {text}" for name, text in told.items() if text)
+    return _finish(figure, panels, note[:1].upper() + note[1:] or None)
 
 
-def _speed_panel(study: Study, backbone: str, dataset: str, phase: str, axes: Axes) -> None:
+def _speed_panel(study: Study, backbone: str, race: Race, phase: str, axes: Axes) -> None:
     depths = _depths(study, backbone)
     blocks = study.blocks(backbone)
     curve = [depths[-1] * step / 50 for step in range(51)]
@@ -190,7 +198,7 @@ def _speed_panel(study: Study, backbone: str, dataset: str, phase: str, axes: Ax
     for execution, shift in zip(executions, _shifts(len(executions), depths[-1], 0.022), strict=True):
         points = []
         for removed in depths:
-            found = measures.latency(study, backbone, dataset, execution, removed).get(f"{phase}_speedup")
+            found = measures.latency(study, backbone, race, execution, removed).get(f"{phase}_speedup")
             if found is not None and found.value is not None:
                 points.append((removed + shift, found))
         below = [_gap(point.value, point.low) for _, point in points]

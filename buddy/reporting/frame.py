@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from buddy import records
 from buddy.errors import UserError
 from buddy.records import Record
+from buddy.reporting import source
 
 log = logging.getLogger(__name__)
 
@@ -19,33 +19,37 @@ VARIANT = ("feature", "prior", "omega", "source_block", "kv", "decode")
 ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
 COLUMNS = (
     *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
-    *("dataset", "execution", "task", "metric", "value", "stderr", "low", "high", "values", "n"),
-    *("limit", "few_shot", "executed_mean", *ENVIRONMENT, "commit", "wall_s", "gpu_s"),
+    *("dataset", "batch_size", "engine", "execution", "removed_per_sequence"),
+    *("phase", "component", "context", "task"),
+    *("metric", "value", "stderr", "low", "high", "values", "n"),
+    *("limit", "few_shot", "executed_mean", "prompts", "new_tokens", "tokens", "steps"),
+    *(*ENVIRONMENT, "commit", "wall_s", "gpu_s"),
 )
 """Columns of the frame.
 
 ``series`` is the run without its backbone and seed, as in its path; ``value`` is in the unit that ``metric`` names
 (accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes,
-where the record has them.
+where the record has them. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
-_NOT_SERIES = ("backbone", "seed", "dataset", "execution", "removed", "indicator")
+_NOT_SERIES = ("backbone", "seed", "dataset", "batch", "engine", "execution", "removed", "indicator")
 _RATES = ("prefill_tok_s", "decode_tok_s")
-_RATIOS = ("prefill_speedup", "decode_speedup", "prefill_of_sliced", "decode_of_sliced", "peak_memory_mb")
+_RATIOS = tuple(f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode"))
+_NUMBERS = ("decode_gb_s", "copy_gb_s", "peak_memory_mb")
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """Read every record of a study.
+    """Read every record in a folder.
 
-    A record that is damaged, incomplete or of a newer schema is named in a warning and left out.
+    A record that is damaged, incomplete, or of an older or newer form is named in a warning and left out.
 
     Args:
-        folder: the study's folder, which holds ``records/``.
+        folder: the folder of records, as `buddy.reporting.source.records_folder` finds it.
 
     Returns:
         A frame with ``COLUMNS``; empty if nothing has been measured.
     """
     rows: list[dict[str, Any]] = []
-    for path in records.find(folder):
+    for path in source.files(folder):
         try:
             record = Record.read(path)
             measured = list(_rows(record))
@@ -89,6 +93,8 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
         yield from _accuracy(record)
     elif record.kind == "latency":
         yield from _latency(record)
+    elif record.kind == "breakdown":
+        yield from _breakdown(record)
     else:
         for name, value in record.metrics.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -114,24 +120,57 @@ def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _latency(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per rate, and per ratio or memory figure that the record has."""
+    """One row per rate, and per ratio, bandwidth, memory and capture figure that the record has."""
     if record.budget is None:
         raise ValueError("no budget")
     metrics = record.metrics
-    common = {"dataset": metrics["dataset"], "execution": metrics["execution"], "n": int(metrics["repeats"])}
+    common = {
+        **{name: metrics[name] for name in ("dataset", "engine", "execution")},
+        **{name: int(metrics[name]) for name in ("batch_size", "prompts", "new_tokens")},
+        "removed_per_sequence": tuple(metrics.get("removed_per_sequence") or ()) or None,
+        "n": int(metrics["repeats"]),
+    }
     for name in _RATES:
-        rate = metrics[name]
-        yield {
-            **common,
-            "metric": name,
-            "value": float(rate["median"]),
-            "low": float(rate["p10"]),
-            "high": float(rate["p90"]),
-            "values": tuple(float(value) for value in rate["values"]),
-        }
+        yield {**common, "metric": name, **_spread(metrics[name])}
     for name in _RATIOS:
         if metrics.get(name) is not None:
+            yield {**common, "metric": name, **_spread(metrics[name])}
+    for name in _NUMBERS:
+        if metrics.get(name) is not None:
             yield {**common, "metric": name, "value": float(metrics[name])}
+    for name, value in (metrics.get("capture") or {}).items():
+        yield {**common, "metric": f"capture_{name}", "value": float(value)}
+
+
+def _breakdown(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per phase, component and unit, with the total as a component, with and without the profiler; and two per
+    context length."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    metrics = record.metrics
+    common = {name: int(metrics[name]) for name in ("batch_size", "tokens", "steps")}
+    for phase, spent in metrics["phases"].items():
+        parts = {
+            **spent["components"],
+            "total": {"ms": spent["total_ms"]},
+            "unprofiled": {"ms": spent["unprofiled_ms"]},
+        }
+        for component, figures in parts.items():
+            for unit, value in figures.items():
+                yield {**common, "phase": phase, "component": component, "metric": unit, "value": float(value)}
+    for at in metrics["contexts"]:
+        for name in ("routing_ms", "reread_ms"):
+            yield {**common, "context": int(at["context"]), "metric": name, **_spread(at[name])}
+
+
+def _spread(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Median, 10th and 90th percentile and the single passes."""
+    return {
+        "value": float(measured["median"]),
+        "low": float(measured["p10"]),
+        "high": float(measured["p90"]),
+        "values": tuple(float(value) for value in measured["values"]),
+    }
 
 
 def _number(value: Any) -> float | None:

@@ -73,6 +73,7 @@ class Grid:
         error_note: what ± means, printed where errors are.
         latex_errors: indices of the columns whose standard error LaTeX shows (Markdown shows all).
         notes: lines under the table.
+        below: a second table in the same files, with columns of its own.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Grid:
     error_note: str = ""
     latex_errors: frozenset[int] = frozenset()
     notes: list[str] = field(default_factory=list)
+    below: Grid | None = None
 
     @property
     def has_published(self) -> bool:
@@ -91,7 +93,8 @@ class Grid:
 
     def records(self) -> list[dict[str, Any]]:
         """The tidy table: one dictionary per cell."""
-        return [cell.record() for row in self.rows for cell in row.cells if cell is not None]
+        own = [cell.record() for row in self.rows for cell in row.cells if cell is not None]
+        return own + (self.below.records() if self.below else [])
 
 
 def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
@@ -128,4 +131,6 @@ def add_notes(grid: Grid) -> Grid:
     partial = {cell.measure.note for cell in cells if cell.measure.note.endswith("seeds")}
     if partial:
         grid.notes.append(f"Incomplete: some cells average {' or '.join(sorted(partial))}.")
+    if grid.below is not None:
+        add_notes(grid.below)
     return grid

@@ -28,7 +28,18 @@ EXECUTIONS = {
     "sliced": "Sliced",
     "reuse": "BUDDY (reuse)",
     "recompute": "BUDDY (recompute)",
+    "mixed": "BUDDY (mixed budgets)",
 }
+COMPONENTS = {
+    "backbone": "Backbone compute",
+    "decision": "Decision Module",
+    "gather_scatter": "Gather/scatter",
+    "cache": "K/V cache",
+    "other": "Other",
+    "total": "Total",
+    "unprofiled": "Without the profiler",
+}
+"""Parts of a routed pass (the paper's Table 8 has the first three), all of it, and all of it when nobody looks."""
 DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum"}
 
 

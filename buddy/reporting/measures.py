@@ -1,4 +1,4 @@
-"""From rows to figures with their uncertainty: averages over tasks and seeds, speed-ups over the dense model."""
+"""From rows to figures with their uncertainty: averages over tasks and seeds, medians of timed passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from buddy.reporting.study import Study
+from buddy.reporting.study import Race, Study
 
 NOT_MEASURED = "not measured"
 RESAMPLES = 1000
@@ -23,10 +23,11 @@ class Measure:
     """One figure of a table or plot; ``value`` is None where nothing was measured, and ``note`` says so.
 
     Attributes:
-        value: percent for accuracies, tokens/s, ratio or MB for latency; the mean over seeds.
+        value: percent for accuracies and shares of a pass, tokens/s, ratio, GB/s, MB or ms for timings; the mean over
+            seeds.
         stderr: standard error in the same unit. Over a task's items for an accuracy, sqrt(sum of squares) / tasks
             for the average. Seeds see the same items, so theirs is averaged and not divided by their number.
-            For latency: bootstrap over the timed passes.
+            For timings: bootstrap over the timed passes.
         low, high: 10th and 90th percentile over the timed passes.
         seed_sd: standard deviation between seeds, where there are several.
         n: items, or timed passes.
@@ -114,71 +115,92 @@ LATENCY_METRICS = {
     "prefill_tok_s": "tok/s",
     "prefill_speedup": "x",
     "prefill_of_sliced": "x",
+    "prefill_of_ideal": "x",
     "decode_tok_s": "tok/s",
     "decode_speedup": "x",
     "decode_of_sliced": "x",
+    "decode_of_ideal": "x",
+    "decode_gb_s": "GB/s",
+    "decode_of_copy": "x",
     "peak_memory_mb": "MB",
 }
-"""Metrics of a latency record and their units, in the order of the table."""
+"""Metrics of the latency table and their units, in its order; ``decode_of_copy`` is decode_gb_s over copy_gb_s."""
 
 
-def latency(study: Study, backbone: str, dataset: str, execution: str, removed: int) -> dict[str, Measure]:
-    """Rates, ratios and memory of one row of the latency table, for BUDDY's main variant; {} if not measured."""
-    rows = study.latency_rows.get((backbone, study.main_series(backbone), dataset), [])
+def latency(study: Study, backbone: str, race: Race, execution: str, removed: int) -> dict[str, Measure]:
+    """Figures of one row of the latency table, for BUDDY's main variant; {} if not measured."""
     per_seed: dict[str, list[Measure]] = {}
     for seed in study.config.study.seeds:
-        # One process timed all of a seed's executions, so its ratios compare like with like.
-        timed = {(row["execution"], int(row["removed"]), row["metric"]): row for row in rows if row["seed"] == seed}
+        timed = {
+            row["metric"]: _timed(row)
+            for row in study.race_rows(backbone, race)
+            if (row["execution"], int(row["removed"]), row["seed"]) == (execution, removed, seed)
+        }
+        read, copied = timed.get("decode_gb_s"), timed.get("copy_gb_s")
+        if read and copied and read.value is not None and copied.value:
+            timed["decode_of_copy"] = replace(read, value=read.value / copied.value)
         for metric in LATENCY_METRICS:
-            if (execution, removed, metric) in timed:
-                per_seed.setdefault(metric, []).append(_timed(timed, execution, removed, metric))
+            if metric in timed:
+                per_seed.setdefault(metric, []).append(timed[metric])
     found = {metric: over_seeds(seeds, 1) for metric, seeds in per_seed.items()}
     if execution == "dense":
-        # Dense is its own reference: 1 by definition, whether its record says so or says nothing.
+        # Dense is its own reference: 1 by definition, so its record says nothing.
         for phase in ("prefill", "decode") if found else ():
             rate = found[f"{phase}_tok_s"]
             found[f"{phase}_speedup"] = replace(rate, value=1.0, stderr=None, low=None, high=None, seed_sd=None)
-    if execution == "sliced":
-        found = {metric: measure for metric, measure in found.items() if not metric.endswith("of_sliced")}
     return found
 
 
-def _timed(
-    timed: Mapping[tuple[str, int, str], Mapping[str, Any]], execution: str, removed: int, metric: str
-) -> Measure:
-    """One figure of one process, with its standard error and its 10th and 90th percentile.
+def mixtures(study: Study, backbone: str, race: Race) -> dict[int, tuple[int, ...]]:
+    """Batches of mixed budgets in a race: mean number of removed blocks to that of each sequence."""
+    rows = [row for row in study.race_rows(backbone, race) if row["execution"] == "mixed"]
+    found = {int(row["removed"]): row["removed_per_sequence"] for row in rows}
+    return {removed: depths for removed, depths in sorted(found.items()) if isinstance(depths, tuple)}
 
-    The percentiles of a ratio are over all pairs of a pass of one and a pass of the other.
+
+def breakdown(study: Study, backbone: str, removed: int) -> dict[tuple[str, str, str], Measure]:
+    """What the main variant's passes spend at a depth, by phase, component and unit (``ms`` or ``percent``)."""
+    return {
+        (row["phase"], row["component"], row["metric"]): _timed(row)
+        for row in profiled(study, backbone, removed)
+        if isinstance(row["component"], str)
+    }
+
+
+def routing_cost(study: Study, backbone: str) -> dict[int, dict[str, Measure]]:
+    """Milliseconds of routing one decode step by context length: ``routing_ms`` and ``reread_ms``.
+
+    Depth plays no part in it: the records of all depths have the same figures, and the first one's are taken.
     """
-    row = timed[execution, removed, metric]
+    found: dict[int, dict[str, Measure]] = {}
+    for removed in study.removed(backbone):
+        for row in profiled(study, backbone, removed):
+            if not pd.isna(row["context"]):
+                found.setdefault(int(row["context"]), {}).setdefault(row["metric"], _timed(row))
+    return dict(sorted(found.items()))
+
+
+def profiled(study: Study, backbone: str, removed: int) -> list[dict[str, Any]]:
+    """Rows of the frame behind a breakdown at a depth, of the first seed: one run is profiled, as one is timed."""
+    rows = study.breakdown_rows.get((backbone, study.main_series(backbone), removed), [])
+    return [row for row in rows if row["seed"] == study.config.study.seeds[0]]
+
+
+def _timed(row: Mapping[str, Any]) -> Measure:
+    """A timed figure, with spread and standard error where the record has the single passes."""
     measure = Measure(value=float(row["value"]), n=int(row["n"]), seeds=1, note="")
-    phase, _, kind = metric.partition("_")
-    if kind == "tok_s":
-        return replace(measure, stderr=bootstrap(row["values"]), low=float(row["low"]), high=float(row["high"]))
-    reference = {"speedup": ("dense", 0), "of_sliced": ("sliced", removed)}.get(kind)
-    other = timed.get((*reference, f"{phase}_tok_s")) if reference else None
-    if other is None:
+    if not isinstance(row["values"], tuple):
         return measure
-    mine, theirs = timed[execution, removed, f"{phase}_tok_s"]["values"], other["values"]
-    low, high = np.percentile(np.divide.outer(np.asarray(mine), np.asarray(theirs)), [10, 90])
-    return replace(measure, stderr=bootstrap(mine, theirs), low=float(low), high=float(high))
+    return replace(measure, stderr=bootstrap(row["values"]), low=float(row["low"]), high=float(row["high"]))
 
 
 @cache
-def bootstrap(passes: tuple[float, ...], reference: tuple[float, ...] | None = None) -> float | None:
-    """Bootstrap standard error of a median, or of the ratio of two medians; None for a single pass.
-
-    Args:
-        passes: one rate per timed pass.
-        reference: the rates it is divided by.
-    """
-    if len(passes) < 2 or (reference is not None and len(reference) < 2):
+def bootstrap(passes: tuple[float, ...]) -> float | None:
+    """Bootstrap standard error of the median of the timed passes; None for a single pass."""
+    if len(passes) < 2:
         return None
     random = np.random.default_rng(0)
-    medians = np.median(random.choice(passes, (RESAMPLES, len(passes))), axis=1)
-    if reference is not None:
-        medians = medians / np.median(random.choice(reference, (RESAMPLES, len(reference))), axis=1)
-    return float(medians.std(ddof=1))
+    return float(np.median(random.choice(passes, (RESAMPLES, len(passes))), axis=1).std(ddof=1))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -25,6 +25,9 @@ TASK_NAMES = {"openbookqa": "obqa"}
 # and 7 equals Llama2-7B's row in Table 10, and the latency breakdown (Table 8) is stated for Llama2-7B.
 ABLATION_BACKBONE = "llama2-7b"
 LATENCY_BACKBONE = "llama2-7b"
+BREAKDOWN_BATCH = (5, 256)
+"""Sequences, and tokens of each, in the pass of Table 8."""
+_COMPONENTS = {"backbone_compute": "backbone", "decision_module": "decision", "gather_scatter": "gather_scatter"}
 
 _REPOSITORIES = {
     "meta-llama/llama-2-7b": "llama2-7b",
@@ -138,3 +141,24 @@ def latency(table: int, backbone: str | None, method: str, removed: int, dataset
         return {}
     columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
     return {column: float(found.iloc[0][column]) for column in columns}
+
+
+def breakdown(table: int, backbone: str | None, batch_size: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Published time of a pass (on an A100) by component, in ``ms`` and ``percent`` (Table 8); {} if none.
+
+    The paper states neither how many blocks were removed nor the phase; 5 x 256 tokens at once are a prefill. Its
+    percentages add up to 88.45: what the rest was spent on is not said.
+
+    Args:
+        table: number of the table.
+        backbone: the paper's backbone (`backbone`).
+        batch_size: sequences in the pass.
+        tokens: tokens of each.
+    """
+    frame = load("breakdown")
+    if backbone != LATENCY_BACKBONE or (batch_size, tokens) != BREAKDOWN_BATCH:
+        return {}
+    return {
+        _COMPONENTS[row["component"]]: {"ms": float(row["latency_ms"]), "percent": float(row["percent"])}
+        for row in frame[frame.table == table].to_dict("records")
+    }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from buddy.reporting.grid import FIGURES, Cell, Grid, Row
 
 MISSING = "\N{EN DASH}"
 DAGGER = "†"
+PAGE_ROWS = 48
+"""Rows of a LaTeX table that fit on a page under its caption and above its notes."""
 
 
 def to_csv(grid: Grid) -> str:
@@ -39,10 +42,11 @@ def to_markdown(grid: Grid) -> str:
     for row in grid.rows:
         labels = [*row.labels[:-1], row.labels[-1] + (f" {DAGGER}" if row.limited else "")]
         lines.append("| " + " | ".join([*labels, *(_markdown_cell(cell) for cell in row.cells)]) + " |")
-    title = f"**{grid.name.replace('table', 'Table ').capitalize()}.** {grid.caption}"
+    title = f"**{grid.name.replace('table', 'Table ').replace('_', ' ').capitalize()}.** {grid.caption}"
     published = "In parentheses: the figure published in the paper." if grid.has_published else ""
     notes = "".join(f"{note}  \n" for note in [*grid.notes, grid.error_note, published] if note)
-    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{notes}"
+    below = f"\n{to_markdown(grid.below)}" if grid.below else ""
+    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{notes}{below}"
 
 
 def _markdown_cell(cell: Cell | None) -> str:
@@ -62,38 +66,71 @@ def _number(value: float | None, decimals: int) -> str:
 
 
 def to_latex(grid: Grid) -> str:
-    r"""A ``table`` environment that needs ``\usepackage{booktabs}`` and nothing else."""
-    labels = len(grid.label_headers)
-    body: list[str] = []
-    previous: Row | None = None
-    for row in grid.rows:
-        if row.starts_group and previous is not None:
-            body.append(r"\midrule")
-        elif labels > 2 and previous is not None and row.labels[:-1] != previous.labels[:-1]:
-            body.append(r"\addlinespace[2pt]")
-        body.append(_latex_row(grid, row, previous))
-        previous = row
+    r"""``table`` environments that need ``\usepackage{booktabs}`` and nothing else; a long table takes several."""
+    pages = _pages(grid.rows)
+    parts = [_latex_page(grid, rows, continued=place > 0) for place, rows in enumerate(pages)]
+    below = [to_latex(grid.below)] if grid.below else []
+    return "\n".join([r"% Needs \usepackage{booktabs}.", *parts, *below])
+
+
+def _pages(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in pages of at most PAGE_ROWS, cut where groups start (a longer group has a page of its own)."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        if row.starts_group or not groups:
+            groups.append([])
+        groups[-1].append(row)
+    pages: list[list[Row]] = [[]]
+    for group in groups:
+        if pages[-1] and len(pages[-1]) + len(group) > PAGE_ROWS:
+            pages.append([])
+        pages[-1] += group
+    return pages
+
+
+def _latex_page(grid: Grid, rows: Sequence[Row], continued: bool) -> str:
+    """One ``table`` environment; the first has the label that the text refers to, and the notes."""
+    labels, columns = len(grid.label_headers), len(grid.headers)
+    # The widest table has five labels and eleven figures a row: smaller type keeps it on the paper.
+    size, space = (r"\scriptsize", 2) if labels + columns > 12 else (r"\footnotesize", 3)
+    environment = "table*" if columns > 6 else "table"
     notes = " ".join([*grid.notes, *([grid.error_note] if grid.latex_errors else [])])
+    caption = escape(grid.caption) + (" (Continued.)" if continued else "")
+    label = rf"\label{{tab:{grid.name}}}"
+    below = rf"\par\vspace{{2pt}}\parbox{{0.95\linewidth}}{{\footnotesize {escape(notes)}}}"
     return "\n".join(
         [
-            r"% Needs \usepackage{booktabs}.",
-            r"\begin{table*}[t]" if len(grid.headers) > 6 else r"\begin{table}[t]",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{escape(grid.caption)}}}",
-            rf"\label{{tab:{grid.name}}}",
+            rf"\begin{{{environment}}}[{'p' if continued else 't'}]",
+            rf"\centering{size}\setlength{{\tabcolsep}}{{{space}pt}}",
+            rf"\caption{{{caption}}}",
+            *([] if continued else [label]),
             # The box centres a table that is wider than the text, instead of letting it run off to the right.
-            rf"\makebox[\linewidth]{{\begin{{tabular}}{{@{{}}{'l' * labels}{'r' * len(grid.headers)}@{{}}}}",
+            rf"\makebox[\linewidth]{{\begin{{tabular}}{{@{{}}{'l' * labels}{'r' * columns}@{{}}}}",
             r"\toprule",
             " & ".join(escape(header) for header in [*grid.label_headers, *grid.headers]) + r" \\",
             r"\midrule",
-            *body,
+            *_latex_rows(grid, rows),
             r"\bottomrule",
             r"\end{tabular}}",
-            rf"\par\vspace{{2pt}}\parbox{{0.95\linewidth}}{{\footnotesize {escape(notes)}}}",
-            r"\end{table*}" if len(grid.headers) > 6 else r"\end{table}",
+            *([] if continued else [below]),
+            rf"\end{{{environment}}}",
             "",
         ]
     )
+
+
+def _latex_rows(grid: Grid, rows: Sequence[Row]) -> list[str]:
+    """Rows with rules between groups, and a little space where a label left of the last one changes."""
+    body: list[str] = []
+    previous: Row | None = None
+    for row in rows:
+        if row.starts_group and previous is not None:
+            body.append(r"\midrule")
+        elif len(row.labels) > 2 and previous is not None and row.labels[:-1] != previous.labels[:-1]:
+            body.append(r"\addlinespace[2pt]")
+        body.append(_latex_row(grid, row, previous))
+        previous = row
+    return body
 
 
 def _latex_row(grid: Grid, row: Row, previous: Row | None) -> str:

@@ -24,7 +24,9 @@ def summary(folder: str | Path) -> str:
     study = load(folder)
     parts = [_accuracy(study, backbone) for backbone in study.config.study.backbones]
     parts += [_latency(study, backbone) for backbone in study.config.timed_backbones()]
-    return "\n\n".join([f"Study {study.name} ({study.folder})", *parts, _files(study)])
+    source = study.config.study.records
+    place = f"{study.folder}; records of {source}" if source else f"{study.folder}"
+    return "\n\n".join([f"Study {study.name} ({place})", *parts, _files(study)])
 
 
 def _accuracy(study: Study, backbone: str) -> str:
@@ -57,14 +59,15 @@ def _percent(measure: Measure) -> str:
 def _latency(study: Study, backbone: str) -> str:
     columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
     rows = [["data set", "removed", "execution", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"]]
-    for dataset in study.config.latency.datasets:
+    for race in study.shown_races(backbone):
         for removed in (0, *study.removed(backbone)):
             for execution in ["dense"] if removed == 0 else ["sliced", "reuse", "recompute"]:
-                found = measures.latency(study, backbone, dataset, execution, removed)
+                found = measures.latency(study, backbone, race, execution, removed)
                 if found or execution in ("dense", "recompute"):
                     cells = [_rate(found.get(metric), metric) for metric in columns]
-                    rows.append([DATASETS.get(dataset, dataset), str(removed), EXECUTIONS[execution], *cells])
-    return "\n".join([f"Speed of {backbone}, median of the timed passes", *_aligned(rows, labels=3)])
+                    rows.append([DATASETS.get(race.dataset, race.dataset), str(removed), EXECUTIONS[execution], *cells])
+    title = ", ".join(filter(None, [f"Speed of {backbone}", study.race_text(backbone), "median of the timed passes"]))
+    return "\n".join([title, *_aligned(rows, labels=3)])
 
 
 def _rate(measure: Measure | None, metric: str) -> str:

@@ -34,8 +34,12 @@ class DecisionModule(nn.Module):
         Returns:
             (B, S, candidates); larger means keep.
         """
+        features = features.to(self.down.weight.dtype)
+        # This runs between two blocks of every decode step: entering a context for nothing is a good part of its time.
+        if not torch.is_autocast_enabled(features.device.type):
+            return self.up(nn.functional.silu(self.down(features)))
         with torch.autocast(features.device.type, enabled=False):
-            return self.up(nn.functional.silu(self.down(features.to(self.down.weight.dtype))))
+            return self.up(nn.functional.silu(self.down(features)))
 
 
 def source_feature(keys: Tensor, values: Tensor, feature: str) -> Tensor:
@@ -69,8 +73,8 @@ class RunningMean:
     @classmethod
     def empty(cls, batch: int, candidates: int, device: torch.device) -> RunningMean:
         """Nothing seen yet."""
-        kind = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(batch, candidates, **kind), torch.zeros(batch, 1, **kind))
+        total = torch.zeros(batch, candidates, dtype=torch.float64, device=device)
+        return cls(total, total.new_zeros(batch, 1))
 
     def add(self, scores: Tensor, mask: Tensor | None) -> None:
         """Take in the scores of new tokens: scores (B, S, candidates), mask (B, S), True where a token counts."""
@@ -91,7 +95,7 @@ class RunningMean:
             prompt: boolean (B, S), the leading tokens that are pooled together.
 
         Returns:
-            (B, S, candidates) float32: for a token of the prompt the mean over the whole prompt, for another one the
+            (B, S, candidates) float64: for a token of the prompt the mean over the whole prompt, for another one the
             mean over everything up to and including it.
         """
         weight = mask.to(torch.float64)
@@ -105,25 +109,36 @@ class RunningMean:
         means = means.gather(1, place.unsqueeze(-1).expand_as(means))
         self.total += (scores * weight.unsqueeze(-1)).sum(1, dtype=torch.float64)
         self.count += weight.sum(1, keepdim=True)
-        return means.float()
+        return means
 
     def mean(self) -> Tensor:
-        """(B, candidates) float32; zero where no token was seen."""
-        return (self.total / self.count.clamp(min=1)).float()
+        """(B, candidates) float64; zero where no token was seen."""
+        return self.total / self.count.clamp(min=1)
 
 
-def keep_top(scores: Tensor, keep: Tensor) -> Tensor:
-    """Keep exactly ``keep[b]`` candidates of sequence ``b``: the highest scores, ties to the earlier block.
+def first_places(keep: Tensor, candidates: int) -> Tensor:
+    """Which places of a ranking are kept: keep (B,) integers in [0, candidates], to boolean (B, candidates)."""
+    return torch.arange(candidates, device=keep.device) < keep.unsqueeze(-1)
+
+
+def ranking(scores: Tensor) -> Tensor:
+    """Candidates (..., C) by falling score, ties to the earlier block."""
+    return scores.detach().argsort(dim=-1, descending=True, stable=True)
+
+
+def keep_top(scores: Tensor, first: Tensor) -> Tensor:
+    """Keep exactly as many candidates as `first_places` says: the highest scores, ties to the earlier block.
 
     Args:
         scores: (B, ..., C).
-        keep: (B,), integers in [0, C].
+        first: boolean (B, C), from `first_places`.
 
     Returns:
         Boolean mask (B, ..., C).
     """
-    rank = scores.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < keep.to(rank.device).view(-1, *[1] * (scores.dim() - 1))
+    order = ranking(scores)
+    kept = first.view(len(first), *[1] * (scores.dim() - 2), -1).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, kept)
 
 
 def straight_through(mask: Tensor, scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ route that names every block computes what the untouched model computes, bit for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,10 +67,18 @@ class Routing:
 
 @dataclass
 class RouteState:
-    """Routing of the sequences in a cache: the policy's own state, the current route (B, L), and the steps taken."""
+    """Routing of the sequences in a cache.
+
+    Attributes:
+        policy_state: the policy's own.
+        route: the current route, boolean (B, L).
+        full: whether it names every block for every sequence; on the host.
+        step: passes taken, a prefill being the first.
+    """
 
     policy_state: Any
     route: Tensor | None = None
+    full: bool = True
     step: int = 0
 
 
@@ -133,8 +141,10 @@ def run_blocks(
         raise TypeError(f"a routed pass needs a RoutedCache, not {type(cache).__name__}")
     past = cache.length if cache is not None else 0
     if cache is not None:
-        if cache.graph is not None and past and new == 1:
-            return cache.graph.step(routing, hidden, attention_mask, position_ids)
+        if cache.graph is not None:
+            stepped = cache.graph.step(cache, routing, hidden, attention_mask, position_ids)
+            if stepped is not None:
+                return stepped
         cache.reserve(batch, new)
     if position_ids is None:
         position_ids = (torch.arange(new, device=hidden.device) + past).unsqueeze(0)
@@ -195,28 +205,48 @@ class Step:
 
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, H) after the last block."""
-        source = self.routing.policy.source_block
-        tap = Tap() if self.cache is None else None
-        for index in range(source):
-            with _uncheckpointed(self.decoder.layers[index]):
-                hidden = self.block(index, hidden, past_key_values=tap if index == source - 1 else None)
         if self.routing.form == "causal":
-            return self._by_token(hidden, tap)
+            return self._by_token(*self._read(hidden))
+        self.in_place = self._needs_rows(len(hidden))
+        with self._attention():
+            hidden, tap = self._read(hidden)
         self.choose(tap)
         assert self.state.route is not None
         route = self.state.route.cpu()  # the one read from the device in a pass
         self.routing.trace.add(route, self.new)
         listed = route.tolist()
-        device = hidden.device
+        source, device = self.routing.policy.source_block, hidden.device
         if self.cache is not None:
             self.cache.record(self.state.route, self.new, [all(column) for column in zip(*listed, strict=True)])
         if self.routing.gradient:
             return self._gated(hidden, plan(listed, source, device))
         work = plan(listed, source, device, self._tokens(listed), self.routing.grouping)
-        # A sub-batch that attends to a cache of the whole batch needs an attention that can pick its rows.
-        self.in_place = self.past > 0 and any(rows is not None and len(rows) for rows in work.running)
-        with reading_rows(self.decoder) if self.in_place else nullcontext():
+        self.state.full = all(map(all, listed))
+        if self.in_place != self._needs_rows(len(hidden)):
+            self.in_place = not self.in_place
+            self._inputs.clear()
+        with self._attention():
             return self._by_path(hidden, work) if work.groups else self._by_block(hidden, work)
+
+    def _read(self, hidden: Tensor) -> tuple[Tensor, Tap | None]:
+        """Run the blocks up to the source block; without a cache, what that block would have written into it."""
+        source = self.routing.policy.source_block
+        tap = Tap() if self.cache is None else None
+        for index in range(source):
+            with _uncheckpointed(self.decoder.layers[index]):
+                hidden = self.block(index, hidden, past_key_values=tap if index == source - 1 else None)
+        return hidden, tap
+
+    def _needs_rows(self, batch: int) -> bool:
+        """Whether sub-batches have to attend to a cache of the whole batch.
+
+        Full depth, and a sequence alone, are left to the model's own attention.
+        """
+        return self.past > 0 and batch > 1 and not self.state.full
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """Attention that reads the cache in place, or the model's own."""
+        return reading_rows(self.decoder) if self.in_place else nullcontext()
 
     # ---- the choice --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from buddy.errors import UserError, choices
+from buddy.routing import decoders
 from buddy.routing.budget import Budget
 from buddy.routing.engine import Routing, check_supported, routed
 from buddy.routing.kv import RoutedCache
@@ -17,6 +19,11 @@ from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
 from buddy.routing.types import CausalLM
 from buddy.settings import ENGINES, KV_POLICIES, ROUTING_FORMS
+
+log = logging.getLogger(__name__)
+
+GRAPH_TOKENS = 32
+"""New tokens from which on capturing graphs is worth the while, as engine ``auto`` has it."""
 
 
 class RoutedModel(nn.Module):
@@ -102,6 +109,11 @@ class RoutedModel(nn.Module):
         """
         if engine not in ("auto", *ENGINES):
             raise UserError(f"engine: {engine!r} is not one of {choices(('auto', *ENGINES))}")
+        reason = None if engine == "eager" else decoders.obstacle(self)
+        if engine != "eager" and reason is None:
+            return decoders.lease(self, capacity, batch)
+        if reason is not None:
+            log.log(logging.WARNING if engine == "graph" else logging.INFO, "no CUDA graphs: %s", reason)
         return RoutedCache(self.blocks, self.kv, capacity)
 
     def forward(
@@ -163,6 +175,7 @@ class RoutedModel(nn.Module):
         *,
         budget: Budget | None = None,
         decode: str | int = "recompute",
+        engine: str = "auto",
         **kwargs: Any,
     ) -> Tensor:
         """Generate with the backbone's own ``generate``, so that sampling, stopping and streaming are as usual.
@@ -172,6 +185,8 @@ class RoutedModel(nn.Module):
             attention_mask: (B, S), 1 for real tokens.
             budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor).
             decode: ``recompute``, ``reuse`` or an integer, as in `forward`.
+            engine: ``eager``; ``graph``, which decodes by captured CUDA graphs; ``auto``, which takes graphs on a GPU if
+                the generation is long enough to pay for their capture. What keeps graphs from being used is logged.
             kwargs: arguments of ``GenerationMixin.generate``.
 
         Returns:
@@ -179,7 +194,7 @@ class RoutedModel(nn.Module):
 
         Raises:
             BudgetError: an illegal budget, before anything is computed.
-            UserError: beam search or assisted decoding is asked for.
+            UserError: beam search or assisted decoding is asked for, or an engine that does not exist.
         """
         if kwargs.get("num_beams", 1) > 1 or kwargs.get("assistant_model") is not None:
             raise UserError(
@@ -189,14 +204,30 @@ class RoutedModel(nn.Module):
             self.policy.begin(budget, input_ids.shape[0], torch.device("cpu"))
         routing = Routing(self.policy, budget, _every(decode))
         self.trace = routing.trace
-        new = kwargs.get("max_new_tokens") or 64
+        prompt = input_ids.shape[1]
+        new, copies = self._expected(prompt, kwargs)
+        if engine == "auto" and new < GRAPH_TOKENS:
+            engine = "eager"
+        cache = self.new_cache(prompt + new, engine, len(input_ids) * copies)
         with routed(self.backbone, routing):
             return self.backbone.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-                past_key_values=self.new_cache(input_ids.shape[1] + new),
+                past_key_values=cache,
                 **kwargs,
             )
+
+    def _expected(self, prompt: int, kwargs: dict[str, Any]) -> tuple[int, int]:
+        """(new tokens there has to be room for, sequences per prompt) of a generation with these arguments."""
+        config = kwargs.get("generation_config") or self.backbone.generation_config
+
+        def asked(name: str) -> int:
+            return kwargs.get(name) or getattr(config, name, None) or 0
+
+        guess = 64  # where nothing says it
+        return asked("max_new_tokens") or max(asked("max_length") - prompt, 0) or guess, asked(
+            "num_return_sequences"
+        ) or 1
 
 
 def _every(decode: str | int) -> int:

@@ -85,6 +85,8 @@ def plan(
         grouping: take paths (True) or blocks (False); None decides by `grouping_pays`.
     """
     batch = len(route)
+    if batch == 1:
+        return _alone(route[0], device)
     columns = list(zip(*route, strict=True))
     sets: list[tuple[int, ...]] = [tuple(row for row in range(batch) if column[row]) for column in columns]
     complements = [tuple(row for row in range(batch) if not column[row]) for column in columns]
@@ -99,12 +101,19 @@ def plan(
     wanted = [*sets[source:], *complements[source:]]
     rows = _rows(wanted + [tuple(found) for found in members.values()] if by_path else wanted, batch, device)
     return Plan(
-        running=[rows[found] if len(found) < batch else None for found in sets] if batch else [],
+        running=[rows[found] if len(found) < batch else None for found in sets],
         skipping=[rows[found] if found else None for found in complements],
         groups=[_group(path, rows[tuple(found)], found, tokens or ()) for path, found in members.items()]
         if by_path
         else None,
     )
+
+
+def _alone(route: Sequence[bool], device: torch.device) -> Plan:
+    """The plan of a single sequence, which needs no gathering."""
+    all_rows = Rows(torch.zeros(1, dtype=torch.int64, device=device), ((0, 1),))
+    no_rows = Rows(all_rows.index[:0], ())
+    return Plan([None if runs else no_rows for runs in route], [None if runs else all_rows for runs in route])
 
 
 def grouping_pays(members: dict[tuple[int, ...], list[int]], tokens: Sequence[tuple[int, int]], device: str) -> bool:

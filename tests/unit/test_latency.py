@@ -1,18 +1,34 @@
-"""The benchmark times what it says: real passes, real depths, ratios of medians of the same process."""
+"""The benchmark times what it says: real passes at real depths, compared within a repeat, whatever the machine does."""
 
+import importlib.util
+import json
 import statistics
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import tiny
 
+from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
-from buddy.evaluation.latency import benchmark, contenders, time_batch
+from buddy.commands.latency import latency as command
+from buddy.config import parse
+from buddy.errors import UserError
+from buddy.evaluation import latency
+from buddy.evaluation.latency import Entry, Racer, batches, benchmark, contender, heats, race, usable_engines
 from buddy.policies.buddy import BuddyPolicy
+from buddy.records import Record
+from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.settings import Latency
 
-SETTINGS = Latency(prompts=3, new_tokens=4, batch_size=2, repeats=3, warmup=1)
+EXECUTIONS = ["dense", "sliced", "reuse", "recompute", "mixed"]
+PROMPTS = ["one prompt", "another, longer prompt", "third"]  # 10, 22 and 5 tokens, one per byte
+SETTINGS = Latency(prompts=3, new_tokens=6, batch_sizes=[1, 2], repeats=3, warmup=1, turn=4, executions=EXECUTIONS)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -22,35 +38,366 @@ def model():
     return RoutedModel(backbone, BuddyPolicy(8, 16), tokenizer=byte_tokenizer()).eval()
 
 
-def test_every_execution_at_every_depth_is_timed_with_its_ratios(model):
-    found = benchmark(model, ["one prompt", "another, longer prompt", "third"], [2, 4], SETTINGS, "alpaca")
-    cells = [(contender.execution, contender.removed) for contender, _ in found]
-    assert cells == [("dense", 0)] + [(e, n) for n in (2, 4) for e in ("sliced", "reuse", "recompute")]
-    by_cell = {(c.execution, c.removed): metrics for c, metrics in found}
-    dense = by_cell["dense", 0]
-    assert dense["prompt_tokens_mean"] == pytest.approx((10 + 22 + 5) / 3)  # one token per byte
-    for (_, removed), metrics in by_cell.items():
+@pytest.fixture
+def ran(model):
+    """Sequences that passed each block, counted by hooks on the backbone's own modules."""
+    rows = []
+    for layer in model.backbone.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    return rows
+
+
+@pytest.fixture
+def machine(model, monkeypatch):
+    """A machine whose clock moves only when a sequence passes a block, by a cost that may change as it goes."""
+    latency.copy_gb_s(CPU)  # kept from here on: it needs the real clock
+    state = SimpleNamespace(now=0.0, passed=0, cost=lambda passed: 1.0)
+
+    def tick(_, inputs):
+        state.now += len(inputs[0]) * state.cost(state.passed)
+        state.passed += 1
+
+    for layer in model.backbone.model.layers:
+        layer.mlp.register_forward_pre_hook(tick)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: state.now))
+    return state
+
+
+def one_batch(model, size, new_tokens):
+    return batches(model, PROMPTS[:size], size, new_tokens)[0]
+
+
+# ---- what takes part -------------------------------------------------------------------------------------------------
+
+
+def test_a_heat_has_one_depth_and_a_mixed_one_the_depths_of_its_ideal():
+    assert heats([2, 4], EXECUTIONS, 1) == [
+        [Entry(name, (0 if name == "dense" else depth,)) for name in EXECUTIONS[:4]] for depth in (2, 4)
+    ]
+    *by_depth, mixed = heats([2, 4], EXECUTIONS, 4)
+    assert [{entry.depths for entry in heat} for heat in by_depth] == [{(0,) * 4, (n,) * 4} for n in (2, 4)]
+    assert mixed == [
+        Entry("dense", (0,) * 4),
+        Entry("sliced", (2,) * 4),
+        Entry("sliced", (4,) * 4),
+        Entry("mixed", (0, 2, 4, 0)),
+    ]
+    assert heats([2, 4, 6], ["mixed"], 2)[0][1:] == [Entry("sliced", (2, 2)), Entry("mixed", (0, 2))]
+    assert heats([2, 4], ["mixed"], 1) == heats([2, 4], ["dense"], 1) == [[Entry("dense", (0,))]]
+
+
+def test_without_a_gpu_graphs_are_left_out_with_a_line_and_refused_alone(caplog):
+    caplog.set_level("INFO")
+    assert usable_engines(["graph", "eager"], CPU) == ["eager"]
+    assert [record.message for record in caplog.records if "graph" in record.message] == [
+        "engine graph is left out: it captures CUDA graphs, and the model is not on a GPU"
+    ]
+    with pytest.raises(UserError, match="'graph' needs a GPU"):
+        usable_engines(["graph"], CPU)
+    assert usable_engines(["graph", "eager"], torch.device("cuda")) == ["eager", "graph"]
+
+
+def test_graphs_are_captured_in_at_least_one_untimed_repeat():
+    assert latency.warmups("graph", SETTINGS.model_copy(update={"warmup": 0})) == 1
+    assert latency.warmups("eager", SETTINGS.model_copy(update={"warmup": 0})) == 0
+
+
+def test_a_cache_that_captures_nothing_is_not_timed_as_graph(model):
+    pretending = RoutedModel(model.backbone, model.policy, tokenizer=model.tokenizer)
+    pretending.new_cache = lambda *_, **__: SimpleNamespace(graph=None)
+    with pytest.raises(UserError, match="graph"):
+        contender(Entry("recompute", (2,)), pretending, "graph").begin(8)
+
+
+def test_every_batch_is_full_and_every_prompt_comes_up(model):
+    lengths = [len(prompt) for prompt in PROMPTS]
+
+    def tokens(size):
+        return [batch.mask[:, :-5].sum(-1).tolist() for batch in batches(model, PROMPTS, size, 5)]
+
+    assert tokens(1) == [[length] for length in lengths]
+    assert tokens(2) == [lengths[:2], [lengths[2], lengths[0]]]
+    assert tokens(4) == [[*lengths, lengths[0]]]
+    batch = one_batch(model, 2, 5)
+    assert batch.ids.shape == (2, 22)
+    assert batch.mask[0].tolist() == [0] * 12 + [1] * 10 + [1] * 5
+    assert model.tokenizer.decode(batch.ids[0, 12:]) == PROMPTS[0]
+
+
+# ---- what runs -------------------------------------------------------------------------------------------------------
+
+
+def test_each_contender_runs_the_depth_it_claims(model, ran):
+    for entry in heats([3], EXECUTIONS, 2)[0]:
+        racer = Racer(contender(entry, model, "eager"), one_batch(model, 2, 5), 27)
+        ran.clear()
+        race([racer], new_tokens=5, turn=2, shift=0)
+        assert sum(ran) == 2 * (8 - entry.depths[0]) * 6  # two sequences, a prefill and five steps
+
+
+def test_a_mixed_batch_runs_the_sum_of_its_budgets(model, ran):
+    entry = heats([2, 5], EXECUTIONS, 4)[-1][-1]
+    batch = batches(model, PROMPTS, 4, 5)[0]
+    race([Racer(contender(entry, model, "eager"), batch, 27)], new_tokens=5, turn=2, shift=0)
+    assert sum(ran) == (8 + 6 + 3 + 8) * 6
+
+
+def test_turns_decode_the_tokens_that_generate_does(model):
+    batch = one_batch(model, 2, 6)
+    fed = []
+    real = contender(Entry("dense", (0, 0)), model, "eager")
+    spy = replace(real, step=lambda ids, mask, cache: (fed.append(ids), real.step(ids, mask, cache))[1])
+    race([Racer(spy, batch, 28)], new_tokens=6, turn=4, shift=0)
+    expected = model.backbone.generate(
+        batch.ids, attention_mask=batch.mask[:, :22], max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(torch.cat(fed, dim=1), expected)
+
+
+def test_turns_are_short_and_their_order_rotates(model):
+    steps = []
+
+    def spied(entry):
+        real = contender(entry, model, "eager")
+
+        def step(ids, mask, cache):
+            steps.append((entry.execution, ids.shape[1]))
+            return real.step(ids, mask, cache)
+
+        return replace(real, step=step)
+
+    racing = [spied(entry) for entry in heats([2], ["sliced", "recompute"], 1)[0]]
+    batch = one_batch(model, 1, 5)
+    race([Racer(each, batch, 15) for each in racing], new_tokens=5, turn=2, shift=1)
+    d, s, r = "dense", "sliced", "recompute"
+    assert steps[:3] == [(s, 10), (r, 10), (d, 10)]
+    assert [name for name, _ in steps[3:]] == [s, s, r, r, d, d, r, r, d, d, s, s, d, s, r]
+    assert {length for _, length in steps[3:]} == {1}
+
+
+@pytest.mark.parametrize("entry", [Entry("dense", (0, 0)), Entry("sliced", (3, 3))], ids=lambda entry: entry.execution)
+@torch.no_grad()
+def test_the_fixed_paths_that_are_captured_compute_what_the_plain_models_do(model, ran, entry):
+    plain, fixed = (contender(entry, model, engine) for engine in ("eager", "graph"))
+    batch = one_batch(model, 2, 3)
+    caches = plain.begin(25), RoutedCache(plain.backbone.config.num_hidden_layers, "zero", 25)
+    ids = batch.ids
+    for length in (22, 23, 24):
+        ran.clear()
+        expected, found = (
+            each.step(ids, batch.mask[:, :length], cache) for each, cache in zip((plain, fixed), caches, strict=True)
+        )
+        assert sum(ran) == 2 * 2 * (8 - entry.depths[0])
+        torch.testing.assert_close(found, expected)
+        ids = expected.argmax(-1, keepdim=True)
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_there_with_its_figures(model):
+    found = benchmark(model, PROMPTS, [2, 4], SETTINGS, "alpaca")
+    by_path = {str(timing.path): timing.metrics for timing in found}
+    cells = [("dense", 0)] + [(name, depth) for name in EXECUTIONS[1:4] for depth in (2, 4)]
+    paths = {f"batch~{b}/engine~eager/execution~{name}/removed~{n}.json" for b in (1, 2) for name, n in cells}
+    assert set(by_path) == paths | {"batch~2/engine~eager/execution~mixed/removed~mixed.json"}
+    assert len(found) == len(by_path)
+    for path, metrics in by_path.items():
+        size = metrics["batch_size"]
+        assert path.startswith(f"batch~{size}/engine~{metrics['engine']}/execution~{metrics['execution']}/")
+        assert metrics["prompt_tokens_mean"] == pytest.approx(
+            (10 + 22 + 5) / 3 if size == 1 else (10 + 22 + 5 + 10) / 4
+        )
+        repeats = 3 * (2 if size == 1 else 3) if metrics["execution"] == "dense" else 3  # dense is in every heat
+        assert metrics["repeats"] == repeats
         for phase in ("prefill", "decode"):
             rate = metrics[f"{phase}_tok_s"]
-            assert len(rate["values"]) == 3
+            assert len(rate["values"]) == repeats
             assert rate["median"] == statistics.median(rate["values"])
             assert min(rate["values"]) <= rate["p10"] <= rate["median"] <= rate["p90"] <= max(rate["values"])
-            assert metrics[f"{phase}_speedup"] == pytest.approx(rate["median"] / dense[f"{phase}_tok_s"]["median"])
-            if removed:
-                limit = by_cell["sliced", removed][f"{phase}_tok_s"]["median"]
-                assert metrics[f"{phase}_of_sliced"] == pytest.approx(rate["median"] / limit)
-            else:
-                assert metrics[f"{phase}_of_sliced"] is None
+        assert metrics["peak_memory_mb"] is None
+        assert metrics["capture"] is None
+        assert metrics["copy_gb_s"] > 0
+    assert by_path["batch~2/engine~eager/execution~mixed/removed~mixed.json"]["removed_per_sequence"] == [0, 2]
+    json.dumps([timing.metrics for timing in found], allow_nan=False)
 
 
-def test_each_contender_runs_the_depth_it_claims(model):
-    calls = []
-    for layer in model.backbone.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    ids = torch.randint(3, 90, (1, 6))
-    for contender in contenders(model, [3], ["dense", "sliced", "reuse", "recompute"]):
-        calls.clear()
-        prefill, decode = time_batch(contender, ids, torch.ones_like(ids), new_tokens=5)
-        assert len(calls) == (8 - contender.removed) * 6  # a prefill and five steps
-        assert prefill > 0
-        assert decode > 0
+def test_ratios_are_those_within_a_repeat(model):
+    found = benchmark(model, PROMPTS, [2, 4], SETTINGS.model_copy(update={"batch_sizes": [2]}), "alpaca")
+    by_cell = {(timing.entry.execution, timing.entry.removed): timing.metrics for timing in found}
+    for phase in ("prefill", "decode"):
+
+        def values(execution, depth, name="tok_s", phase=phase):
+            return by_cell[execution, depth][f"{phase}_{name}"]["values"]
+
+        for heat, depth in enumerate((2, 4)):
+            dense = values("dense", 0)[3 * heat : 3 * heat + 3]  # its repeats stand in the order of the heats
+            for name in ("sliced", "reuse", "recompute"):
+                own = values(name, depth)
+                assert values(name, depth, "speedup") == pytest.approx([a / b for a, b in zip(own, dense, strict=True)])
+                if name != "sliced":
+                    limit = values("sliced", depth)
+                    expected = [a / b for a, b in zip(own, limit, strict=True)]
+                    assert values(name, depth, "of_sliced") == pytest.approx(expected)
+                    assert by_cell[name, depth][f"{phase}_of_sliced"]["median"] == pytest.approx(
+                        statistics.median(expected)
+                    )
+        own, dense = values("mixed", "mixed"), values("dense", 0)[6:]
+        assert values("mixed", "mixed", "speedup") == pytest.approx([a / b for a, b in zip(own, dense, strict=True)])
+    for (execution, _), metrics in by_cell.items():
+        for phase in ("prefill", "decode"):
+            assert (metrics[f"{phase}_speedup"] is None) == (execution == "dense")
+            assert (metrics[f"{phase}_of_sliced"] is None) == (execution not in ("reuse", "recompute"))
+            assert (metrics[f"{phase}_of_ideal"] is None) == (execution != "mixed")
+        assert (metrics["removed_per_sequence"] is None) == (execution != "mixed")
+
+
+def test_where_only_blocks_cost_time_the_ratios_are_those_of_the_depths(model, machine):
+    found = benchmark(model, PROMPTS, [2, 4], SETTINGS.model_copy(update={"batch_sizes": [4]}), "alpaca")
+    for timing in found:
+        execution, metrics = timing.entry.execution, timing.metrics
+        executed = {"dense": 8, "mixed": (8 + 6 + 4 + 8) / 4}.get(execution, 8 - timing.entry.depths[0])
+        # A repeat: one batch of four prompts (10, 22, 5 and again 10 tokens), each sequence paying 1 s for a block.
+        assert metrics["decode_tok_s"]["values"] == pytest.approx([1 / executed] * metrics["repeats"])
+        assert metrics["prefill_tok_s"]["median"] == pytest.approx(47 / (4 * executed))
+        for phase in ("prefill", "decode"):
+            if execution != "dense":
+                assert metrics[f"{phase}_speedup"]["median"] == pytest.approx(8 / executed)
+            if execution in ("reuse", "recompute"):
+                assert metrics[f"{phase}_of_sliced"]["median"] == pytest.approx(1)
+            if execution == "mixed":
+                assert metrics[f"{phase}_of_ideal"]["median"] == pytest.approx(1)
+
+
+def test_a_mixed_batch_that_pays_full_depth_falls_short_of_its_ideal(model, machine):
+    entries = heats([2, 4], ["mixed"], 4)[0]
+    pretending = Entry("mixed", (0, 2, 4, 0))
+    assert entries[-1] == pretending
+    racing = {entry: contender(entry, model, "eager") for entry in entries}
+    racing[pretending] = replace(racing[entries[0]], entry=pretending)  # dense, under the name of mixed
+    batch = batches(model, PROMPTS, 4, 6)[0]
+    results = {}
+    for entry, each in racing.items():
+        racer = Racer(each, batch, 28)
+        race([racer], 6, 4, 0)
+        results[entry] = latency.Result([dict.fromkeys(latency.PHASES, 0.0)], 0.0, None)
+        results[entry].add(racer, 0)
+    metrics = latency._metrics([results], latency.Amount.of([batch], 6))[pretending]
+    assert metrics["decode_of_ideal"]["median"] == pytest.approx((8 + 6 + 4 + 8) / (4 * 8))
+
+
+def test_a_machine_that_drifts_does_not_bias_the_ratio(model, machine):
+    """Every pass of a block takes longer than the one before: by its end a repeat runs at a third of its first speed."""
+
+    def speedup(turn):
+        machine.passed = 0
+        machine.cost = lambda passed: 1 + 2 * passed / (48 * (8 + 4))
+        settings = Latency(new_tokens=48, repeats=1, warmup=0, turn=turn, executions=["sliced"], engines=["eager"])
+        sliced = benchmark(model, PROMPTS[:1], [4], settings, "alpaca")[1]
+        return sliced.metrics["decode_speedup"]["median"]
+
+    assert speedup(turn=48) < 0.7 * 2  # one after the other: the later one looks slow
+    assert speedup(turn=4) == pytest.approx(2, rel=0.02)
+
+
+def test_bytes_of_a_decode_step_counted_by_hand(model):
+    settings = SETTINGS.model_copy(update={"batch_sizes": [1, 4]})
+    found = benchmark(model, PROMPTS, [2, 4], settings, "alpaca")
+    block = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32)  # float32: q and o, k and v, the MLP, two norms
+    rest = 4 * (32 + 300 * 32)  # final norm, head
+    column = 4 * 2 * 16  # a key and a value of two heads of 8
+    for timing in found:
+        size, metrics = timing.batch_size, timing.metrics
+        columns = ((10 + 22 + 5) / 3 if size == 1 else 22) + 6 / 2  # prompts padded, and half of what is decoded
+        executed = [8 - depth for depth in timing.entry.depths]
+        read = (
+            metrics["decode_gb_s"] * 1e9 / (metrics["decode_tok_s"]["median"] / size) - sum(executed) * column * columns
+        )
+        if size == 1 or timing.entry.execution in ("dense", "sliced", "mixed"):  # mixed has a sequence that runs all
+            assert read == pytest.approx(max(executed) * block + rest)
+        else:  # a block is read once if any of the four sequences runs it
+            assert max(executed) * block + rest - 1 <= read <= 8 * block + rest + 1
+
+
+def test_the_bandwidth_of_a_copy_is_plausible():
+    assert 0.1 < latency.copy_gb_s(CPU) < 10_000
+    assert latency.copy_gb_s(CPU) == latency.copy_gb_s(CPU)  # measured once
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arguments(model, tmp_path):
+    """A run on disk and prompts, and the command's arguments for them."""
+    backbone, run, data = tmp_path / "backbones/tiny", tmp_path / "run", tmp_path / "data/alpaca"
+    model.backbone.save_pretrained(backbone)
+    model.tokenizer.save_pretrained(backbone)
+    where = runs.relative(backbone, run)
+    info = runs.RunInfo("buddy", "buddy", model.policy.settings(), "tiny", where, {"feature": "value"}, 3, "small")
+    runs.save(run, info, model.policy)
+    data.mkdir(parents=True)
+    rows = [{"id": str(n), "instruction": text, "input": "", "output": "x"} for n, text in enumerate(PROMPTS)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "data.json").write_text(json.dumps({"name": "alpaca"}))
+    settings = SETTINGS.model_dump(exclude={"backbones", "datasets"}) | {"new_tokens": 2, "repeats": 1, "warmup": 0}
+    return {
+        "run": run,
+        "data": data,
+        "removed": "2,5",
+        "out": tmp_path / "out",
+        "device": "cpu",
+        "dtype": "auto",
+    } | settings
+
+
+def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(arguments):
+    command(**arguments)
+    out = arguments["out"]
+    written = {path.relative_to(out) for path in out.rglob("*.json")}
+    content = {
+        "study": {
+            "name": "small",
+            "backbones": ["tiny"],
+            "tables": {"table4": {"kind": "latency", "backbone": "tiny"}},
+        },
+        "backbones": {"tiny": {"source": {"random": "tiny-llama"}, "blocks": 8, "removed": [2, 5]}},
+        "latency": SETTINGS.model_dump(exclude={"backbones"}) | {"datasets": ["alpaca"]},
+    }
+    spec = importlib.util.spec_from_file_location("steps", Path(__file__).parents[2] / "benchmarks/steps.py")
+    steps = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(importlib.sys.modules, "steps", steps)  # its dataclasses look themselves up there
+        spec.loader.exec_module(steps)
+        plan = steps.Plan(parse(content), Path("x"), ["latency"])
+        (step,) = [step for step in plan.steps() if step.command == "latency"]
+    assert {Path(*path.parts[-4:]) for path in step.outputs} == written
+    assert all(str(path.parents[3]).endswith("seed~0/dataset~alpaca") for path in step.outputs)
+
+
+def test_what_a_record_says_of_itself(arguments):
+    command(**arguments | {"batch_sizes": "4"})
+    records = [Record.read(path) for path in sorted(arguments["out"].rglob("*.json"))]
+    assert Counter(record.method for record in records) == {"dense": 1, "sliced": 2, "buddy": 5}
+    for record in records:
+        execution = record.metrics["execution"]
+        assert (record.kind, record.study, record.backbone, record.seed) == ("latency", "small", "tiny", 3)
+        assert record.n == record.metrics["repeats"] == (3 if execution == "dense" else 1)
+        assert record.budget.executed == 8 - record.budget.removed
+        if execution == "mixed":  # (0 + 2 + 5 + 0) / 4 = 1.75
+            assert record.budget.removed == 2
+        expected = {"reuse": "reuse", "recompute": "recompute", "mixed": "recompute"}.get(execution)
+        assert record.variant == ({"feature": "value", "kv": "zero", "decode": expected} if expected else {})
+
+
+def test_a_job_that_dies_leaves_no_record(arguments, monkeypatch):
+    monkeypatch.setattr(latency, "_metrics", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(**arguments)
+    assert not arguments["out"].exists()
+
+
+def test_graph_alone_is_refused_without_a_gpu(arguments):
+    with pytest.raises(UserError, match="--engines"):
+        command(**arguments | {"engines": "graph"})
+    assert not arguments["out"].exists()

@@ -1,11 +1,17 @@
-"""What Snakemake plans for the studies that ship, and what it says to wrong ones; nothing is run."""
+"""What Snakemake plans for the studies that ship, and what it says to wrong ones; and tables from records given."""
 
+import csv
 import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 import yaml
 from checkout import ROOT, clone, planned, snakemake
+from records_factory import Maker
 
 from buddy import config
 
@@ -27,15 +33,16 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["backbone"] == 4
     assert jobs["importance"] == 4 + 2
     assert jobs["latency"] == 2
+    assert jobs["breakdown"] == 1
     assert jobs["data"] == 8 + 3  # eight tasks, Alpaca, WikiText-2, SAMSum
-    assert jobs["table"] == 9
+    assert jobs["table"] == 10
     assert seconds < 10
 
 
-@pytest.mark.parametrize("table", ["table2", "table4", "table5", "table6", "table7", "table13"])
+@pytest.mark.parametrize("table", ["table2", "table4", "table5", "table6", "table7", "table8", "table13"])
 def test_the_papers_table_names_are_targets(checkout, table):
     jobs = planned(checkout, table)
-    expected = {"table2": 1, "table4": 1, "table5": 3, "table6": 4, "table7": 6, "table13": 4}
+    expected = {"table2": 1, "table4": 1, "table5": 3, "table6": 4, "table7": 6, "table8": 1, "table13": 4}
     assert jobs["train"] == expected[table]
     assert jobs["table"] == 1
 
@@ -65,6 +72,8 @@ WRONG = [
         "at most",
     ),
     ({"latency": {"executions": ["recompute", "eager"]}}, "latency.executions", "'sliced'"),
+    ({"study": {"records": "results/reference/none"}}, "study.records: results/reference/none", "no such folder"),
+    ({"study": {"records": "tests"}}, "study.records: tests", "a folder that holds accuracy, latency"),
 ]
 
 
@@ -93,7 +102,8 @@ def test_the_shipped_schema_and_reference_are_those_of_the_code():
 def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
     """Resources, log, retries and environment, read from the rules as Snakemake prints them."""
     text = "".join(
-        (checkout / "rules" / name).read_text() for name in ("inputs.smk", "train.smk", "evaluate.smk", "latency.smk")
+        (checkout / "rules" / name).read_text()
+        for name in ("inputs.smk", "train.smk", "evaluate.smk", "latency.smk", "breakdown.smk")
     )
     for rule in text.split("\nrule ")[1:]:
         name = rule.split(":")[0]
@@ -102,3 +112,132 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
         if name not in ("backbone", "data"):
             assert "gpu=1" in rule
             assert "benchmark:" in rule
+
+
+# Records given: a study that measures nothing
+
+MACHINE = "results/reference/machine"
+GIVEN = ("--configfile", f"{MACHINE}/study.yaml")
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A fresh checkout with a folder of reference records in it: speed and a breakdown, no accuracy."""
+    folder = clone(tmp_path_factory.mktemp("clone"))
+    overlay = {
+        "study": {
+            "name": "reference-machine",
+            "backbones": ["smollm2-135m"],
+            "removed": {"smollm2-135m": [4, 8]},
+            "ablations": [],
+            "tables": {name: {"backbone": "smollm2-135m"} for name in ("table2", "table4", "table8")},
+            "records": f"{MACHINE}/records",
+        },
+        "latency": {"backbones": None, "datasets": ["alpaca"], "batch_sizes": [1, 4]},
+        "breakdown": {"backbones": None},
+    }
+    (folder / MACHINE).mkdir(parents=True)
+    (folder / MACHINE / "study.yaml").write_text(yaml.safe_dump(overlay))
+    study = config.merge(yaml.safe_load((folder / "config.yaml").read_text()), overlay)
+    maker = Maker(tmp_path_factory.mktemp("made"), study)
+    maker.records = folder / MACHINE / "records"
+    maker.everything()
+    for path in (maker.records / "accuracy").rglob("*.json"):
+        path.unlink()
+    return folder
+
+
+def tree(folder):
+    """Every file of a checkout with its content, without what Python and Snakemake keep for themselves."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not {".snakemake", "__pycache__"} & {*path.parts})
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def latency_of(folder, **wanted):
+    """Figures of Table 4 in the order of its CSV."""
+    with (folder / "results/reference-machine/tables/table4.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def test_a_table_is_built_from_records_given_and_nothing_else_is_done(given):
+    before = tree(given)
+    result = snakemake(given, "table4", "--cores", "1", *GIVEN, **NO_NETWORK)
+    assert result.returncode == 0, result.stdout + result.stderr
+    after = tree(given)
+    assert {name: after.get(name) for name in before} == before
+    made = {f"tables/table4.{kind}" for kind in ("csv", "md", "tex")} | {"logs/table/table4.log", "study.json"}
+    assert set(after) - set(before) == {f"results/reference-machine/{name}" for name in made}
+
+    records = sorted((given / MACHINE / "records/latency").rglob("*.json"))
+    # Per batch size: dense, and three executions at two depths; the batch of four has mixed budgets besides.
+    assert len(records) == 2 * (1 + 3 * 2) + 1
+    for path in records:
+        record = json.loads(path.read_text())
+        metrics = record["metrics"]
+        at = {name: metrics[name] for name in ("batch_size", "engine", "execution")}
+        at["removed"] = record["budget"]["removed"]
+        for name in ("prefill_tok_s", "decode_speedup", "decode_of_ideal"):
+            found = latency_of(given, **at, metric=name)
+            if metrics[name] is None and metrics["execution"] != "dense":
+                assert found == []
+            elif metrics[name] is not None:
+                assert [float(row["value"]) for row in found] == [
+                    pytest.approx(statistics.median(metrics[name]["values"]), abs=1e-6)
+                ]
+    assert f"Records: {MACHINE}/records." in (given / "results/reference-machine/tables/table4.md").read_text()
+
+
+def test_all_of_records_given_is_what_they_can_show(given):
+    jobs = planned(given, *GIVEN, "--forceall")
+    assert jobs == {"table": 2, "figure": 1, "all": 1}  # no accuracy in them, so neither its table nor its figure
+
+
+def test_a_table_without_any_records_given_says_so(given):
+    result = snakemake(given, "table2", "--cores", "1", *GIVEN, **NO_NETWORK)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = (given / "results/reference-machine/tables/table2.md").read_text()
+    assert "\N{EN DASH} not measured." in text
+
+
+def test_records_given_are_never_measured_again(given):
+    run = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+    for target in (f"runs/{run}/run.json", f"records/latency/{run}/dataset~alpaca", f"records/breakdown/{run}"):
+        result = snakemake(given, "-n", f"results/reference-machine/{target}", *GIVEN)
+        assert result.returncode != 0
+        assert "MissingRuleException" in result.stdout + result.stderr
+
+
+def test_another_record_or_setting_builds_the_table_again(given):
+    built = snakemake(given, "table4", "--cores", "1", *GIVEN, **NO_NETWORK)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert planned(given, "table4", *GIVEN) == {}
+    (given / "knob.yaml").write_text("latency: {batch_sizes: [4]}")
+    assert planned(given, "table4", *GIVEN, "knob.yaml") == {"table": 1, "table4": 1}
+    path = next((given / MACHINE / "records/latency").rglob("*.json"))
+    path.write_text(path.read_text() + "\n")
+    assert planned(given, "table4", *GIVEN) == {"table": 1, "table4": 1}
+
+
+def test_the_same_table_without_snakemake(given):
+    built = snakemake(given, "table4", "--cores", "1", *GIVEN, **NO_NETWORK)
+    assert built.returncode == 0, built.stdout + built.stderr
+    table = given / "results/reference-machine/tables/table4.csv"
+    expected = table.read_text()
+    table.unlink()
+    study = "results/reference-machine/study.json"
+    (given / study).unlink()
+    for arguments in (
+        ["config", "config.yaml", f"{MACHINE}/study.yaml", "--out", study],
+        ["report", "--study", "reference-machine", "--table", "4"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "buddy", *arguments],
+            cwd=given,
+            env={**os.environ, **NO_NETWORK, "PYTHONPATH": str(given)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert table.read_text() == expected

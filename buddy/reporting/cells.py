@@ -1,0 +1,46 @@
+"""What cells of every table are told by: their coordinates in the CSV, and where their records come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from buddy.reporting.labels import method_label
+from buddy.reporting.study import Study
+from buddy.settings import Variant
+
+
+def number(name: str) -> int:
+    """The paper's number of a table, 0 if its name has none."""
+    return int("".join(filter(str.isdigit, name)) or 0)
+
+
+def coordinates(
+    study: Study, name: str, backbone: str, method: str, variant: Mapping[str, Any], removed: int
+) -> dict[str, Any]:
+    """The first columns of a cell's row in the CSV; an axis that does not apply is None."""
+    blocks = study.blocks(backbone)
+    return {
+        "table": name,
+        "study": study.name,
+        "backbone": backbone,
+        "method": method,
+        **{axis: variant.get(axis) for axis in Variant.model_fields},
+        "removed": removed,
+        "executed": blocks - removed,
+        "fraction": round((blocks - removed) / blocks, 6),
+    }
+
+
+def provenance(study: Study, kind: str, backbone: str) -> list[str]:
+    """One note on where and how often the records were measured."""
+    rows = study.frame[(study.frame.kind == kind) & (study.frame.backbone == backbone)]
+    told = {tuple(part for part in pair if isinstance(part, str)) for pair in zip(rows.device, rows.dtype, strict=True)}
+    devices = sorted(", ".join(parts) for parts in told if parts)
+    seeds = len(study.config.study.seeds)
+    parts = [f"Measured on {' and '.join(devices)}."] if devices else []
+    if study.config.study.records is not None:
+        parts.append(f"Records: {study.config.study.records}.")
+    if kind == "accuracy" and seeds > 1:
+        parts.append(f"{method_label('buddy')} is the mean of {seeds} seeds.")
+    return [" ".join(parts)] if parts else []

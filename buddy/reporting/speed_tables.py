@@ -1,0 +1,215 @@
+"""Tables of time: prefill and decode speed, and what a pass and a routing step spend their time on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import compress
+from typing import Any
+
+from buddy.reporting import measures, published
+from buddy.reporting.cells import coordinates, number, provenance
+from buddy.reporting.grid import Cell, Grid, Row
+from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS
+from buddy.reporting.measures import LATENCY_METRICS, Measure
+from buddy.reporting.study import Race, Study
+from buddy.settings import Table
+
+PASSES_NOTE = "± bootstrap standard error of the median over the timed passes."
+
+
+def latency(study: Study, name: str, table: Table) -> Grid:
+    """Rows: data set, batch size, engine, depth, execution; columns: rates, speed-ups, shares of what a sliced model
+    reaches, memory. Batch and engine are named where there are several."""
+    backbone = str(table.backbone)
+    races = study.races(backbone)
+    labels = (True, len({race.batch_size for race in races}) > 1, len({race.engine for race in races}) > 1, True, True)
+    rows: list[Row] = []
+    for race in races:
+        group = _latency_rows(study, name, backbone, race)
+        group[0].starts_group = True
+        rows += group
+    shown = {metric for row in rows for metric in _metrics_of(row)}
+    columns = [metric for metric in LATENCY_METRICS if metric in shown or metric in _ALWAYS]
+    for row in rows:
+        by_metric = {cell.at["metric"]: cell for cell in row.cells if cell is not None}
+        row.cells = [by_metric.get(metric) for metric in columns]
+        row.labels = tuple(compress(row.labels, labels))
+    return Grid(
+        name=name,
+        caption=f"Prefill and decode speed of {backbone} ({study.blocks(backbone)} blocks) with blocks removed.",
+        label_headers=tuple(compress(("Data set", "Batch", "Engine", "Removed", "Execution"), labels)),
+        headers=tuple(_LATENCY_HEADERS[metric] for metric in columns),
+        rows=rows,
+        error_note=PASSES_NOTE,
+        notes=[*_latency_notes(study, backbone, shown), *provenance(study, "latency", backbone)],
+    )
+
+
+_ALWAYS = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
+_LATENCY_HEADERS = {
+    "prefill_tok_s": "Prefill tok/s",
+    "prefill_speedup": "Speed-up",
+    "prefill_of_sliced": "Of sliced",
+    "prefill_of_ideal": "Of ideal",
+    "decode_tok_s": "Decode tok/s",
+    "decode_speedup": "Speed-up",
+    "decode_of_sliced": "Of sliced",
+    "decode_of_ideal": "Of ideal",
+    "decode_gb_s": "GB/s",
+    "decode_of_copy": "Of copy",
+    "peak_memory_mb": "Peak MB",
+}
+_DECIMALS = {"tok/s": 1, "x": 2, "GB/s": 1, "MB": 0}
+
+
+def _latency_rows(study: Study, name: str, backbone: str, race: Race) -> list[Row]:
+    """Dense first; then at each depth what was timed, and BUDDY (recompute) whether timed or not; then mixed budgets."""
+    rows = [_latency_row(study, name, backbone, race, "dense", 0)]
+    for removed in study.removed(backbone):
+        for execution in ("sliced", "reuse", "recompute"):
+            row = _latency_row(study, name, backbone, race, execution, removed)
+            if execution == "recompute" or _metrics_of(row):
+                rows.append(row)
+    for removed, depths in measures.mixtures(study, backbone, race).items():
+        rows.append(_latency_row(study, name, backbone, race, "mixed", removed, depths))
+    return rows
+
+
+def _latency_row(
+    study: Study, name: str, backbone: str, race: Race, execution: str, removed: int, depths: tuple[int, ...] = ()
+) -> Row:
+    """One row; of mixed budgets, ``removed`` is the mean and ``depths`` says what each sequence's is."""
+    method = execution if execution in ("dense", "sliced") else "buddy"
+    beside: Mapping[str, float] = {}
+    if execution in ("dense", "recompute") and (race.batch_size, race.engine) == (1, "eager"):
+        # The paper's BUDDY re-routes at every decode step; it times no sliced model, no captured graphs, one sequence.
+        paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
+        beside = published.latency(number(name), paper, method, removed, race.dataset)
+    found = measures.latency(study, backbone, race, execution, removed)
+    blocks = study.blocks(backbone)
+    cells: list[Cell | None] = []
+    for metric, unit in LATENCY_METRICS.items():
+        if metric in found or metric in _ALWAYS:
+            at = {
+                **{"table": name, "study": study.name, "backbone": backbone, **race._asdict(), "method": method},
+                **{"execution": execution, "removed": removed, "executed": blocks - removed},
+                **{"fraction": round((blocks - removed) / blocks, 6), "metric": metric, "unit": unit},
+                **({"removed_per_sequence": " ".join(map(str, depths))} if depths else {}),
+            }
+            cells.append(Cell(at, found.get(metric, Measure()), beside.get(metric), _DECIMALS[unit]))
+    span = f"{min(depths)}\N{EN DASH}{max(depths)}" if depths else str(removed)
+    dataset = DATASETS.get(race.dataset, race.dataset)
+    return Row((dataset, str(race.batch_size), race.engine, span, EXECUTIONS[execution]), cells)
+
+
+def _metrics_of(row: Row) -> set[str]:
+    return {cell.at["metric"] for cell in row.cells if cell is not None and cell.measure.value is not None}
+
+
+def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
+    """How it was timed, by the records, and what the columns that are shown mean."""
+    rows = [row for race in study.races(backbone) for row in study.race_rows(backbone, race)]
+    over = f" over {_either(rows, 'prompts')} prompts, {_either(rows, 'new_tokens')} new tokens" if rows else ""
+    sizes = " or ".join(map(str, sorted(study.config.latency.batch_sizes)))
+    notes = [
+        f"Median of the timed passes{over}, batch {sizes}. Executions take turns within a pass; a speed-up is the "
+        "median over passes of the ratio to the dense model in the same pass and engine."
+    ]
+    if shown & {"prefill_of_sliced", "decode_of_sliced"}:
+        notes.append("Of sliced: the same ratio to the model with as many blocks cut out.")
+    if shown & {"prefill_of_ideal", "decode_of_ideal"}:
+        notes.append("Of ideal: the same ratio to the mean time of the sliced models of its sequences' depths.")
+    if "decode_gb_s" in shown:
+        notes.append("GB/s: weights, keys and values that decoding reads; of copy: over the device's copy bandwidth.")
+    captured = [[row["value"] for row in rows if row["metric"] == f"capture_{of}"] for of in ("seconds", "memory_mb")]
+    if all(captured):
+        seconds, megabytes = map(max, captured)
+        notes.append(f"Capturing the graphs of one execution took at most {seconds:.1f} s and {megabytes:.0f} MB.")
+    return notes
+
+
+def _either(rows: Iterable[Mapping[str, Any]], name: str) -> str:
+    """The different numbers in a column: ``16`` or ``8 or 16``."""
+    return " or ".join(str(number) for number in sorted({int(row[name]) for row in rows}))
+
+
+def breakdown(study: Study, name: str, table: Table) -> Grid:
+    """Rows: depth, component; columns: milliseconds and share of the pass, prefill and decode step apart. Below it:
+    what routing a decode step costs at longer contexts."""
+    backbone = str(table.backbone)
+    depths = study.removed(backbone)
+    profiled = [row for removed in depths for row in measures.profiled(study, backbone, removed)]
+    batch, tokens, steps = (_either(profiled, of) for of in ("batch_size", "tokens", "steps"))
+    grid = Grid(
+        name=name,
+        caption=f"What BUDDY's prefill and decode step spend their time on, {backbone} "
+        f"({study.blocks(backbone)} blocks).",
+        label_headers=("Removed", "Component"),
+        headers=("Prefill ms", "%", "Decode ms", "%"),
+        rows=[row for removed in depths for row in _breakdown_rows(study, name, backbone, removed)],
+        below=_routing_cost(study, name, backbone),
+    )
+    if profiled:
+        grid.notes.append(
+            f"By the profiler: a prefill of {batch} x {tokens} tokens and the mean of {steps} decode steps after it, each "
+            "of the repeat whose total is the median. The profiler takes time of its own: small shares are upper bounds."
+        )
+    if grid.has_published:
+        grid.notes.append(PUBLISHED_BREAKDOWN_NOTE)
+    grid.notes += provenance(study, "breakdown", backbone)
+    return grid
+
+
+PUBLISHED_BREAKDOWN_NOTE = (
+    "The paper (5 x 256 tokens, an A100) names neither depth nor phase for its figures; that many tokens at once are a "
+    "prefill, so they stand in its columns, at every depth. They do not add up to 100 %: 79.50 + 5.67 + 3.28 = 88.45."
+)
+
+
+def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> list[Row]:
+    """Components of one depth and their total."""
+    found = measures.breakdown(study, backbone, removed)
+    rows, settings = measures.profiled(study, backbone, removed), study.config.breakdown
+    shape = (rows[0]["batch_size"], rows[0]["tokens"]) if rows else (settings.batch_size, settings.tokens)
+    paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
+    beside = published.breakdown(number(name), paper, *map(int, shape))
+    variant = study.config.buddy_run(backbone, study.config.study.main.model_dump(), 0).variant
+    at = coordinates(study, name, backbone, "buddy", variant, removed)
+    shown: list[Row] = []
+    for component, label in COMPONENTS.items():
+        cells: list[Cell | None] = []
+        for phase in ("prefill", "decode"):
+            for metric, unit in (("ms", "ms"), ("percent", "%")):
+                if component in ("total", "unprofiled") and metric == "percent":
+                    cells.append(None)
+                    continue
+                theirs = beside.get(component, {}).get(metric) if phase == "prefill" else None
+                where = {**at, "phase": phase, "component": component, "metric": metric, "unit": unit}
+                cells.append(Cell(where, found.get((phase, component, metric), Measure()), theirs))
+        shown.append(Row((str(removed), label), cells, starts_group=not shown))
+    return shown
+
+
+def _routing_cost(study: Study, name: str, backbone: str) -> Grid | None:
+    """Routing of one decode step by context: the running sum, and what scoring the whole context again would cost."""
+    variant = study.config.buddy_run(backbone, study.config.study.main.model_dump(), 0).variant
+    at = coordinates(study, name, backbone, "buddy", variant, 0)
+    at = {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
+    rows = []
+    for context, found in measures.routing_cost(study, backbone).items():
+        cells: list[Cell | None] = [
+            Cell({**at, "context": context, "metric": metric, "unit": "ms"}, found[metric], decimals=3)
+            for metric in ("routing_ms", "reread_ms")
+        ]
+        rows.append(Row((str(context),), cells))
+    if not rows:
+        return None
+    return Grid(
+        name="routing_cost",
+        caption=f"Routing one decode step of {backbone} after a context of that many tokens.",
+        label_headers=("Context",),
+        headers=("Routing ms", "Re-reading ms"),
+        rows=rows,
+        error_note=PASSES_NOTE,
+        notes=["Routing: the new token is scored and added to a running sum. Re-reading: the whole context is scored."],
+    )
