@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -127,12 +126,9 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def find(root: str | Path, kind: str | None = None) -> Iterator[Path]:
-    """Paths of the record files below ``root``, in a stable order, of one kind if asked."""
-    folder = Path(root) / "records"
-    if kind is not None:
-        folder = folder / kind
-    yield from sorted(p for p in folder.rglob("*.json") if not p.name.startswith("."))
+def find(folder: str | Path) -> list[Path]:
+    """Paths of the record files below a folder, in a stable order; [] where there is none."""
+    return sorted(path for path in Path(folder).rglob("*.json") if not path.name.startswith("."))
 
 
 def environment(dtype: str | None = None, device: str | None = None) -> dict[str, Any]:

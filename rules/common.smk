@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 from buddy import config as buddy_config
 from buddy.errors import UserError
+from buddy.records import find as find_records
 from buddy.records import write_json
 from buddy.reporting import source
 from buddy.settings import PRIORS
@@ -117,7 +118,7 @@ def shown(folders):
     """Folders of records as inputs: as the rules promise them, or the files that are there among records given."""
     if MEASURES:
         return folders
-    return [str(file) for folder in folders for file in source.files(folder)]
+    return [str(file) for folder in folders for file in find_records(folder)]
 
 
 def accuracy_records(runs):

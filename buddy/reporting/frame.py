@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 
 from buddy.errors import UserError
-from buddy.records import Record
-from buddy.reporting import source
+from buddy.records import Record, find
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def load(folder: str | Path) -> pd.DataFrame:
         A frame with ``COLUMNS``; empty if nothing has been measured.
     """
     rows: list[dict[str, Any]] = []
-    for path in source.files(folder):
+    for path in find(folder):
         try:
             record = Record.read(path)
             measured = list(_rows(record))

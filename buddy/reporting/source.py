@@ -34,7 +34,3 @@ def records_folder(config: Config, folder: str | Path, origin: str) -> Path:
 def _holds_records(folder: Path) -> bool:
     return any((folder / kind).is_dir() for kind in KINDS)
 
-
-def files(folder: str | Path) -> list[Path]:
-    """Paths of the record files below a folder, in a stable order; [] where there is none."""
-    return sorted(path for path in Path(folder).rglob("*.json") if not path.name.startswith("."))

@@ -39,7 +39,7 @@ def buddy(folder, *arguments):
 
 def test_tables_and_figures_are_there(finished):
     study = finished / "results/tiny"
-    for table in ("table2", "table4", "table5"):
+    for table in ("table2", "table4", "table5", "table8"):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
     for figure in ("accuracy_vs_budget", "latency"):
@@ -48,11 +48,13 @@ def test_tables_and_figures_are_there(finished):
 
 
 def test_every_measurement_left_a_record(finished):
-    records = [Record.read(path) for path in find(finished / "results/tiny")]
+    records = [Record.read(path) for path in find(finished / "results/tiny/records")]
     kinds = [record.kind for record in records]
-    # two routed runs at two depths and one dense; dense and three executions at two depths
+    # two routed runs at two depths and one dense; per batch size dense and three executions at two depths, and for the
+    # batch of two a mixed one
     assert kinds.count("accuracy") == 2 * 2 + 1
-    assert kinds.count("latency") == 1 + 3 * 2
+    assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1
+    assert kinds.count("breakdown") == 2
     assert kinds.count("importance") == 1
     assert kinds.count("training") == 2
     for record in records:
@@ -67,10 +69,10 @@ def test_every_measurement_left_a_record(finished):
 
 
 def test_every_job_logged_one_wandb_run(finished):
-    """One offline run per job, without a key: fetching (5), importance, training (2), evaluation (3), latency, report (5)."""
+    """One offline run per job, without a key: fetching (5), importance, training (2), evaluation (3), latency, breakdown, report (6)."""
     folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
-    assert len(ids) == 5 + 1 + 2 + 3 + 1 + 5
+    assert len(ids) == 5 + 1 + 2 + 3 + 1 + 1 + 6
 
 
 def test_a_second_run_finds_nothing_to_do(finished):
@@ -80,11 +82,13 @@ def test_a_second_run_finds_nothing_to_do(finished):
     assert time.monotonic() - start < 15
 
 
+SPEED = ("latency", "breakdown")
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
+    ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
     ({"evaluation": {"limit": 5}}, {"evaluate", "table", "figure", "all"}),
-    ({"training": {"learning_rate": 0.01}}, {"train", "evaluate", "latency", "table", "figure", "all"}),
-    ({"importance": {"length": 40}}, {"importance", "train", "evaluate", "latency", "table", "figure", "all"}),
+    ({"training": {"learning_rate": 0.01}}, {"train", "evaluate", *SPEED, "table", "figure", "all"}),
+    ({"importance": {"length": 40}}, {"importance", "train", "evaluate", *SPEED, "table", "figure", "all"}),
     ({"tracking": {"project": "other"}}, set()),
 ]
 

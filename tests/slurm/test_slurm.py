@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "tests/tiny.yaml"
-HEAVY = {"importance", "train", "evaluate", "latency"}
+HEAVY = {"importance", "train", "evaluate", "latency", "breakdown"}
 OFTEN = "--slurm-init-seconds-before-status-checks=2"
 
 PROBE = """\
@@ -80,10 +80,11 @@ def test_a_study_runs_through_slurm_and_nowhere_else(cluster: slurmd.Cluster, tm
     study = config.read(folder / "config.yaml", folder / STUDY)
     trained = [one for one in study.runs() if one.method == "buddy"]
     results = folder / "results" / study.study.name
-    count = {kind: len(list(records.find(results, kind))) for kind in ("training", "accuracy", "latency")}
+    count = {kind: len(list(records.find(results / "records" / kind))) for kind in ("training", "accuracy", "latency", "breakdown")}
     assert count["training"] == len(trained) == 2
     assert count["accuracy"] == 1 + sum(len(study.removed(one.backbone)) for one in trained)
     assert count["latency"] > 0
+    assert count["breakdown"] > 0
     for table in study.measured_tables():
         assert (results / "tables" / f"{table}.csv").is_file()
 

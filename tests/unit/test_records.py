@@ -24,8 +24,8 @@ def test_a_record_reads_back_as_written(tmp_path):
     path = written.write(tmp_path / "records" / "accuracy" / "removed~4.json")
     assert Record.read(path) == written
     assert json.loads(path.read_text())["budget"] == {"fraction": 26 / 30, "executed": 26, "removed": 4}
-    assert list(find(tmp_path)) == list(find(tmp_path, "accuracy")) == [path]
-    assert list(find(tmp_path, "latency")) == []
+    assert find(tmp_path) == find(tmp_path / "records" / "accuracy") == [path]
+    assert find(tmp_path / "records" / "latency") == []
 
 
 def test_bad_records_are_refused_by_name(tmp_path):
