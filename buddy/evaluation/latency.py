@@ -498,6 +498,12 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
                 if laps is None
                 else spread([other[phase] / own[phase] for other, own in zip(laps, result.laps, strict=True)])
             )
+    ideal = references.get("of_ideal")
+    metrics["total_of_ideal"] = (
+        None
+        if ideal is None
+        else spread([sum(best.values()) / sum(own.values()) for best, own in zip(ideal, result.laps, strict=True)])
+    )
     steps_per_s = metrics["decode_tok_s"]["median"] / amount.batch_size
     metrics["decode_gb_s"] = (statistics.mean(result.weight_bytes) + result.kv_bytes) * steps_per_s / 1e9
     metrics["peak_memory_mb"] = result.peak_memory_mb

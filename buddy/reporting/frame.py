@@ -32,7 +32,10 @@ where the record has them. Of a batch of mixed budgets, ``removed`` is the mean 
 """
 _NOT_SERIES = ("backbone", "seed", "dataset", "batch", "engine", "execution", "removed", "indicator")
 _RATES = ("prefill_tok_s", "decode_tok_s")
-_RATIOS = tuple(f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode"))
+_RATIOS = (
+    *(f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode")),
+    "total_of_ideal",
+)
 _NUMBERS = ("decode_gb_s", "copy_gb_s", "peak_memory_mb")
 
 

@@ -120,6 +120,7 @@ LATENCY_METRICS = {
     "decode_speedup": "x",
     "decode_of_sliced": "x",
     "decode_of_ideal": "x",
+    "total_of_ideal": "x",
     "decode_gb_s": "GB/s",
     "decode_of_copy": "x",
     "peak_memory_mb": "MB",

@@ -33,4 +33,3 @@ def records_folder(config: Config, folder: str | Path, origin: str) -> Path:
 
 def _holds_records(folder: Path) -> bool:
     return any((folder / kind).is_dir() for kind in KINDS)
-

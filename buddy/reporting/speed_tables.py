@@ -55,6 +55,7 @@ _LATENCY_HEADERS = {
     "decode_speedup": "Speed-up",
     "decode_of_sliced": "Of sliced",
     "decode_of_ideal": "Of ideal",
+    "total_of_ideal": "Both of ideal",
     "decode_gb_s": "GB/s",
     "decode_of_copy": "Of copy",
     "peak_memory_mb": "Peak MB",

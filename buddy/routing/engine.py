@@ -23,7 +23,7 @@ from buddy.routing import attention
 from buddy.routing.attention import reading_rows
 from buddy.routing.budget import Budget
 from buddy.routing.kv import RoutedCache, Tap, project
-from buddy.routing.marks import DECISION, GATHER, mark
+from buddy.routing.marks import CACHE, DECISION, GATHER, mark
 from buddy.routing.plan import Plan, Rows, plan
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
@@ -365,7 +365,9 @@ class Step:
     def skip(self, index: int, hidden: Tensor, rows: Rows) -> None:
         """A block that these rows skip: the state passes by; under ``project`` it leaves its K/V."""
         if self.cache is not None and self.kv == "project":
-            self._project(index, hidden[rows.index], rows)
+            with mark(GATHER):
+                part = hidden[rows.index]
+            self._project(index, part, rows)
 
     def _project(self, index: int, hidden: Tensor, rows: Rows | None, columns: slice | None = None) -> None:
         """Write the K/V of a skipped block for the states (n, S, H) of these rows (policy ``project`` only)."""
@@ -374,7 +376,8 @@ class Step:
             return
         _, rotary, _ = self._inputs_of(index, rows, columns)
         layer = self.decoder.layers[index]
-        keys, values = project(layer.self_attn, layer.input_layernorm(hidden), *rotary)
+        with mark(CACHE):  # keys and values for later steps are all that this pass gets out of the block
+            keys, values = project(layer.self_attn, layer.input_layernorm(hidden), *rotary)
         cache.rows, cache.offset = rows, columns.start if columns is not None else 0
         cache.blocks[index].update(keys, values)
         cache.rows, cache.offset = None, 0

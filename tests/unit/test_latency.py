@@ -249,7 +249,9 @@ def test_ratios_are_those_within_a_repeat(model):
             assert (metrics[f"{phase}_speedup"] is None) == (execution == "dense")
             assert (metrics[f"{phase}_of_sliced"] is None) == (execution not in ("reuse", "recompute"))
             assert (metrics[f"{phase}_of_ideal"] is None) == (execution != "mixed")
-        assert (metrics["removed_per_sequence"] is None) == (execution != "mixed")
+        assert (
+            (metrics["removed_per_sequence"] is None) == (metrics["total_of_ideal"] is None) == (execution != "mixed")
+        )
 
 
 def test_where_only_blocks_cost_time_the_ratios_are_those_of_the_depths(model, machine):
@@ -284,6 +286,7 @@ def test_a_mixed_batch_that_pays_full_depth_falls_short_of_its_ideal(model, mach
         results[entry].add(racer, 0)
     metrics = latency._metrics([results], latency.Amount.of([batch], 6))[pretending]
     assert metrics["decode_of_ideal"]["median"] == pytest.approx((8 + 6 + 4 + 8) / (4 * 8))
+    assert metrics["total_of_ideal"]["median"] == pytest.approx((8 + 6 + 4 + 8) / (4 * 8))
 
 
 def test_a_machine_that_drifts_does_not_bias_the_ratio(model, machine):
