@@ -261,7 +261,9 @@ class Latency(Settings):
     repeats: int = Field(5, description="timed passes over the prompts; the median is reported", ge=1)
     warmup: int = Field(1, description="untimed passes first", ge=0)
     turn: int = Field(
-        8, description="tokens an execution decodes before the next one takes its turn: drift of the machine hits all", ge=1
+        8,
+        description="tokens an execution decodes before the next one takes its turn: drift of the machine hits all",
+        ge=1,
     )
     executions: list[Execution] = Field(
         ["dense", "sliced", "reuse", "recompute"],
