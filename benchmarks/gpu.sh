@@ -6,7 +6,8 @@
 #     benchmarks/gpu.sh pack WHEELS [GGUF_PARTS]     fetch the wheels that such a machine lacks (and the backbone, cut up)
 #   on the machine with the GPU
 #     benchmarks/gpu.sh install WHEELS               install them beside the machine's own packages, and check
-#     benchmarks/gpu.sh latency OUT [DATA]           Table 4 at 8 B parameters, random weights
+#     benchmarks/gpu.sh test                         the tests of the engine, those that need a GPU among them
+#     benchmarks/gpu.sh latency OUT [DATA]           Tables 4 and 8 at 8 B parameters, random weights
 #     benchmarks/gpu.sh study DATA GGUF_PARTS OUT    SmolLM2 on published data: accuracy, features, speed
 #                                                    (both take further study overlays after their arguments)
 #   anywhere
@@ -31,6 +32,7 @@ WHEELS_ON_INDEX=(
     lm_eval evaluate rouge_score nltk defusedxml word2number sqlitedict more-itertools
     pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy pytz chardet
     pydantic pydantic_core annotated-types typing-inspection typing_extensions typer fsspec
+    pytest pluggy iniconfig pygments hypothesis sortedcontainers
 )
 # Among them, those that are published as source only; they are pure Python and built where the network is.
 SOURCE_ONLY=(rouge_score word2number sqlitedict)
@@ -147,6 +149,12 @@ install() {
     say "ready"
 }
 
+tests() {
+    environment
+    cd "$ROOT"
+    "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore tests/unit/test_{graph,engine,batches,causal,breakdown,latency}.py
+}
+
 latency() {
     local out data=${2:-embedded} facts tokenizer=""
     out=$(absolute "$1")
@@ -156,7 +164,7 @@ latency() {
     fi
     facts="{\"data\": {\"source\": \"$data\"}$tokenizer}"
     environment
-    measure "$out" latency "$facts" "$ROOT/benchmarks/latency.yaml" "${@:3}"
+    measure "$out" latency,breakdown "$facts" "$ROOT/benchmarks/latency.yaml" "${@:3}"
 }
 
 study() {
@@ -171,7 +179,7 @@ study() {
         # `buddy backbone` asks pip for the wheel: pip finds it here, and asks no network
         export PIP_NO_INDEX=1 PIP_FIND_LINKS="$out/wheel"
     fi
-    measure "$out" accuracy,latency,ablation "{\"data\": {\"source\": \"$data\"}}" "$ROOT/benchmarks/smollm2.yaml" "${@:4}"
+    measure "$out" accuracy,latency,breakdown,ablation "{\"data\": {\"source\": \"$data\"}}" "$ROOT/benchmarks/smollm2.yaml" "${@:4}"
 }
 
 folder() {
@@ -273,6 +281,7 @@ selftest() {
     expect "$out/latency" latency $((15 * engines))
     expect "$out/study" accuracy 5
     expect "$out/study" latency $((15 * engines))
+    expect "$out/study" breakdown 2
     expect "$out/study" training 2
     say "again: nothing must be left to do"
     "$me" study "$rows" none "$out/study" "$tiny" > "$out/again.log"
@@ -296,6 +305,10 @@ export PYTHON
 case ${1:-} in
     pack) (($# == 2 || $# == 3)) || usage ;;
     install) (($# == 2)) || usage ;;
+    test)
+        (($# == 1)) || usage
+        set -- tests
+        ;;
     latency) (($# >= 2)) || usage ;;
     study) (($# >= 4)) || usage ;;
     selftest) (($# <= 2)) || usage ;;
