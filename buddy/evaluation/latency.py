@@ -166,10 +166,7 @@ def _routed(
     budgets = [(model.blocks - depth) / model.blocks for depth in depths]
 
     def begin(capacity: int) -> Any:
-        made = model.new_cache(capacity, engine=engine, batch=len(depths))
-        if engine == "graph" and made.graph is None:  # eager decoding must not be recorded under another name
-            raise UserError("--engines: 'graph' cannot be had for this model; the log says why")
-        return made
+        return _checked(model.new_cache(capacity, engine=engine, batch=len(depths)), engine)
 
     def step(ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         outputs = model(
@@ -178,6 +175,13 @@ def _routed(
         return outputs.logits[:, -1]
 
     return begin, step
+
+
+def _checked(made: Any, engine: Engine) -> Any:
+    """A cache that decodes by the engine it was made for: eager decoding must not be recorded under another name."""
+    if engine == "graph" and made.graph is None:
+        raise UserError("--engines: 'graph' cannot be had for this model; the log says why")
+    return made
 
 
 def batches(model: RoutedModel, prompts: Sequence[str], batch_size: int, new_tokens: int) -> list[Batch]:
@@ -321,6 +325,8 @@ def run(
         racers = [Racer(each, batch, capacity) for each in contenders]
         race(racers, settings.new_tokens, settings.turn, shift)
         for racer in racers:
+            if racer.contender.router is not None:
+                _checked(racer.cache, engine)  # a capture that went wrong has left it to eager decoding
             results[racer.contender.entry].add(racer, repeat)
 
     for repeat in range(untimed + settings.repeats):

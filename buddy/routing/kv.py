@@ -52,8 +52,8 @@ class BlockCache(CacheLayerMixin):
                 self.lazy_initialization(key_states, value_states)
             owner = self.owner
             if owner.written is not None:
-                key_states = torch.where(owner.written, key_states, 0)
-                value_states = torch.where(owner.written, value_states, 0)
+                key_states = key_states.masked_fill(~owner.written, 0)
+                value_states = value_states.masked_fill(~owner.written, 0)
             start = owner.length + owner.offset
             end = start + key_states.shape[-2]
             rows = owner.rows
@@ -193,8 +193,8 @@ class Tap:
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Remember and hand back."""
         if self.written is not None:
-            key_states = torch.where(self.written, key_states, 0)
-            value_states = torch.where(self.written, value_states, 0)
+            key_states = key_states.masked_fill(~self.written, 0)
+            value_states = value_states.masked_fill(~self.written, 0)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 

@@ -136,8 +136,6 @@ class Pieces:
             for tensor, value in zip(small, before, strict=True):
                 tensor.copy_(value)
             self.storage.index_fill_(4, self.column, 0)
-            if self.present is not None:
-                self.present.index_fill_(2, self.column, False)
 
         return undo
 
@@ -179,12 +177,14 @@ class Pieces:
             self._hold(window)
 
     def _hold(self, window: int) -> None:
-        """Under ``mask``: remember which blocks the route leaves out, and make each block's mask."""
+        """Under ``mask``: remember which blocks the route leaves out, and make each block's mask.
+
+        A row that never ran a block sees nothing there; what comes out is no number, and is not kept, as it skips it.
+        """
         assert self.present is not None
         assert self.biases is not None
         self.present.index_copy_(2, self.column, self.route.T.unsqueeze(-1))
-        own = torch.arange(window, device=self.column.device) == self.column
-        visible = (self.present[:, :, :window] & self.seen[:, :window]) | own
+        visible = self.present[:, :, :window] & self.seen[:, :window]
         torch.where(visible[:, :, None, None], self.nought, self.barred, out=self.biases[..., :window])
 
     def _block(self, window: int, index: int) -> None:
