@@ -325,8 +325,7 @@ def run(
         racers = [Racer(each, batch, capacity) for each in contenders]
         race(racers, settings.new_tokens, settings.turn, shift)
         for racer in racers:
-            if racer.contender.router is not None:
-                _checked(racer.cache, engine)  # a capture that went wrong has left it to eager decoding
+            _checked(racer.cache, engine)  # a capture that went wrong has left it to eager decoding
             results[racer.contender.entry].add(racer, repeat)
 
     for repeat in range(untimed + settings.repeats):
