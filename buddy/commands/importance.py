@@ -18,6 +18,13 @@ def importance(
     indicator: Annotated[str, typer.Option(help="delta_ppl, taylor, cosine or block_influence")],
     out: Annotated[Path, typer.Option(help="record to write (JSON)")],
     settings: Importance,
+    taylor: Annotated[
+        str, typer.Option(help="variant of taylor: window, corpus (Shortened LLaMA's), net or second")
+    ] = "window",
+    seed: Annotated[
+        int | None,
+        typer.Option(help="draw the windows at random with this seed; the first ones without", min=0, max=2**32 - 1),
+    ] = None,
     study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
     name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -29,27 +36,35 @@ def importance(
     Examples:
       buddy importance --backbone results/demo/backbones/smollm2-135m --corpus results/demo/data/wikitext2 \\
           --indicator taylor --samples 8 --length 256 --out taylor.json
-      buddy importance --backbone DIR --corpus book.txt --indicator cosine --out cosine.json
+      buddy importance --backbone DIR --corpus book.txt --indicator cosine --seed 1 --out cosine.json
     """
     from buddy.commands._common import check_one_gpu, provenance, tracked
+    from buddy.commands._options import choice
     from buddy.config import Run
     from buddy.data import inputs
-    from buddy.importance import estimate, windows
+    from buddy.importance import INDICATORS, TAYLOR, estimate, windows
     from buddy.records import Record, Stopwatch
     from buddy.runs import load_backbone
 
+    choice("--indicator", indicator, tuple(INDICATORS))
+    choice("--taylor", taylor, TAYLOR)
     text = inputs.prose(corpus)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     run = Run(name or backbone.name, "dense", (), 0)
-    with tracked("importance", study, run, {"indicator": indicator, **settings.model_dump()}, indicator) as tracker:
+    variant = {"taylor": taylor} if indicator == "taylor" else {}
+    config = {"indicator": indicator, **variant, "window_seed": seed, **settings.model_dump()}
+    with tracked("importance", study, run, config, indicator) as tracker:
         watch = Stopwatch(str(model.device))
-        found = estimate(model, windows(tokenizer, text, settings.samples, settings.length), indicator)
+        ids = windows(tokenizer, text, settings.samples, settings.length, seed)
+        found = estimate(model, ids, indicator, taylor=taylor)
         metrics: dict[str, Any] = {
             "indicator": indicator,
             "corpus": corpus.name,
             "samples": settings.samples,
             "length": settings.length,
+            "window_seed": seed,
+            **variant,
             "values": found.values.tolist(),
             "per_sample": found.per_window.tolist(),
         }
