@@ -80,7 +80,10 @@ def test_a_study_runs_through_slurm_and_nowhere_else(cluster: slurmd.Cluster, tm
     study = config.read(folder / "config.yaml", folder / STUDY)
     trained = [one for one in study.runs() if one.method == "buddy"]
     results = folder / "results" / study.study.name
-    count = {kind: len(list(records.find(results / "records" / kind))) for kind in ("training", "accuracy", "latency", "breakdown")}
+    count = {
+        kind: len(list(records.find(results / "records" / kind)))
+        for kind in ("training", "accuracy", "latency", "breakdown")
+    }
     assert count["training"] == len(trained) == 2
     assert count["accuracy"] == 1 + sum(len(study.removed(one.backbone)) for one in trained)
     assert count["latency"] > 0
