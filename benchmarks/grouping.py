@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from buddy import runs
+from buddy.evaluation.latency import wait
 from buddy.policies.buddy import BuddyPolicy
-from buddy.routing import plan as plans
 from buddy.routing.engine import Routing, routed
 from buddy.routing.kv import RoutedCache
+from buddy.routing.plan import plan
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     model, _ = runs.load_backbone(options.backbone, options.device)
     model.eval()
     config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = model.get_decoder().layers[0].self_attn.head_dim
     policy = BuddyPolicy(config.num_hidden_layers, config.num_key_value_heads * head).to(model.device)
     torch.manual_seed(0)
     for parameter in policy.parameters():
@@ -59,40 +60,26 @@ def line(model, policy, budgets: list[float], longest: int, lengths: str, repeat
     ids = torch.randint(10, model.config.vocab_size, (batch, past + longest)).to(model.device)
     mask = (torch.arange(past + longest) >= past + longest - past - sizes[:, None]).long().to(model.device)
     times: dict[str, list[float]] = {"full": [], "block": [], "path": []}
-    paths, taken = 0, []
-    original = plans.grouping_pays
-    plans.grouping_pays = lambda *arguments: taken.append(original(*arguments)) or taken[-1]
-    try:
-        for repeat in tqdm(range(-1, repeats), desc=f"{longest} tokens, {lengths}", leave=False):
-            for name, budget, grouping in (
-                ("full", 1.0, False),
-                ("block", budgets, False),
-                ("path", budgets, True),
-                ("rule", budgets, None),
-            ):
-                cache = RoutedCache(model.config.num_hidden_layers, "zero", past + longest)
-                routing = Routing(policy, budget, grouping=grouping)
-                with routed(model, routing):
-                    if past:
-                        model(ids[:, :past], mask[:, :past], past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    start = now(model)
-                    model(ids[:, past:], mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    if repeat >= 0 and name in times:
-                        times[name].append(1e3 * (now(model) - start))
-                if name == "path":
-                    paths = len({tuple(row) for row in routing.trace.steps[-1].tolist()})
-    finally:
-        plans.grouping_pays = original
+    route: list[list[bool]] = []
+    for repeat in tqdm(range(-1, repeats), desc=f"{longest} tokens, {lengths}", leave=False):
+        for name, budget, grouping in (("full", 1.0, False), ("block", budgets, False), ("path", budgets, True)):
+            cache = RoutedCache(model.config.num_hidden_layers, "zero", past + longest)
+            routing = Routing(policy, budget, grouping=grouping)
+            with routed(model, routing):
+                if past:
+                    model(ids[:, :past], mask[:, :past], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                wait(model.device)
+                start = time.perf_counter()
+                model(ids[:, past:], mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                wait(model.device)
+                if repeat >= 0:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+            route = routing.trace.steps[-1].tolist()
     full, block, path = (statistics.median(times[name]) for name in ("full", "block", "path"))
-    choice = "by path" if taken[-1] else "by block"
+    tokens = [(longest - size, longest) for size in sizes.tolist()]
+    choice = "by path" if plan(route, policy.source_block, model.device, tokens).groups else "by block"
+    paths = len({tuple(row) for row in route})
     return f"{longest:>6} {lengths:>8} {full:>8.1f} {block:>9.1f} {path:>8.1f} {paths:>6}  {choice}"
-
-
-def now(model) -> float:
-    """The clock, once the device has caught up."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

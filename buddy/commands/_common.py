@@ -1,8 +1,9 @@
-"""What several commands share: where a W&B run goes, and one-GPU checks."""
+"""What several commands share: where a W&B run goes, what is checked before work begins, and provenance."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from buddy.runs import RunInfo
 from buddy.settings import Tracking
 
 if TYPE_CHECKING:
+    from buddy.routing.model import RoutedModel
     from buddy.tracking import Tracker
 
 
@@ -85,6 +87,22 @@ def check_one_gpu(device: str) -> None:
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are visible and one is used; set CUDA_VISIBLE_DEVICES to a single GPU"
         )
+
+
+def check_depths(model: RoutedModel, depths: Iterable[int]) -> None:
+    """Refuse a depth that the model cannot run, before anything is measured.
+
+    Args:
+        model: the run to measure.
+        depths: numbers of removed blocks.
+
+    Raises:
+        BudgetError: one of them is not legal; names the nearest legal budgets.
+    """
+    from buddy.routing.budget import executed_blocks
+
+    for removed in depths:
+        executed_blocks((model.blocks - removed) / model.blocks, model.blocks, model.policy.always)
 
 
 def provenance(model: Any, watch: Stopwatch) -> dict[str, Any]:

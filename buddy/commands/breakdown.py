@@ -30,13 +30,12 @@ def breakdown(
       buddy breakdown --run RUN --data DIR --removed 4,16 --contexts 128,1024,8192 --out records
     """
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.evaluation import breakdown as profiling
     from buddy.records import Budget, Record, Stopwatch
-    from buddy.routing.budget import executed_blocks
 
     depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)]
@@ -45,8 +44,7 @@ def breakdown(
     info = model.origin.info
     if not model.policy.source_block:
         raise UserError(f"--run: {run} does not route by keys and values (method {info.method}); give a trained run")
-    for count in depths:
-        executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
+    check_depths(model, depths)
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
     with tracked("breakdown", info.study, run_of(info), config, data.name) as tracker:
         watch = Stopwatch(str(model.device))

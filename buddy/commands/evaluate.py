@@ -37,18 +37,16 @@ def evaluate(
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
     from buddy.records import Budget, Record, Stopwatch
-    from buddy.routing.budget import executed_blocks
 
     depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
     model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
-    for count in depths:  # refuse all before measuring any
-        executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
+    check_depths(model, depths)
     info = model.origin.info
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)

@@ -38,19 +38,18 @@ def latency(
       buddy latency --run RUN --data DIR --removed 4,8,15 --batch-sizes 1,4,16 --executions mixed --out records
     """
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import counts
     from buddy.data import inputs
     from buddy.evaluation.latency import benchmark, usable_engines
     from buddy.records import Budget, Record, Stopwatch
-    from buddy.routing.budget import executed_blocks, round_half_up
+    from buddy.routing.budget import round_half_up
 
     depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)][: settings.prompts]
     model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
-    for count in depths:
-        executed_blocks((model.blocks - count) / model.blocks, model.blocks, model.policy.always)
+    check_depths(model, depths)
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
     info = model.origin.info

@@ -39,7 +39,7 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from buddy.errors import UserError
-from buddy.evaluation.latency import spread
+from buddy.evaluation.latency import spread, wait
 from buddy.routing.budget import Budget
 from buddy.routing.marks import CACHE, DECISION, GATHER, PREFIX, mark, marking
 from buddy.routing.model import RoutedModel
@@ -242,11 +242,11 @@ def run_pass(model: RoutedModel, ids: Tensor, budget: Budget, steps: int) -> dic
 @contextmanager
 def _phase(name: str, device: torch.device, seconds: dict[str, float]) -> Iterator[None]:
     """A range and the clock around a phase; the device is idle when it begins and when it ends."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     with record_function(PREFIX + name):
         yield
-        _wait(device)
+        wait(device)
     seconds[name] = time.perf_counter() - start
 
 
@@ -379,7 +379,7 @@ def routing_cost(
         pool all tokens, decide), milliseconds per step over the repeats.
     """
     config, device = model.config, model.device
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = model.backbone.get_decoder().layers[0].self_attn.head_dim
     times: dict[str, dict[int, list[float]]] = {way: {n: [] for n in contexts} for way in ("routing_ms", "reread_ms")}
     for repeat in range(-1, repeats):  # the first one warms up
         for context in contexts:
@@ -423,15 +423,9 @@ def _reread_ms(policy: Policy, keys: Tensor, values: Tensor) -> float:
 
 def _mean_ms(step: Callable[[], None], device: torch.device) -> float:
     step()
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     for _ in range(ITERATIONS):
         step()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - start) * 1e3 / ITERATIONS
-
-
-def _wait(device: torch.device) -> None:
-    """GPU work is asynchronous: wait for it before reading the clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

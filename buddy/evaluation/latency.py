@@ -127,7 +127,7 @@ class Contender:
     def kv_bytes(self, tokens: float) -> float:
         """What a decode step reads of the keys and values in a cache of that many tokens per sequence."""
         config = self.backbone.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = self.backbone.get_decoder().layers[0].self_attn.head_dim
         per_token = 2 * config.num_key_value_heads * size * self.backbone.dtype.itemsize
         blocks = config.num_hidden_layers
         executed = [blocks if self.router is None else blocks - depth for depth in self.entry.depths]
@@ -233,20 +233,20 @@ class Racer:
 
     @torch.no_grad()
     def _run(self, phase: str, passes: int) -> None:
-        _wait(self.mask)
+        wait(self.mask.device)
         start = time.perf_counter()
         for _ in range(passes):
             logits = self.contender.step(self.ids, self.mask[:, : self.length], self.cache)
             self.ids = logits.argmax(-1, keepdim=True)
             self.length += 1
-        _wait(self.mask)
+        wait(self.mask.device)
         self.seconds[phase] += time.perf_counter() - start
 
 
-def _wait(tensor: Tensor) -> None:
+def wait(device: torch.device) -> None:
     """GPU work is asynchronous: wait for it before reading the clock."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def race(racers: Sequence[Racer], new_tokens: int, turn: int, shift: int) -> None:
@@ -369,10 +369,10 @@ def copy_gb_s(device: torch.device) -> float:
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     seconds = []
     for _ in range(5):
-        _wait(source)
+        wait(device)
         start = time.perf_counter()
         target.copy_(source)
-        _wait(source)
+        wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size / min(seconds) / 1e9
 

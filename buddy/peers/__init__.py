@@ -1,7 +1,7 @@
 """How the static peers choose the blocks they remove: a file per method, each from its own paper's definition.
 
-What is chosen is a removal order for `buddy.policies.static.StaticPolicy`. `calibrate` is the only place that maps a
-method's name, and its criterion, to the function that finds the order.
+What is chosen is a removal order for `buddy.policies.static.StaticPolicy`. `METHODS` is the only place that maps a method's
+name, and its criterion, to the function that finds the order.
 """
 
 from __future__ import annotations

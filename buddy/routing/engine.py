@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -341,13 +341,27 @@ class Step:
         rows: Rows | None = None,
         columns: slice | None = None,
         past_key_values: Any = None,
+        present: Tensor | None = None,
     ) -> Tensor:
-        """Run one block of the backbone on all sequences, or on a sub-batch: hidden (n, S, H) to the same shape."""
+        """Run one block of the backbone on all sequences, or on a sub-batch.
+
+        Args:
+            index: the block.
+            hidden: (n, S, H).
+            rows, columns: which sequences and tokens of the pass these are; None means all.
+            past_key_values: stands in for the cache where none is kept.
+            present: boolean (B, S), the tokens whose K/V may be seen, where that is not for the cache to know.
+
+        Returns:
+            (n, S, H).
+        """
         cache = self.cache
         if cache is not None:
             cache.rows, cache.offset = rows, columns.start if columns is not None else 0
             past_key_values = cache
         position_ids, rotary, mask = self._inputs_of(index, rows, columns)
+        if present is not None:
+            mask = self._present_mask(present)
         try:
             return self.decoder.layers[index](
                 hidden,
@@ -396,13 +410,15 @@ class Step:
             )
         position_ids, rotary, mask = self._inputs[key]
         if self._leaves_out(index):
-            mask = self._present_mask(index)
+            assert self.cache is not None
+            assert self.cache.present is not None
+            mask = self._present_mask(self.cache.present[index, :, : self.past + self.new])
         return position_ids, rotary, mask
 
     def _shared_mask(self, rows: Rows | None, columns: slice | None) -> Any:
         """The attention mask of blocks that miss nothing: what `attend_rows` or Hugging Face's attention expects."""
         if self.in_place:
-            return self._allowed()
+            return self._allowed
         if rows is None or self.causal is None:
             return self.causal
         mask = self.causal if self.causal.shape[0] == 1 else self.causal[rows.index]
@@ -417,35 +433,27 @@ class Step:
         cache = self.cache
         return cache is not None and self.past > 0 and not cache.complete[index] and self.kv == "mask"
 
+    @cached_property
     def _allowed(self) -> Tensor | None:
         """Boolean (B or 1, 1, S, T): what each new token may see, were nothing missing; None means everything."""
-        if "allowed" not in self.__dict__:
-            total = self.past + self.new
-            allowed = None
-            if self.new > 1:
-                square = torch.ones(self.new, total, dtype=torch.bool, device=self.position_ids.device)
-                allowed = square.tril(self.past)[None, None]
-            if self.attention_mask is not None:
-                real = self.attention_mask[:, None, None, :total].bool()
-                allowed = real if allowed is None else allowed & real
-            self.allowed = allowed
-        return self.allowed
+        total = self.past + self.new
+        allowed = None
+        if self.new > 1:
+            square = torch.ones(self.new, total, dtype=torch.bool, device=self.position_ids.device)
+            allowed = square.tril(self.past)[None, None]
+        if self.attention_mask is not None:
+            real = self.attention_mask[:, None, None, :total].bool()
+            allowed = real if allowed is None else allowed & real
+        return allowed
 
-    def _present_mask(self, index: int, present: Tensor | None = None) -> Tensor:
-        """`_allowed` without the positions whose K/V this block lacks; in the form that the attention in use expects.
+    def _present_mask(self, present: Tensor) -> Tensor:
+        """`_allowed` without the positions whose K/V a block lacks; in the form that the attention in use expects.
 
         Args:
-            index: the block.
-            present: boolean (B, T); by default what the cache has recorded.
+            present: boolean (B, T), the positions whose K/V it has.
         """
-        total = self.past + self.new
-        if present is None:
-            assert self.cache is not None
-            assert self.cache.present is not None
-            present = self.cache.present[index, :, :total]
         mask = present[:, None, None]
-        allowed = self._allowed()
-        mask = (mask if allowed is None else mask & allowed).expand(-1, -1, self.new, -1).clone()
+        mask = (mask if self._allowed is None else mask & self._allowed).expand(-1, -1, self.new, -1).clone()
         # A padding token may have nothing to see; letting it see itself keeps its (unused) output finite.
         own = torch.arange(self.new, device=mask.device)
         mask[:, :, own, self.past + own] = True
@@ -518,22 +526,14 @@ class Step:
     def _token_block(self, index: int, hidden: Tensor, runs: Tensor) -> Tensor:
         """One block for all tokens, of which those in ``runs`` (B, S) leave their keys and values."""
         written = runs[:, None, :, None] if self.kv == "zero" else None
-        position_ids, rotary, mask = self._inputs_of(index, None, None)
-        if self.kv == "mask" and self.past == 0:
-            mask = self._present_mask(index, runs)
-        cache: Any = self.cache if self.cache is not None else Tap(written)
-        cache.written = written
+        present = runs if self.kv == "mask" and self.past == 0 else None
+        if self.cache is None:
+            return self.block(index, hidden, past_key_values=Tap(written), present=present)
+        self.cache.written = written
         try:
-            return self.decoder.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=self.cache is not None,
-                position_embeddings=rotary,
-            )
+            return self.block(index, hidden, present=present)
         finally:
-            cache.written = None
+            self.cache.written = None
 
     def _routes_of_tokens(self, tap: Tap | None, batch: int) -> Tensor:
         """The routes (B, S, L); in training also the gates."""

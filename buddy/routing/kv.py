@@ -51,9 +51,7 @@ class BlockCache(CacheLayerMixin):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             owner = self.owner
-            if owner.written is not None:
-                key_states = key_states.masked_fill(~owner.written, 0)
-                value_states = value_states.masked_fill(~owner.written, 0)
+            key_states, value_states = _left(key_states, owner.written), _left(value_states, owner.written)
             start = owner.length + owner.offset
             end = start + key_states.shape[-2]
             rows = owner.rows
@@ -192,11 +190,13 @@ class Tap:
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Remember and hand back."""
-        if self.written is not None:
-            key_states = key_states.masked_fill(~self.written, 0)
-            value_states = value_states.masked_fill(~self.written, 0)
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
+        self.keys, self.values = _left(key_states, self.written), _left(value_states, self.written)
+        return self.keys, self.values
+
+
+def _left(states: Tensor, written: Tensor | None) -> Tensor:
+    """What tokens leave of their states (B, heads, S, size): zeros where ``written`` (B, 1, S, 1) says that they do not."""
+    return states if written is None else states.masked_fill(~written, 0)
 
 
 def project(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def plan(
     return Plan(
         running=[rows[found] if len(found) < batch else None for found in sets],
         skipping=[rows[found] if found else None for found in complements],
-        groups=[_group(path, rows[tuple(found)], found, tokens or ()) for path, found in members.items()]
+        groups=[Group(rows[tuple(found)], path, _columns(found, tokens or ())) for path, found in members.items()]
         if by_path
         else None,
     )
@@ -136,10 +136,6 @@ def grouping_pays(members: dict[tuple[int, ...], list[int]], tokens: Sequence[tu
         # Gathering and scattering a row at a block takes about a twelfth of the time of running it there.
         saved += len(path) * len(found) * (own.stop - own.start) // 12
     return saved > calls * FIXED_TOKENS.get(device, FIXED_TOKENS["cuda"])
-
-
-def _group(path: tuple[int, ...], rows: Rows, found: Sequence[int], tokens: Sequence[tuple[int, int]]) -> Group:
-    return Group(rows, path, _columns(found, tokens))
 
 
 def _columns(found: Sequence[int], tokens: Sequence[tuple[int, int]]) -> slice:
