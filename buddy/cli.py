@@ -18,8 +18,12 @@ COMMANDS = (
     "data",
     "importance",
     "calibrate",
+    "pool",
     "train",
+    "adapt",
     "evaluate",
+    "solve",
+    "trace",
     "latency",
     "breakdown",
     "generate",
@@ -31,7 +35,7 @@ COMMANDS = (
 # Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
 _WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_EPILOG = "The order of a study: backbone, data, importance, calibrate, train, evaluate, latency, breakdown, report. `buddy COMMAND --help` shows examples."
+_EPILOG = "The order of a study: backbone, data, importance, calibrate, pool, train, adapt, evaluate, solve, trace, latency, breakdown, report. `buddy COMMAND --help` shows examples."
 
 
 def build() -> typer.Typer:

@@ -20,17 +20,24 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from buddy.errors import UserError, choices, unknown
 from buddy.settings import (
+    METHODS,
+    STATIC_PEERS,
     Ablation,
     Backbone,
     Breakdown,
     Data,
     Evaluation,
+    First,
+    Generation,
     Importance,
     Latency,
     Name,
+    Peers,
+    Pudding,
     Settings,
     StudyPlan,
     Table,
+    Trace,
     Tracking,
     Training,
     Variant,
@@ -39,7 +46,7 @@ from buddy.settings import (
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """One trained artefact of the study: a backbone, a method, its variant, a seed."""
+    """One artefact of the study, trained or not: a backbone, a method, its variant, a seed."""
 
     backbone: str
     method: str
@@ -62,6 +69,12 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _peer_axes(criterion: str | None, removed: int, lora: str) -> tuple[tuple[str, Any], ...]:
+    """A peer's axes; only static ones have a criterion."""
+    axes: tuple[tuple[str, Any], ...] = (("removed", removed), ("lora", lora))
+    return axes if criterion is None else (("criterion", criterion), *axes)
+
+
 class Config(Settings):
     """A whole study file."""
 
@@ -69,8 +82,13 @@ class Config(Settings):
     backbones: dict[Name, Backbone]
     data: Data = Data()
     importance: Importance = Importance()
+    peers: Peers = Peers()
+    pudding: Pudding = Pudding()
+    first: First = First()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    generation: Generation = Generation()
+    trace: Trace = Trace()
     latency: Latency = Latency()
     breakdown: Breakdown = Breakdown()
     tracking: Tracking = Tracking()
@@ -81,6 +99,8 @@ class Config(Settings):
         for where, names in (
             ("study.backbones", self.study.backbones),
             ("study.removed", self.study.removed),
+            ("generation.backbones", self.generation.backbones or []),
+            ("trace.backbones", self.trace.backbones or []),
             ("latency.backbones", self.latency.backbones or []),
             ("breakdown.backbones", self.breakdown.backbones or []),
         ):
@@ -113,26 +133,71 @@ class Config(Settings):
 
     def runs(self) -> list[Run]:
         """Every run of the study, once, in a stable order."""
-        found: dict[str, Run] = {}
-        for backbone in self.study.backbones:
-            if "dense" in self.study.methods:
-                run = Run(backbone, "dense", (), self.study.seeds[0])
-                found[run.path] = run
-            if "buddy" in self.study.methods:
-                for seed in self.study.seeds:
-                    run = self.buddy_run(backbone, self.study.main.model_dump(), seed)
-                    found[run.path] = run
-        for ablation in self.study.ablations:
-            for run in self.ablation_runs(ablation):
-                found[run.path] = run
-        return list(found.values())
+        runs = [run for backbone in self.study.backbones for run in self.compared_runs(backbone)]
+        runs += [run for ablation in self.study.ablations for run in self.ablation_runs(ablation)]
+        return list(dict.fromkeys(runs))
+
+    def compared_runs(self, backbone: str) -> list[Run]:
+        """The runs of a backbone's accuracy table: every method of the study, with every seed."""
+        methods = [method for method in METHODS if method in self.study.methods]
+        return [run for method in methods for run in self.method_runs(backbone, method)]
+
+    def method_runs(self, backbone: str, method: str) -> list[Run]:
+        """The runs of one method on a backbone; a peer is another run at each depth, BUDDY one for all."""
+        seeds, loras = self.study.seeds, self.study.lora
+        if method == "dense":
+            return [Run(backbone, method, (), seeds[0])]
+        if method == "dense_lora":
+            return [Run(backbone, method, (), seed) for seed in seeds if "trained" in loras]
+        if method == "buddy":
+            main = self.study.main.model_dump()
+            return [self.buddy_run(backbone, main, seed, lora) for lora in loras for seed in seeds]
+        criteria = self.peers.criteria_of(method) if method in STATIC_PEERS else [None]
+        return [
+            Run(backbone, method, _peer_axes(criterion, removed, lora), seed)
+            for criterion in criteria
+            for removed in self.removed(backbone)
+            for lora in loras
+            for seed in (seeds if lora == "trained" or criterion is None else seeds[:1])
+        ]
 
     @staticmethod
-    def buddy_run(backbone: str, variant: Mapping[str, Any], seed: int) -> Run:
+    def buddy_run(backbone: str, variant: Mapping[str, Any], seed: int, lora: str = "trained") -> Run:
         """A BUDDY run; without a prior omega has no effect and is written as 0, so that equal runs share a path."""
         omega = 0.0 if variant["prior"] == "none" else float(variant["omega"])
         axes = {**variant, "omega": omega}
-        return Run(backbone, "buddy", tuple((axis, axes[axis]) for axis in Variant.model_fields), seed)
+        named = tuple((axis, axes[axis]) for axis in Variant.model_fields)
+        return Run(backbone, "buddy", named if lora == "trained" else (*named, ("lora", lora)), seed)
+
+    def depths(self, run: Run) -> list[int]:
+        """Numbers of removed blocks at which a run is measured: none of a dense one, a peer's own, BUDDY's all."""
+        if run.method in ("dense", "dense_lora"):
+            return [0]
+        return self.removed(run.backbone) if run.method == "buddy" else [run.variant["removed"]]
+
+    def timed_runs(self, backbone: str) -> list[Run]:
+        """The runs that are timed: BUDDY's main variant, and those of the dynamic peers that `latency.methods` names."""
+        return [run for method in self.latency.methods for run in self._shown(backbone, method)]
+
+    def answering_runs(self, backbone: str) -> list[Run]:
+        """The runs that answer problems by generation: those of the accuracy table, with the first seed."""
+        return [run for method in METHODS for run in self._shown(backbone, method)]
+
+    def main_run(self, backbone: str) -> Run:
+        """BUDDY's main variant with the first seed, with LoRA if the study has it: the run that is timed and profiled."""
+        return self.buddy_run(backbone, self.study.main.model_dump(), self.study.seeds[0], self._shown_lora)
+
+    @property
+    def _shown_lora(self) -> str:
+        return "trained" if "trained" in self.study.lora else "none"
+
+    def _shown(self, backbone: str, method: str) -> list[Run]:
+        """A method's runs with the first seed, with LoRA if the study has it, where one of each is enough."""
+        if method not in self.study.methods:
+            return []
+        lora = self._shown_lora
+        runs = [run for run in self.method_runs(backbone, method) if run.seed == self.study.seeds[0]]
+        return [run for run in runs if run.variant.get("lora", "trained" if method == "buddy" else lora) == lora]
 
     def ablation_runs(self, ablation: Ablation) -> list[Run]:
         """The runs of one ablation: every combination of its values, for every seed."""
@@ -160,6 +225,14 @@ class Config(Settings):
         """Backbones of the study whose passes are profiled."""
         return self._of_study(self.breakdown.backbones)
 
+    def answering_backbones(self) -> list[str]:
+        """Backbones of the study that answer problems by generation."""
+        return self._of_study(self.generation.backbones)
+
+    def traced_backbones(self) -> list[str]:
+        """Backbones of the study whose paths are traced."""
+        return self._of_study(self.trace.backbones)
+
     def _of_study(self, chosen: list[str] | None) -> list[str]:
         return [name for name in self.study.backbones if chosen is None or name in chosen]
 
@@ -170,11 +243,15 @@ class Config(Settings):
         def measured(table: Table) -> bool:
             if table.kind == "ablation":
                 return table.ablation in ablations
-            if table.kind == "latency":
-                return table.backbone in self.timed_backbones()
-            if table.kind == "breakdown":
-                return table.backbone in self.profiled_backbones()
-            return table.backbone in self.study.backbones
+            if table.kind == "generation":
+                return bool(self.answering_backbones())
+            measured_on = {
+                "latency": self.timed_backbones,
+                "peer_latency": self.timed_backbones,
+                "breakdown": self.profiled_backbones,
+                "properties": self.traced_backbones,
+            }
+            return table.backbone in measured_on.get(table.kind, lambda: self.study.backbones)()
 
         tables = {name: table for name, table in self.study.tables.items() if measured(table)}
         return dict(sorted(tables.items(), key=lambda item: int("".join(filter(str.isdigit, item[0])) or 0)))

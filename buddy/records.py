@@ -22,7 +22,10 @@ from typing import Any
 from buddy.errors import UserError, unknown
 
 SCHEMA = 1
-KINDS = ("accuracy", "latency", "breakdown", "trace", "rouge", "importance", "calibration", "budget", "training")
+KINDS = (
+    *("accuracy", "generation", "latency", "breakdown", "trace", "rouge"),
+    *("importance", "calibration", "budget", "training"),
+)
 
 
 @dataclass

@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
 KV = Literal["zero", "mask", "project"]
-Method = Literal["dense", "buddy"]
+Method = Literal["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", "sleb", "pudding", "first"]
+StaticPeer = Literal["shortgpt", "shortened_llama", "sleb"]
+Criterion = Literal["block_influence", "ppl", "taylor"]
+Lora = Literal["trained", "none"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
 Engine = Literal["eager", "graph"]
@@ -24,6 +27,8 @@ ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 TASKS: tuple[Task, ...] = get_args(Task)
+METHODS: tuple[Method, ...] = get_args(Method)
+STATIC_PEERS: tuple[StaticPeer, ...] = get_args(StaticPeer)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -133,16 +138,17 @@ class Ablation(Settings):
 class Table(Settings):
     """What a numbered table of the paper shows in this study."""
 
-    kind: Literal["accuracy", "latency", "breakdown", "ablation"] = Field(
-        description="accuracy by budget, latency, what a pass spends its time on, or an ablation"
+    kind: Literal["accuracy", "latency", "breakdown", "ablation", "generation", "peer_latency", "properties"] = Field(
+        description="accuracy by budget, latency (of BUDDY, or of all methods: peer_latency), what a pass spends its "
+        "time on, an ablation, generated answers (GSM8K) on all their backbones, or measured properties of the methods"
     )
-    backbone: Name | None = Field(None, description="backbone of an accuracy, latency or breakdown table")
+    backbone: Name | None = Field(None, description="backbone it is about; a generation table has several")
     ablation: Name | None = Field(None, description="ablation of an ablation table")
 
     @model_validator(mode="after")
     def _names_its_subject(self) -> Table:
-        needed = "ablation" if self.kind == "ablation" else "backbone"
-        if getattr(self, needed) is None:
+        needed = {"ablation": "ablation", "generation": None}.get(self.kind, "backbone")
+        if needed is not None and getattr(self, needed) is None:
             raise ValueError(f"a table of kind {self.kind} needs the key {needed!r}")
         return self
 
@@ -154,7 +160,17 @@ class StudyPlan(Settings):
     backbones: list[Name] = Field(
         description="backbones of the study, names from the section `backbones`", min_length=1
     )
-    methods: list[Method] = Field(["dense", "buddy"], description="methods compared on every backbone", min_length=1)
+    methods: list[Method] = Field(
+        ["dense", "buddy"],
+        description="methods compared on every backbone: dense, dense_lora (its fine-tuning without pruning), buddy, the "
+        "static peers shortgpt, shortened_llama and sleb, and the dynamic ones pudding and first",
+        min_length=1,
+    )
+    lora: list[Lora] = Field(
+        ["trained"],
+        description="trained: every method has its LoRA; none: the methods without any, to tell fine-tuning from pruning",
+        min_length=1,
+    )
     removed: dict[str, list[int]] = Field(
         {}, description="per backbone, numbers of removed blocks in place of the definition's"
     )
@@ -184,6 +200,92 @@ class Importance(Settings):
     corpus: str = Field("wikitext2", description="data set, or text file, that calibrates it")
     samples: int = Field(64, description="number of windows", ge=1)
     length: int = Field(512, description="tokens per window", ge=8)
+
+
+class Peers(Importance):
+    """How the static peers choose the blocks they remove: on which text, by what, and which blocks they keep."""
+
+    criteria: dict[StaticPeer, list[Criterion]] = Field(
+        {},
+        description="per method what ranks its blocks, a run for each; its paper's main one by default (shortened_llama "
+        "has ppl and taylor)",
+    )
+    protect: dict[StaticPeer, list[int]] = Field(
+        {},
+        description="per method the blocks it never removes, from 0, negative from the end; what its authors keep by default",
+    )
+
+    @model_validator(mode="after")
+    def _has_criteria(self) -> Peers:
+        known: dict[str, tuple[str, ...]] = CRITERIA  # type: ignore[assignment]
+        for method, chosen in self.criteria.items():
+            wrong = [criterion for criterion in chosen if criterion not in known[method]]
+            if wrong or not chosen or len(set(chosen)) != len(chosen):
+                raise ValueError(f"criteria.{method}: {chosen} is not a choice among {', '.join(known[method])}")
+        return self
+
+    def criteria_of(self, method: StaticPeer) -> list[Criterion]:
+        """What ranks a method's blocks."""
+        return self.criteria.get(method) or list(CRITERIA[method][:1])
+
+
+CRITERIA: dict[StaticPeer, tuple[Criterion, ...]] = {
+    "shortgpt": ("block_influence",),
+    "shortened_llama": ("ppl", "taylor"),
+    "sleb": ("ppl",),
+}
+"""Every static peer's criteria; the first is its paper's main one."""
+
+
+class Pudding(Settings):
+    """PuDDing: a pool of omission sets, and a router that picks one per prompt."""
+
+    tasks: list[Task] = Field(
+        ["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"],
+        description="tasks whose training splits make the pool and train the router",
+        min_length=1,
+    )
+    criteria: list[Literal["likelihood", "likelihood_diff"]] = Field(
+        ["likelihood", "likelihood_diff"],
+        description="what a removal must keep: the right answer's likelihood, or its lead over the wrong ones; a set each",
+        min_length=1,
+    )
+    pool_items: int = Field(128, description="training items of each task that a set is searched on", ge=1)
+    router_items: int | None = Field(
+        None, description="training items of each task that the router learns from (all by default)", ge=2
+    )
+    encoder: str = Field(
+        "backbone",
+        description="what reads the prompt: backbone (its first block's keys and values), or an encoder on the Hub or in a "
+        "folder, such as google-bert/bert-base-uncased",
+    )
+    epochs: int = Field(10, description="passes of the router's training", ge=1)
+    batch_size: int = Field(32, description="prompts per step of the router's training", ge=1)
+    learning_rate: float | None = Field(
+        None, description="AdamW's rate for the router; by default one that suits the encoder", gt=0
+    )
+
+
+NOT_OF_PEERS = ("routing", "pool_over", "router_rank", "router_learning_rate")
+"""Fields of `Training` that say something about BUDDY's router only."""
+
+
+class First(Settings):
+    """FiRST: a gate in each block, trained first; then LoRA."""
+
+    skip_weight: float = Field(
+        0.01, description="weight of the mean gate in the loss: what running a block costs", ge=0
+    )
+    epochs: float = Field(1, description="passes over the instruction data for the gates", gt=0)
+    learning_rate: float = Field(1e-3, description="AdamW's rate for the gates", gt=0)
+    threshold: float | None = Field(
+        None,
+        description="gate from which a block runs; by default the one that brings the mean depth over training prompts "
+        "nearest to the depth asked for (the paper has 0.5)",
+        ge=0,
+        le=1,
+    )
+    calibration_prompts: int = Field(256, description="training prompts that the threshold is chosen on", ge=1)
 
 
 class Training(Settings):
@@ -248,10 +350,46 @@ class Evaluation(Settings):
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
 
+class Generation(Settings):
+    """Problems answered by generation, through lm-evaluation-harness (Table 12)."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that answer (all of the study by default)")
+    tasks: list[Literal["gsm8k"]] = Field(["gsm8k"], description="tasks", min_length=1)
+    few_shot: int | None = Field(
+        None, description="solved examples in the prompt; the harness's own number by default", ge=0
+    )
+    limit: int | None = Field(None, description="first N items of each task (all by default)", ge=1)
+    batch_size: int = Field(16, description="sequences generated together", ge=1)
+    new_tokens: int = Field(256, description="longest answer, tokens", ge=1)
+    decode: Literal["recompute", "reuse"] = Field(
+        "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"
+    )
+    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
+class Trace(Settings):
+    """Which blocks run, prompt by prompt and step by step (Table 1, Figure 4)."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that are traced (all of the study by default)")
+    datasets: list[Literal["alpaca", "samsum", "gsm8k"]] = Field(["alpaca"], description="prompts", min_length=1)
+    prompts: int = Field(100, description="prompts per data set", ge=1)
+    new_tokens: int = Field(32, description="tokens generated after each prompt", ge=1)
+    batch_size: int = Field(8, description="sequences generated together", ge=1)
+    decode: Literal["recompute", "reuse"] = Field(
+        "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"
+    )
+    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
 class Latency(Settings):
     """Prefill and decode speed."""
 
     backbones: list[Name] | None = Field(None, description="backbones to time (all of the study by default)")
+    methods: list[Literal["buddy", "pudding", "first"]] = Field(
+        ["buddy"],
+        description="methods that are timed, those of them that the study compares; a static peer is BUDDY's sliced model",
+        min_length=1,
+    )
     datasets: list[Literal["alpaca", "samsum"]] = Field(["alpaca", "samsum"], description="prompts", min_length=1)
     prompts: int = Field(32, description="prompts per data set", ge=1)
     new_tokens: int = Field(128, description="tokens decoded after each prompt", ge=1)

@@ -23,7 +23,7 @@ rule breakdown:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),
         settings=section(STUDY.breakdown, "backbones"),
-        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
+        removed=depths_flag,
     shell:
         "python -m buddy breakdown --run {params.model} --data {params.data} --removed {params.removed} "
         "{params.settings} --out {output} > {log} 2>&1"

@@ -12,7 +12,7 @@ from buddy.errors import UserError
 from buddy.records import find as find_records
 from buddy.records import write_json
 from buddy.reporting import source
-from buddy.settings import PRIORS
+from buddy.settings import NOT_OF_PEERS, PRIORS, STATIC_PEERS
 
 
 def checked(ask, *arguments):
@@ -33,6 +33,8 @@ RESULTS = f"results/{STUDY.study.name}"
 RECORDS = checked(source.records_folder, STUDY, RESULTS, ORIGIN)
 MEASURES = STUDY.study.records is None
 RUNS = {run.path: run for run in STUDY.runs()}
+ROUTED = [path for path, run in RUNS.items() if run.method == "buddy"]
+PEERS = [path for path, run in RUNS.items() if run.method not in ("dense", "buddy")]
 
 # Jobs find the interpreter and the tools that Snakemake itself runs with; a conda environment brings its own.
 ENVIRONMENT = {"WANDB_PROJECT": STUDY.tracking.project, "WANDB_DIR": f"{RESULTS}/wandb"}
@@ -54,6 +56,10 @@ def any_of(names):
 wildcard_constraints:
     backbone=any_of(STUDY.backbones),
     run=any_of(RUNS if MEASURES else []),  # with records given, no rule trains or measures anything
+    routed=any_of(ROUTED if MEASURES else []),
+    peer=any_of(PEERS if MEASURES else []),
+    static_peer=any_of(STATIC_PEERS),
+    criterion="[a-z_]+",
     indicator=any_of(PRIORS[1:]),
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
@@ -89,7 +95,10 @@ def source_flags(wildcards):
 
 
 def backbone_of(wildcards):
-    return STUDY.backbones[(RUNS[wildcards.run].backbone if "run" in wildcards.keys() else wildcards.backbone)]
+    for kind in ("run", "routed", "peer"):
+        if kind in wildcards.keys():
+            return STUDY.backbones[RUNS[wildcards[kind]].backbone]
+    return STUDY.backbones[wildcards.backbone]
 
 
 def mem_mb(wildcards, attempt):
@@ -109,9 +118,9 @@ def model_file(run):
     return f"{RESULTS}/runs/{run.path}/run.json"
 
 
-def depths_of(run):
-    """Numbers of removed blocks at which a run is measured; the dense model removes none."""
-    return [0] if run.method == "dense" else STUDY.removed(run.backbone)
+def depths_flag(wildcards):
+    """Numbers of removed blocks at which a run is measured."""
+    return ",".join(map(str, STUDY.depths(RUNS[wildcards.run])))
 
 
 def shown(folders):
@@ -126,32 +135,31 @@ def accuracy_records(runs):
     return shown([f"{RECORDS}/accuracy/{run.path}" for run in runs])
 
 
-def latency_records(backbone):
-    """Folders of latency records, one per data set: batch~B/engine~E/execution~X/removed~N.json."""
-    run = timed_run(backbone)
-    return shown([f"{RECORDS}/latency/{run.path}/dataset~{name}" for name in STUDY.latency.datasets])
+def latency_records(runs):
+    """Folders of latency records, one per run and data set: batch~B/engine~E/execution~X/removed~N.json."""
+    return shown([f"{RECORDS}/latency/{run.path}/dataset~{name}" for run in runs for name in STUDY.latency.datasets])
 
 
 def breakdown_records(backbone):
     """The folder of breakdown records: removed~N.json."""
-    return shown([f"{RECORDS}/breakdown/{timed_run(backbone).path}"])
+    return shown([f"{RECORDS}/breakdown/{STUDY.main_run(backbone).path}"])
 
 
-def main_runs(backbone):
-    """Runs of an accuracy table: the dense model and the main variant with every seed."""
-    runs = [run for run in RUNS.values() if run.backbone == backbone]
-    main = {STUDY.buddy_run(backbone, STUDY.study.main.model_dump(), seed).path for seed in STUDY.study.seeds}
-    return [run for run in runs if run.method == "dense" or run.path in main]
+def generation_records():
+    """Folders of generated answers, one per run of the backbones that answer: removed~N.json."""
+    runs = [run for backbone in STUDY.answering_backbones() for run in STUDY.answering_runs(backbone)]
+    return shown([f"{RECORDS}/generation/{run.path}" for run in runs])
 
 
-def timed_run(backbone):
-    """The run that is timed and profiled: the main variant with the first seed."""
-    return STUDY.buddy_run(backbone, STUDY.study.main.model_dump(), STUDY.study.seeds[0])
+def trace_records(backbone):
+    """Folders of traces, one per run and data set: removed~N.json."""
+    runs = STUDY.answering_runs(backbone)
+    return shown([f"{RECORDS}/trace/{run.path}/dataset~{name}" for run in runs for name in STUDY.trace.datasets])
 
 
-def corpus_input(wildcards):
+def corpus_input(settings):
     """The calibration corpus: a data set of the study, or a text file of the user's."""
-    corpus = STUDY.importance.corpus
+    corpus = settings.corpus
     return corpus if Path(corpus).is_file() else f"{RESULTS}/data/{corpus}/data.json"
 
 
@@ -161,7 +169,7 @@ def corpus_path(wildcards, input):
 
 def prior_record(wildcards):
     """The importance record a run fuses; none for the variant without a prior."""
-    run = RUNS[wildcards.run]
+    run = RUNS[wildcards.routed]
     prior = run.variant["prior"]
     if prior == "none":
         return []
@@ -169,18 +177,64 @@ def prior_record(wildcards):
 
 
 def variant_flags(wildcards):
-    """The run's own axes; the prior is an input."""
-    axes = {axis: value for axis, value in RUNS[wildcards.run].axes if axis != "prior"}
-    return flags({**axes, "seed": RUNS[wildcards.run].seed})
+    """The run's own axes; the prior is an input, and a run without LoRA has rank 0."""
+    run = RUNS[wildcards.routed]
+    axes = {axis: value for axis, value in run.axes if axis not in ("prior", "lora")}
+    without = {"lora_rank": 0} if run.variant.get("lora") == "none" else {}
+    return flags({**axes, "seed": run.seed, **STUDY.training.model_dump(exclude={"data"}), **without})
 
 
-def model_flags(wildcards):
-    """Which study and backbone it is; a dense model has no run folder that could say so, and skips no block."""
+def protected(wildcards):
+    """Blocks that a static peer never removes, where the study says so."""
+    blocks = STUDY.peers.protect.get(wildcards.static_peer)
+    return "" if blocks is None else "--protect=" + (",".join(map(str, blocks)) or "none")
+
+
+def calibration_record(wildcards):
+    """The record that a peer's choice of blocks comes from; none for one that needs none."""
+    run = RUNS[wildcards.peer]
+    folder = f"{RESULTS}/records/calibration/backbone~{run.backbone}/method~{run.method}"
+    if run.method in STATIC_PEERS:
+        return f"{folder}/criterion~{run.variant['criterion']}.json"
+    return f"{folder}.json" if run.method == "pudding" else []
+
+
+def router_tasks(wildcards):
+    """The data sets that PuDDing's router learns from."""
+    tasks = STUDY.pudding.tasks if RUNS[wildcards.peer].method == "pudding" else []
+    return [f"{RESULTS}/data/{task}/data.json" for task in tasks]
+
+
+def peer_inputs(wildcards, input):
+    """What a peer is given beside backbone and instruction data."""
+    tasks = parent(parent(input.tasks[0])) if input.get("tasks") else None
+    return flags({"calibration": input.get("calibration") or None, "tasks": tasks})
+
+
+def peer_flags(wildcards):
+    """A peer's method and axes, and the settings that only it reads."""
+    run = RUNS[wildcards.peer]
+    axes = {axis: value for axis, value in run.axes if axis != "criterion"}
+    own = {"pudding": STUDY.pudding.model_dump(exclude={"criteria", "pool_items"}), "first": STUDY.first.model_dump()}
+    settings = {f"{run.method}_{name}": value for name, value in own.get(run.method, {}).items()}
+    return flags({"method": run.method, **axes, "seed": run.seed, **settings})
+
+
+def model_flags(wildcards, settings):
+    """A section as flags, and which study and backbone it is; a dense model has no run folder that could say so, and
+    skips no block."""
     run = RUNS[wildcards.run]
+    fields = settings.model_dump(exclude={"backbones", "datasets"})
     if run.method == "dense":
-        settings = STUDY.evaluation.model_dump(exclude={"kv", "routing"})
-        return flags({**settings, "study": STUDY.study.name, "name": run.backbone})
-    return section(STUDY.evaluation)
+        fields = {name: value for name, value in fields.items() if name not in ("kv", "routing", "decode")}
+        fields |= {"study": STUDY.study.name, "name": run.backbone}
+    return flags(fields)
+
+
+def executions_flag(wildcards):
+    """What is timed: of a peer, whose path is fixed at the prompt, itself beside the dense model."""
+    chosen = STUDY.latency.executions if RUNS[wildcards.run].method == "buddy" else ["dense", "reuse"]
+    return flags({"executions": chosen})
 
 
 def table_files(name):
@@ -197,34 +251,45 @@ def table_records(name):
     if table.kind == "ablation":
         return accuracy_records(STUDY.ablation_runs(STUDY.ablation(table.ablation)))
     if table.kind == "latency":
-        return latency_records(table.backbone)
+        return latency_records([STUDY.main_run(table.backbone)])
+    if table.kind == "peer_latency":
+        return latency_records(STUDY.timed_runs(table.backbone))
     if table.kind == "breakdown":
         return breakdown_records(table.backbone)
-    return accuracy_records(main_runs(table.backbone))
+    if table.kind == "generation":
+        return generation_records()
+    if table.kind == "properties":
+        return trace_records(table.backbone)
+    return accuracy_records(STUDY.compared_runs(table.backbone))
 
 
 def figure_records(name):
     """The records that a figure shows."""
     if name == "latency":
-        return [folder for backbone in STUDY.timed_backbones() for folder in latency_records(backbone)]
-    return accuracy_records([run for backbone in STUDY.study.backbones for run in main_runs(backbone)])
+        return latency_records([STUDY.main_run(backbone) for backbone in STUDY.timed_backbones()])
+    return accuracy_records([run for backbone in STUDY.study.backbones for run in STUDY.compared_runs(backbone)])
 
 
 def measurements(kind):
     """The settings that say which records of a kind enter, and how they are shown."""
     return {
         "latency": STUDY.latency.model_dump(exclude={"backbones"}),
+        "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
+        "generation": STUDY.generation.model_dump(),
+        "properties": STUDY.trace.model_dump(exclude={"backbones"}),
     }.get(kind, STUDY.evaluation.tasks)
 
 
 def table_settings(wildcards):
     """What the study says of a table: its entry, and the budgets and runs behind its rows and columns."""
     table = STUDY.study.tables[wildcards.table]
-    backbone = table.backbone or STUDY.ablation(table.ablation).backbone
+    backbones = [STUDY.ablation(table.ablation).backbone] if table.ablation else [table.backbone]
+    if table.kind == "generation":
+        backbones = STUDY.answering_backbones()
     return {
         "table": table.model_dump(),
-        "removed": STUDY.removed(backbone),
+        "removed": [STUDY.removed(backbone) for backbone in backbones],
         "records": table_records(wildcards.table),
         "measurements": measurements(table.kind),
     }

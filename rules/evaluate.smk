@@ -22,8 +22,8 @@ rule evaluate:
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(parent(input.data[0])),
-        settings=model_flags,
-        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
+        settings=lambda w: model_flags(w, STUDY.evaluation),
+        removed=depths_flag,
     shell:
         "python -m buddy evaluate --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
         "--out {output} > {log} 2>&1"

@@ -46,7 +46,7 @@ rule data:
 rule importance:
     input:
         backbone=f"{RESULTS}/backbones/{{backbone}}/backbone.json",
-        corpus=corpus_input,
+        corpus=lambda w: corpus_input(STUDY.importance),
     output:
         f"{RESULTS}/records/importance/backbone~{{backbone}}/indicator~{{indicator}}.json",
     log:

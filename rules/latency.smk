@@ -22,8 +22,10 @@ rule latency:
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),
-        settings=section(STUDY.latency, "backbones", "datasets"),
-        removed=lambda w: ",".join(map(str, depths_of(RUNS[w.run]))),
+        settings=section(STUDY.latency, "backbones", "methods", "datasets", "executions"),
+        executions=executions_flag,
+        removed=depths_flag,
     shell:
         "python -m buddy latency --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "{params.executions} "
         "--out {output} > {log} 2>&1"

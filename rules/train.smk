@@ -3,16 +3,16 @@
 
 rule train:
     input:
-        backbone=lambda w: f"{RESULTS}/backbones/{RUNS[w.run].backbone}/backbone.json",
+        backbone=lambda w: f"{RESULTS}/backbones/{RUNS[w.routed].backbone}/backbone.json",
         data=f"{RESULTS}/data/{STUDY.training.data}/data.json",
         prior=prior_record,
     output:
-        run=f"{RESULTS}/runs/{{run}}/run.json",
-        record=f"{RESULTS}/records/training/{{run}}.json",
+        run=f"{RESULTS}/runs/{{routed}}/run.json",
+        record=f"{RESULTS}/records/training/{{routed}}.json",
     log:
-        f"{RESULTS}/logs/train/{{run}}.log",
+        f"{RESULTS}/logs/train/{{routed}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/train/{{run}}.tsv"
+        f"{RESULTS}/benchmarks/train/{{routed}}.tsv"
     retries: 2
     conda:
         "../envs/buddy.yaml"
@@ -26,11 +26,10 @@ rule train:
         data=lambda w, input: parent(input.data),
         prior=lambda w, input: flags({"prior": input.get("prior") or None}),
         variant=variant_flags,
-        most_removed=lambda w: max(STUDY.removed(RUNS[w.run].backbone)),
-        settings=section(STUDY.training, "data"),
+        most_removed=lambda w: max(STUDY.removed(RUNS[w.routed].backbone)),
         study=STUDY.study.name,
         folder=lambda w, output: parent(output.run),
     shell:
         "python -m buddy train --backbone {params.backbone} --data {params.data} {params.prior} {params.variant} "
-        "--most-removed {params.most_removed} {params.settings} --study {params.study} "
+        "--most-removed {params.most_removed} --study {params.study} "
         "--out {params.folder} --record {output.record} > {log} 2>&1"

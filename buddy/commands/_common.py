@@ -99,10 +99,10 @@ def check_depths(model: RoutedModel, depths: Iterable[int]) -> None:
     Raises:
         BudgetError: one of them is not legal; names the nearest legal budgets.
     """
-    from buddy.routing.budget import executed_blocks
+    import torch
 
     for removed in depths:
-        executed_blocks((model.blocks - removed) / model.blocks, model.blocks, model.policy.always)
+        model.policy.begin((model.blocks - removed) / model.blocks, 1, torch.device("cpu"))
 
 
 def provenance(model: Any, watch: Stopwatch) -> dict[str, Any]:

@@ -17,29 +17,40 @@ from buddy.settings import Settings
 
 
 def with_settings(
-    model: type[Settings], leave_out: tuple[str, ...] = ()
+    model: type[Settings], leave_out: tuple[str, ...] = (), name: str = "settings", prefix: str = ""
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one option per field of a settings section, and pass it the section as ``settings``.
+    """Give a command one option per field of a settings section, and pass it the section.
 
     Lists are given as comma-separated values. Fields in ``leave_out`` keep their defaults.
+
+    Args:
+        model: the section.
+        leave_out: fields without an option.
+        name: the command's argument that receives the section.
+        prefix: begins the options' names, where a command takes several sections: ``--first-epochs``.
     """
+    start = f"{prefix}_" if prefix else ""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(function, eval_str=True)
-        fields = {name: field for name, field in model.model_fields.items() if name not in leave_out}
+        fields = {field: info for field, info in model.model_fields.items() if field not in leave_out}
 
         @wraps(function)
         def command(**values: Any) -> Any:
-            given = {name: values.pop(name) for name in fields}
-            return function(**values, settings=_build(model, given))
+            given = {field: values.pop(start + field) for field in fields}
+            return function(**values, **{name: _build(model, given, start)})
 
-        parameters = [p for p in own.parameters.values() if p.name != "settings"]
+        parameters = [p for p in own.parameters.values() if p.name != name]
         command.__signature__ = own.replace(  # type: ignore[attr-defined]
-            parameters=parameters + [_parameter(name, field) for name, field in fields.items()]
+            parameters=parameters + [_parameter(start + field, info) for field, info in fields.items()]
         )
         return command
 
     return decorate
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _parameter(name: str, field: Any) -> inspect.Parameter:
@@ -50,9 +61,8 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
     elif is_list and default is not None:
         default = ",".join(map(str, default))
     text = field.description + (f" [{'|'.join(map(str, allowed))}]" if allowed else "")
-    option = typer.Option(
-        default, f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""), help=text
-    )
+    flag = _flag(name) + (f"/--no-{_flag(name)[2:]}" if kind is bool else "")
+    option = typer.Option(default, flag, help=text)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None if default is None else kind
     )
@@ -71,19 +81,19 @@ def _option_type(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
     return annotation, False, ()
 
 
-def _build(model: type[Settings], given: dict[str, Any]) -> Settings:
+def _build(model: type[Settings], given: dict[str, Any], start: str) -> Settings:
     for name, value in given.items():
         _, is_list, allowed = _option_type(model.model_fields[name].annotation)
         if is_list and isinstance(value, str):
             given[name] = value = [part.strip() for part in value.split(",") if part.strip()]
         for part in value if isinstance(value, list) else [value]:
             if allowed and part is not None and part not in allowed:
-                raise unknown(f"--{name.replace('_', '-')}", part, allowed)
+                raise unknown(_flag(start + name), part, allowed)
     try:
         return model.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
+        option = _flag(start + str(first["loc"][0]))
         raise UserError(f"{option}: {first['input']!r} is not allowed ({first['msg'].lower()})") from None
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from buddy.tracking import Tracker
 
 
-@with_settings(Latency, leave_out=("backbones", "datasets"))
+@with_settings(Latency, leave_out=("backbones", "methods", "datasets"))
 def latency(
     run: Annotated[Path, typer.Option(help="run folder")],
     data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data` (alpaca, samsum)")],

@@ -38,18 +38,18 @@ def train(
           --most-removed 15 --epochs 1 --out my-run
       buddy train --backbone DIR --data DIR --most-removed 16 --feature key --source-block 2 --out my-run
     """
-    import shutil
-
     import torch
 
     from buddy import runs
     from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
+    from buddy.commands._trained import keep
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Record, Stopwatch, commit
+    from buddy.records import Stopwatch, commit
     from buddy.training import sft
+    from buddy.training.recipe import Recipe, drawn
 
     choice("--feature", feature, FEATURES)
     pairs = inputs.pairs(data, training=True)[: settings.examples]
@@ -75,7 +75,10 @@ def train(
         policy_settings=policy.settings(),
         backbone=name or backbone.name,
         backbone_path=runs.relative(backbone, out),
-        variant={"feature": feature, "prior": prior_name, "omega": policy.omega, "source_block": source_block},
+        variant={
+            **{"feature": feature, "prior": prior_name, "omega": policy.omega, "source_block": source_block},
+            **({} if settings.lora_rank else {"lora": "none"}),
+        },
         seed=seed,
         study=study,
         kv=settings.kv,
@@ -90,36 +93,12 @@ def train(
             policy,
             pairs,
             settings,
-            most_removed,
+            Recipe(drawn(most_removed, blocks), trains_policy=True),
             out,
             seed,
             on_log=lambda step, values: tracker.log(values, step=step),
         )
-        runs.save(out, info, policy, result.adapted)
-        shutil.rmtree(out / sft.CHECKPOINTS, ignore_errors=True)
-        metrics: dict[str, Any] = {
-            "steps": result.steps,
-            "epochs": settings.epochs,
-            "examples": len(pairs),
-            "tokens": result.tokens,
-            "final_loss": result.curve[-1]["loss"],
-            "curve": result.curve,
-            "trainable_parameters": result.trainable,
-            "router_parameters": sum(p.numel() for p in policy.parameters()),
-        }
-        if record is not None:
-            Record(
-                kind="training",
-                study=study,
-                backbone=info.backbone,
-                method="buddy",
-                metrics=metrics,
-                n=len(pairs),
-                variant=info.variant,
-                seed=seed,
-                **provenance(model, watch),
-            ).write(record)
-        tracker.summary({key: value for key, value in metrics.items() if key != "curve"})
+        keep(out, info, policy, result, len(pairs), record, tracker, provenance(model, watch))
 
 
 def read_prior(path: Path | None) -> tuple[str, list[float]]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from buddy.data.tasks import PREFIX, tasks
+from buddy.errors import UserError
 from buddy.evaluation.harness import BuddyLM
-from buddy.settings import Evaluation
+from buddy.settings import Evaluation, Generation
 
 KEPT = ("acc", "acc_norm", "exact_match")
 
 
 def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dict[str, Any]:
-    """Run the tasks at one budget.
+    """Score the answers of multiple-choice tasks at one budget.
 
     Args:
         lm: the model; its budget is set here.
@@ -26,21 +28,7 @@ def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dic
         ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item;
         the mean number of blocks executed; few_shot, limit and the harness version.
     """
-    from lm_eval import simple_evaluate
-
-    lm.budget = budget
-    lm.reset_count()
-    manager, chosen = tasks(data, settings.tasks)
-    results = simple_evaluate(
-        model=lm,
-        tasks=chosen,
-        task_manager=manager,
-        num_fewshot=settings.few_shot,
-        limit=settings.limit,
-        batch_size=settings.batch_size,
-        bootstrap_iters=1000,
-    )
-    assert results is not None
+    results = _run(lm, budget, settings, data)
     return {
         "tasks": {
             name: _task_metrics(results["results"][PREFIX + name], results["samples"][PREFIX + name])
@@ -54,7 +42,65 @@ def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dic
     }
 
 
-def _task_metrics(result: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[str, Any]:
+    """Let the model write its answers at one budget, and compare what is found in them with the right ones.
+
+    Args:
+        lm: the model; its budget is set here.
+        budget: fraction of blocks.
+        settings: the section `generation` of the study.
+        data: folder of materialised data sets.
+
+    Returns:
+        ``metrics`` of a generation record: per task the share of exact matches and its standard error by the way an
+        answer is found in the text (the harness's filters: for GSM8K ``strict-match`` and ``flexible-extract``), n
+        and one digit per item; the mean number of blocks executed; few_shot (as asked, the harness's own number where
+        the settings have none), limit, new_tokens, decode and the harness version.
+
+    Raises:
+        UserError: the model's context has no room for a prompt beside that many new tokens.
+    """
+    if settings.new_tokens >= lm.max_length:
+        raise UserError(
+            f"--new-tokens: {settings.new_tokens} leaves no room for a prompt in a context of {lm.max_length} tokens"
+        )
+    results = _run(lm, budget, settings, data, gen_kwargs={"max_gen_toks": settings.new_tokens})
+    return {
+        "tasks": {
+            name: _answer_metrics(results["results"][PREFIX + name], results["samples"][PREFIX + name])
+            for name in settings.tasks
+        },
+        "executed_mean": lm.executed_mean,
+        "few_shot": results["n-shot"][PREFIX + settings.tasks[0]],
+        "limit": settings.limit,
+        "new_tokens": settings.new_tokens,
+        "decode": settings.decode,
+        "lm_eval": metadata.version("lm_eval"),
+    }
+
+
+def _run(lm: BuddyLM, budget: float, settings: Evaluation | Generation, data: Path, **more: Any) -> Mapping[str, Any]:
+    """The harness's own results of the tasks at one budget, with every sample."""
+    from lm_eval import simple_evaluate
+
+    lm.budget = budget
+    lm.reset_count()
+    manager, chosen = tasks(data, settings.tasks)
+    results = simple_evaluate(
+        model=lm,
+        tasks=chosen,
+        task_manager=manager,
+        num_fewshot=settings.few_shot,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        bootstrap_iters=1000,
+        **more,
+    )
+    assert results is not None
+    return results
+
+
+def _task_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kept: dict[str, Any] = {"n": len(samples), "items": {}}
     for key, value in result.items():
         metric = key.split(",")[0]
@@ -65,3 +111,20 @@ def _task_metrics(result: dict[str, Any], samples: list[dict[str, Any]]) -> dict
         if ordered and metric in ordered[0]:
             kept["items"][metric] = "".join(str(int(sample[metric])) for sample in ordered)
     return kept
+
+
+def _answer_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Exact matches by filter; the harness lists every item once per filter."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    return {
+        "n": len({sample["doc_id"] for sample in samples}),
+        **{
+            metric: {name: value for name in filters if isinstance(value := result[f"{metric},{name}"], int | float)}
+            for metric in ("exact_match", "exact_match_stderr")
+        },
+        "items": {
+            name: "".join(str(int(sample["exact_match"])) for sample in ordered if sample["filter"] == name)
+            for name in filters
+        },
+    }

@@ -124,14 +124,16 @@ class Contender:
         read += [decoder.norm, self.backbone.get_output_embeddings()]
         return sum(parameter.nbytes for module in read for parameter in module.parameters())
 
+    def executed(self) -> int:
+        """Blocks that the last decode step ran, over all sequences of the batch."""
+        if self.router is None:
+            return self.backbone.config.num_hidden_layers * len(self.entry.depths)
+        return int(self.router.trace.steps[-1].sum())
+
     def kv_bytes(self, tokens: float) -> float:
-        """What a decode step reads of the keys and values in a cache of that many tokens per sequence."""
-        config = self.backbone.config
+        """What a block reads of a sequence's keys and values, in a cache of that many tokens."""
         size = self.backbone.get_decoder().layers[0].self_attn.head_dim
-        per_token = 2 * config.num_key_value_heads * size * self.backbone.dtype.itemsize
-        blocks = config.num_hidden_layers
-        executed = [blocks if self.router is None else blocks - depth for depth in self.entry.depths]
-        return sum(executed) * per_token * tokens
+        return 2 * self.backbone.config.num_key_value_heads * size * self.backbone.dtype.itemsize * tokens
 
 
 def contender(entry: Entry, model: RoutedModel, engine: Engine) -> Contender:
@@ -143,13 +145,23 @@ def contender(entry: Entry, model: RoutedModel, engine: Engine) -> Contender:
     if entry.execution not in ("dense", "sliced"):
         decode = "reuse" if entry.execution == "reuse" else "recompute"
         return Contender(entry, model.backbone, *_routed(model, entry.depths, decode, engine), model)
-    # Which blocks go does not matter for time; the sliced model keeps the first ones and the last.
-    kept = [*range(model.blocks - entry.depths[0] - 1), model.blocks - 1]
+    kept = _kept(model, entry.depths[0])
     backbone = sliced(model.backbone, kept) if entry.depths[0] else model.backbone
     if engine == "eager":
         return Contender(entry, backbone, lambda _: DynamicCache(config=backbone.config), _plain(backbone))
     fixed = RoutedModel(backbone, StaticPolicy(len(kept)), model.kv).eval()
     return Contender(entry, backbone, *_routed(fixed, (0,) * len(entry.depths), "reuse", engine))
+
+
+def _kept(model: RoutedModel, removed: int) -> list[int]:
+    """Blocks of the sliced model: those that a static run keeps.
+
+    Where prompts differ in their blocks, the first ones and the last: which blocks go does not matter for time.
+    """
+    if isinstance(model.policy, StaticPolicy):
+        state = model.policy.begin((model.blocks - removed) / model.blocks, 1, torch.device("cpu"))
+        return model.policy.decide(state)[0].nonzero().flatten().tolist()
+    return [*range(model.blocks - removed - 1), model.blocks - 1]
 
 
 def _plain(backbone: CausalLM) -> Callable[[Tensor, Tensor, Any], Tensor]:
@@ -212,6 +224,7 @@ class Racer:
     Attributes:
         seconds: spent so far, by phase.
         weight_bytes: weights that a decode step had to read, one sample per turn.
+        executed: blocks that a decode step ran, over all sequences, one sample per turn.
     """
 
     def __init__(self, contender: Contender, batch: Batch, capacity: int) -> None:
@@ -221,6 +234,7 @@ class Racer:
         self.cache = contender.begin(capacity)
         self.seconds: Lap = dict.fromkeys(PHASES, 0.0)
         self.weight_bytes: list[int] = []
+        self.executed: list[int] = []
 
     def prefill(self) -> None:
         """The pass over the prompts, which gives the first new token."""
@@ -230,6 +244,7 @@ class Racer:
         """One turn of decoding."""
         self._run("decode", tokens)
         self.weight_bytes.append(self.contender.weight_bytes())
+        self.executed.append(self.contender.executed())
 
     @torch.no_grad()
     def _run(self, phase: str, passes: int) -> None:
@@ -276,9 +291,10 @@ class Result:
 
     Attributes:
         laps: seconds, repeat by repeat.
-        kv_bytes: keys and values that a decode step reads on average.
+        kv_bytes: keys and values that a block reads for one sequence in a decode step, on average.
         peak_memory_mb: see `_peak_memory_mb`.
         weight_bytes: weights that a decode step had to read, samples.
+        executed: blocks that a decode step ran, over all sequences of the batch, samples.
         capture: cost of its captured graphs, {seconds, memory_mb, graphs}; None without.
     """
 
@@ -286,6 +302,7 @@ class Result:
     kv_bytes: float
     peak_memory_mb: float | None
     weight_bytes: list[int] = field(default_factory=list)
+    executed: list[int] = field(default_factory=list)
     capture: dict[str, float] | None = None
 
     def add(self, racer: Racer, repeat: int) -> None:
@@ -293,6 +310,7 @@ class Result:
         for phase in PHASES:
             self.laps[repeat][phase] += racer.seconds[phase]
         self.weight_bytes += racer.weight_bytes
+        self.executed += racer.executed
         graph = getattr(racer.cache, "graph", None)
         if graph is not None:
             self.capture = {"seconds": graph.capture_seconds, "memory_mb": graph.memory_mb, "graphs": graph.graphs}
@@ -471,12 +489,15 @@ def _metrics(results: Sequence[dict[Entry, Result]], amount: Amount) -> dict[Ent
 def _references(entry: Entry, heat: dict[Entry, Result]) -> dict[str, list[Lap]]:
     """What an entry is compared with, repeat by repeat of its heat, by the name of the ratio."""
     dense = next(result.laps for other, result in heat.items() if other.execution == "dense")
-    limits = {other.removed: result.laps for other, result in heat.items() if other.execution == "sliced"}
+    limits = {other.removed: result for other, result in heat.items() if other.execution == "sliced"}
     found = {"speedup": dense}
     if entry.execution in ("reuse", "recompute") and entry.removed in limits:
-        found["of_sliced"] = limits[entry.removed]
+        limit = limits[entry.removed]
+        # A policy that does not keep the budget ran another depth than the sliced model, which is no limit of it then.
+        if statistics.mean(limit.executed) == statistics.mean(heat[entry].executed):
+            found["of_sliced"] = limit.laps
     if entry.execution == "mixed":
-        alone = [limits[depth] if depth else dense for depth in entry.depths]
+        alone = [limits[depth].laps if depth else dense for depth in entry.depths]
         found["of_ideal"] = [
             {phase: statistics.mean(lap[phase] for lap in laps) for phase in PHASES}
             for laps in zip(*alone, strict=True)
@@ -492,6 +513,7 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
         "prompt_tokens_mean": amount.prompt_tokens / amount.sequences,
         "new_tokens": amount.new_tokens,
         "repeats": len(result.laps),
+        "executed_mean": statistics.mean(result.executed) / amount.batch_size,
         "removed_per_sequence": list(entry.depths) if entry.execution == "mixed" else None,
     }
     for phase in PHASES:
@@ -510,7 +532,8 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
         else spread([sum(best.values()) / sum(own.values()) for best, own in zip(ideal, result.laps, strict=True)])
     )
     steps_per_s = metrics["decode_tok_s"]["median"] / amount.batch_size
-    metrics["decode_gb_s"] = (statistics.mean(result.weight_bytes) + result.kv_bytes) * steps_per_s / 1e9
+    read = statistics.mean(result.weight_bytes) + statistics.mean(result.executed) * result.kv_bytes
+    metrics["decode_gb_s"] = read * steps_per_s / 1e9
     metrics["peak_memory_mb"] = result.peak_memory_mb
     metrics["capture"] = result.capture
     return metrics

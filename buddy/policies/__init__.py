@@ -6,10 +6,17 @@ from typing import Any
 
 from buddy.errors import unknown
 from buddy.policies.buddy import BuddyPolicy
+from buddy.policies.first import FirstPolicy
+from buddy.policies.pudding import PuddingPolicy
 from buddy.policies.static import StaticPolicy
 from buddy.routing.policy import Policy
 
-POLICIES: dict[str, type[Policy]] = {"buddy": BuddyPolicy, "static": StaticPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "buddy": BuddyPolicy,
+    "first": FirstPolicy,
+    "pudding": PuddingPolicy,
+    "static": StaticPolicy,
+}
 
 
 def create(name: str, **settings: Any) -> Policy:

@@ -127,6 +127,11 @@ class BuddyPolicy(Policy):
         scores = self._scores_each(state, keys, values, mask, prompt)
         return torch.nn.functional.pad(keep_top(scores, state.first), (self.source_block, 1), value=True)
 
+    def diagnostics(self, state: BuddyState) -> dict[str, float]:
+        """Mean entropy of the softmax over the scores, nats."""
+        entropy = torch.distributions.Categorical(logits=self.scores(state)).entropy()
+        return {"score_entropy": entropy.mean().item()}
+
     def gates(self, state: BuddyState) -> Tensor:
         """Straight-through gates of the chosen route, 1 for the blocks that always run."""
         return self._gates(state, self.scores(state))

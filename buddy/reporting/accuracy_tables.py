@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from buddy.reporting import measures, published
 from buddy.reporting.cells import coordinates, number, provenance
-from buddy.reporting.grid import Cell, Grid, Row, rank
+from buddy.reporting.grid import Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import TASK_LABELS, series_labels
-from buddy.reporting.study import Study
+from buddy.reporting.study import Series, Study
 from buddy.settings import Ablation, Table, Variant
 
 ERROR_NOTE = "± standard error over a task's items; that of the average is sqrt(sum of squares) / number of tasks."
 
 
 def accuracy(study: Study, name: str, table: Table) -> Grid:
-    """Rows: dense, then at each depth every method; columns: tasks and their average."""
+    """Rows: dense, without and with LoRA; then at each depth every method of the study, BUDDY last, and after them those
+    without LoRA. Columns: tasks and their average."""
     backbone = str(table.backbone)
-    columns = [*study.tasks, "average"]
-    series = study.series(backbone)
-    label = series_labels(series)
+    compared = study.compared(backbone)
+    label = series_labels(compared)
     rows: list[Row] = []
     for removed in [0, *study.removed(backbone)]:
-        group: list[Row] = []
-        for one, method in series.items():
-            if (method == "dense") == (removed == 0):
-                cells = _accuracy_cells(study, name, backbone, one, method, removed)
-                # One method needs no rule between depths, only one below the dense row.
-                starts = not group and (len(series) > 2 or removed == study.removed(backbone)[0])
-                group.append(Row((str(removed), label[one]), list(cells), starts_group=starts))
+        at_depth = [one for one in compared if removed in one.depths]
+        group = [_accuracy_row(study, name, backbone, one, label[one.path], removed) for one in at_depth]
         if removed:
-            for column in range(len(columns)):
-                rank(row.cells[column] for row in group)
+            rank_columns(group, at_depth)
+        if group:
+            # One method needs no rule between depths, only one below the dense row.
+            group[0].starts_group = len(group) > 1 or removed in (0, study.removed(backbone)[0])
         rows += group
     mean = "Avg." if study.whole_suite else f"Avg. of {len(study.tasks)}"
-    notes = ["Accuracy in percent, length-normalised where the task has it."]
-    if any(cell is not None and cell.rank for row in rows for cell in row.cells):
-        notes.append("At each depth the best method is bold, the second underlined.")
     return Grid(
         name=name,
         caption=f"Accuracy of {backbone} ({study.blocks(backbone)} blocks) with blocks removed.",
@@ -46,24 +40,44 @@ def accuracy(study: Study, name: str, table: Table) -> Grid:
         rows=rows,
         error_note=ERROR_NOTE,
         latex_errors=frozenset({len(study.tasks)}),
-        notes=[*notes, *provenance(study, "accuracy", backbone)],
+        notes=[
+            "Accuracy in percent, length-normalised where the task has it.",
+            *rank_note(rows, compared),
+            *provenance(study, "accuracy", backbone),
+        ],
     )
 
 
-def _accuracy_cells(study: Study, name: str, backbone: str, series: str, method: str, removed: int) -> list[Cell]:
+def _accuracy_row(study: Study, name: str, backbone: str, series: Series, label: str, removed: int) -> Row:
     paper = published.backbone(backbone, study.config.backbones[backbone])
-    beside = published.accuracy(number(name), paper, method, removed)
-    variant: Mapping[str, Any] = {}
-    if method == "buddy":
-        variant = study.config.buddy_run(backbone, study.config.study.main.model_dump(), 0).variant
-        beside = beside if dict(variant) == published.MAIN_VARIANT else {}
+    beside: dict[str, float] = {}
+    if published.has_figures_of(series.method, series.variant):
+        beside = published.accuracy(number(name), paper, series.method, removed)
     if not study.whole_suite:
         beside.pop("average", None)
-    at = coordinates(study, name, backbone, method, variant, removed)
-    found = measures.accuracy(study, backbone, series, method, removed)
-    return [
+    at = coordinates(study, name, backbone, series, removed)
+    found = measures.accuracy(study, backbone, series, removed)
+    cells: list[Cell | None] = [
         Cell({**at, "task": task, "unit": "%"}, found[task], beside.get(task)) for task in [*study.tasks, "average"]
     ]
+    return Row((str(removed), label + ran(one for one in found.values() if one.value is not None)), cells)
+
+
+def rank_columns(rows: Sequence[Row], series: Sequence[Series]) -> None:
+    """Rank every column among the rows of one depth: those with LoRA, and apart from them those without."""
+    for lora in ("trained", "none"):
+        group = [row for row, one in zip(rows, series, strict=True) if one.lora == lora]
+        for column in range(len(group[0].cells) if group else 0):
+            rank(row.cells[column] for row in group)
+
+
+def rank_note(rows: Iterable[Row], series: Iterable[Series]) -> list[str]:
+    """What bold and underlined mean, if anything is."""
+    if not any(cell is not None and cell.rank for row in rows for cell in row.cells):
+        return []
+    pruned = {one.lora for one in series if one.depths != (0,)}
+    apart = ", with LoRA and without it apart" if len(pruned) > 1 else ""
+    return [f"At each depth the best method is bold, the second underlined{apart}."]
 
 
 def ablation(study: Study, name: str, table: Table) -> Grid:
@@ -74,14 +88,14 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
     axes = _axes(ablation)
     depths = study.removed(backbone)
     rows = []
-    for variant, series in study.ablation_rows(ablation.name):
+    for series in study.ablation_rows(ablation.name):
         cells: list[Cell | None] = []
         for removed in depths:
-            found = measures.accuracy(study, backbone, series, "buddy", removed)["average"]
-            beside = published.ablation(number(name), paper, variant, removed) if study.whole_suite else None
-            at = coordinates(study, name, backbone, "buddy", variant, removed)
+            found = measures.accuracy(study, backbone, series, removed)["average"]
+            beside = published.ablation(number(name), paper, series.variant, removed) if study.whole_suite else None
+            at = coordinates(study, name, backbone, series, removed)
             cells.append(Cell({**at, "task": "average", "unit": "%"}, found, beside))
-        rows.append(Row(tuple(_axis_label(axis, variant) for axis in axes), cells))
+        rows.append(Row(tuple(_axis_label(axis, series.variant) for axis in axes), cells))
     for column in range(len(depths)):
         rank((row.cells[column] for row in rows), second=False)
     what = " and ".join(axis.replace("_", " ") for axis in axes)

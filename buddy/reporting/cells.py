@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from buddy.reporting.labels import method_label
-from buddy.reporting.study import Study
+from buddy.reporting.study import Series, Study
 from buddy.settings import Variant
 
 
@@ -15,26 +14,25 @@ def number(name: str) -> int:
     return int("".join(filter(str.isdigit, name)) or 0)
 
 
-def coordinates(
-    study: Study, name: str, backbone: str, method: str, variant: Mapping[str, Any], removed: int
-) -> dict[str, Any]:
+def coordinates(study: Study, name: str, backbone: str, series: Series, removed: int) -> dict[str, Any]:
     """The first columns of a cell's row in the CSV; an axis that does not apply is None."""
     blocks = study.blocks(backbone)
     return {
         "table": name,
         "study": study.name,
         "backbone": backbone,
-        "method": method,
-        **{axis: variant.get(axis) for axis in Variant.model_fields},
+        "method": series.method,
+        **{axis: series.variant.get(axis) for axis in (*Variant.model_fields, "criterion")},
+        "lora": series.lora,
         "removed": removed,
         "executed": blocks - removed,
         "fraction": round((blocks - removed) / blocks, 6),
     }
 
 
-def provenance(study: Study, kind: str, backbone: str) -> list[str]:
+def provenance(study: Study, kind: str, *backbones: str) -> list[str]:
     """One note on where and how often the records were measured."""
-    rows = study.frame[(study.frame.kind == kind) & (study.frame.backbone == backbone)]
+    rows = study.frame[(study.frame.kind == kind) & study.frame.backbone.isin(backbones)]
     told = {tuple(part for part in pair if isinstance(part, str)) for pair in zip(rows.device, rows.dtype, strict=True)}
     devices = sorted(", ".join(parts) for parts in told if parts)
     seeds = len(study.config.study.seeds)
@@ -42,5 +40,10 @@ def provenance(study: Study, kind: str, backbone: str) -> list[str]:
     if study.config.study.records is not None:
         parts.append(f"Records: {study.config.study.records}.")
     if kind == "accuracy" and seeds > 1:
-        parts.append(f"{method_label('buddy')} is the mean of {seeds} seeds.")
+        parts.append(f"What was trained is the mean of {seeds} seeds.")
     return [" ".join(parts)] if parts else []
+
+
+def either(values: Iterable[float]) -> str:
+    """The different whole numbers among the values: ``16`` or ``8 or 16``."""
+    return " or ".join(str(number) for number in sorted({int(value) for value in values}))

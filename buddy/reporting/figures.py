@@ -11,7 +11,7 @@ from buddy.reporting import measures, style
 from buddy.reporting.grid import limit_text
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
 from buddy.reporting.measures import Measure
-from buddy.reporting.study import Race, Study
+from buddy.reporting.study import Race, Series, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,8 @@ CHANCE = {
     "winogrande": 1 / 2,
 }
 """Accuracy of a blind guess: one over the number of choices."""
+LEGEND_IN = 0.6
+"""Height of a legend that the heights of `_panels` allow for, inches."""
 REFERENCES = ("Chance", "Ideal: blocks / executed")
 
 
@@ -63,7 +65,10 @@ def build(study: Study, name: str) -> dict[str, bytes]:
 
 def accuracy_vs_budget(study: Study) -> Figure:
     """Average accuracy in percent against blocks removed: a panel per backbone, a line per method, bars ± one
-    standard error; dense dashed in its band, chance dotted."""
+    standard error; dense dashed in its band, dense with LoRA dash-dotted, chance dotted.
+
+    A point stands at the depth that really ran, which is not always the one asked for.
+    """
     backbones = [name for name in study.config.study.backbones if _any_accuracy(study, name)]
     if not backbones:
         raise UserError(f"{study.folder}: no accuracy records of the study's backbones to draw")
@@ -71,57 +76,75 @@ def accuracy_vs_budget(study: Study) -> Figure:
     figure, panels = _panels(
         math.ceil(len(backbones) / columns), columns, style.PAGE_IN if columns > 1 else style.COLUMN_IN, 2.35
     )
-    limits: set[int] = set()
+    drawn: list[Measure] = []
     for place, (backbone, axes) in enumerate(zip(backbones, panels, strict=False)):
-        limits |= _accuracy_panel(study, backbone, axes)
+        drawn += _accuracy_panel(study, backbone, axes)
         if len(backbones) > 1:
             axes.set_title(f"{backbone} ({study.blocks(backbone)} blocks)")
         if place % columns == 0:
             axes.set_ylabel(f"Average accuracy of {len(study.tasks)} tasks (%)")
     for spare in panels[len(backbones) :]:
         spare.remove()
-    return _finish(figure, panels[: len(backbones)], limit_text(limits).capitalize() if limits else None)
+    limits = {measure.limit for measure in drawn if measure.limit is not None}
+    told = [limit_text(limits)] if limits else []
+    told += ["points at the mean depth that ran"] if any(measure.off_depth for measure in drawn) else []
+    return _finish(figure, panels[: len(backbones)], "; ".join(told).capitalize() or None)
 
 
 def _any_accuracy(study: Study, backbone: str) -> bool:
-    return any(
-        (backbone, one, x) in study.accuracy_rows for one in study.series(backbone) for x in _depths(study, backbone)
-    )
+    return any((backbone, one.path, x) in study.accuracy_rows for one in study.compared(backbone) for x in one.depths)
 
 
 def _depths(study: Study, backbone: str) -> list[int]:
     return [0, *study.removed(backbone)]
 
 
-def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> set[int]:
-    """Draw one backbone; returns the item limits of what it shows."""
+def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
+    """Draw one backbone; returns what it shows."""
     depths = _depths(study, backbone)
-    series = study.series(backbone)
-    labels = series_labels(series)
-    lines = [one for one, method in series.items() if method != "dense"]
+    blocks = study.blocks(backbone)
+    compared = study.compared(backbone)
+    labels = series_labels(compared)
+    lines = [one.path for one in compared if one.depths != (0,)]
     shift = dict(zip(lines, _shifts(len(lines), depths[-1]), strict=True))
-    limits = set()
-    for place, (one, method) in enumerate(series.items()):
-        found = {x: measures.accuracy(study, backbone, one, method, x)["average"] for x in depths}
-        points = [(x + shift.get(one, 0.0), point) for x, point in found.items() if point.value is not None]
-        limits |= {point.limit for _, point in points if point.limit is not None}
-        errors = [point.stderr or 0.0 for _, point in points]
-        if method == "dense" and points:
-            _dense_band(axes, points[0][1])
-        _line(axes, points, errors, style.mark(method, place), labels[one])
+    shown: list[Measure] = []
+    for one, mark in zip(compared, _marks(compared), strict=True):
+        found = [(removed, measures.accuracy(study, backbone, one, removed)["average"]) for removed in one.depths]
+        points = [
+            (_removed(removed, blocks, point) + shift.get(one.path, 0.0), point)
+            for removed, point in found
+            if point.value is not None
+        ]
+        shown += [point for _, point in points]
+        if one.depths == (0,) and points:
+            _reference_level(axes, points[0][1], mark, band=one.method == "dense")
+        _line(axes, points, [point.stderr or 0.0 for _, point in points], mark, labels[one.path])
     chance = 100 * sum(CHANCE[task] for task in study.tasks) / len(study.tasks)
     axes.axhline(chance, color=style.GREY, linewidth=0.9, linestyle=style.DOTTED, zorder=1, label=REFERENCES[0])
-    _budget_axis(axes, depths, study.blocks(backbone))
-    return limits
+    _budget_axis(axes, depths, blocks)
+    _reach(axes, depths[-1], [_removed(depths[-1], blocks, point) for point in shown])
+    return shown
 
 
-def _dense_band(axes: Axes, dense: Measure) -> None:
-    """The dense model's level across all depths, in a band of one standard error."""
+def _marks(series: Sequence[Series]) -> list[style.Mark]:
+    """The mark of each: that of its method, the marker filled otherwise where the method has several."""
+    before = [[other.method for other in series[:place]] for place in range(len(series))]
+    return [style.mark(one.method, others.count(one.method)) for one, others in zip(series, before, strict=True)]
+
+
+def _removed(removed: int, blocks: int, point: Measure) -> float:
+    """Blocks that a measurement left out on average."""
+    return blocks - point.executed_mean if point.off_depth and point.executed_mean is not None else removed
+
+
+def _reference_level(axes: Axes, dense: Measure, mark: style.Mark, band: bool) -> None:
+    """The level of an unpruned model across all depths; ``band``: within one standard error."""
     if dense.value is None:
         return
-    error = dense.stderr or 0.0
-    axes.axhspan(dense.value - error, dense.value + error, color="#E8E8E8", linewidth=0, zorder=0)
-    axes.axhline(dense.value, color=style.INK, linewidth=0.9, linestyle=style.DASHED, zorder=1)
+    if band:
+        error = dense.stderr or 0.0
+        axes.axhspan(dense.value - error, dense.value + error, color="#E8E8E8", linewidth=0, zorder=0)
+    axes.axhline(dense.value, color=mark.color, linewidth=0.9, linestyle=mark.dash, zorder=1)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, Measure]], errors: Any, mark: style.Mark, label: str) -> None:
@@ -145,6 +168,12 @@ def _removed_axis(axes: Axes, depths: Sequence[int]) -> None:
     margin = 0.06 * depths[-1]
     axes.set_xlim(-margin, depths[-1] + margin)
     axes.set_xticks(depths)
+
+
+def _reach(axes: Axes, deepest: int, xs: Sequence[float]) -> None:
+    """Widen the axis for methods that ran fewer blocks than the deepest pruning leaves."""
+    if max(xs, default=0.0) > deepest:
+        axes.set_xlim(right=1.06 * max(xs))
 
 
 def _shifts(lines: int, deepest: int, step: float = 0.014) -> list[float]:
@@ -227,6 +256,8 @@ def _finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> 
             entries.setdefault(label, handle)
     # Reference curves come after what was measured.
     entries = {label: entries[label] for label in sorted(entries, key=REFERENCES.__contains__)}
+    height = figure.get_figheight()
+    figure.set_figheight(height + len(entries))  # room for any legend while they are tried
     for rows in range(1, len(entries) + 1):
         columns = math.ceil(len(entries) / rows)
         # matplotlib fills a legend column by column; people read row by row.
@@ -237,6 +268,8 @@ def _finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> 
         )
         figure.draw_without_rendering()
         if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            # Panels keep their size under a legend of many methods.
+            figure.set_figheight(height + max(0.0, legend.get_window_extent().height / figure.dpi - LEGEND_IN))
             break
         legend.remove()
     return figure

@@ -14,21 +14,21 @@ from buddy.records import Record, find
 
 log = logging.getLogger(__name__)
 
-VARIANT = ("feature", "prior", "omega", "source_block", "kv", "decode")
+VARIANT = ("feature", "prior", "omega", "source_block", "criterion", "lora", "kv", "decode")
 ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
 COLUMNS = (
     *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
     *("dataset", "batch_size", "engine", "execution", "removed_per_sequence"),
-    *("phase", "component", "context", "task"),
+    *("phase", "component", "context", "task", "filter"),
     *("metric", "value", "stderr", "low", "high", "values", "n"),
     *("limit", "few_shot", "executed_mean", "prompts", "new_tokens", "tokens", "steps"),
     *(*ENVIRONMENT, "commit", "wall_s", "gpu_s"),
 )
 """Columns of the frame.
 
-``series`` is the run without its backbone and seed, as in its path; ``value`` is in the unit that ``metric`` names
-(accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes,
-where the record has them. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
+``series`` is the run without its backbone, its seed and (of a peer) its depth, as in its path; ``value`` is in the unit that ``metric`` names
+(accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes, or
+prompts, where the record has them. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
 _NOT_SERIES = ("backbone", "seed", "dataset", "batch", "engine", "execution", "removed", "indicator")
 _RATES = ("prefill_tok_s", "decode_tok_s")
@@ -68,7 +68,8 @@ def load(folder: str | Path) -> pd.DataFrame:
 
 
 def series_of(run_path: str) -> str:
-    """A run's path (`buddy.config.Run.path`) without its backbone and seed: equal for runs to be averaged."""
+    """A run's path (`buddy.config.Run.path`) without its backbone, seed and depth: equal for runs to be averaged, and
+    for a peer's runs at its depths."""
     return "/".join(part for part in run_path.split("/") if "~" in part and part.split("~")[0] not in _NOT_SERIES)
 
 
@@ -93,6 +94,10 @@ def _head(record: Record) -> dict[str, Any]:
 def _rows(record: Record) -> Iterator[dict[str, Any]]:
     if record.kind == "accuracy":
         yield from _accuracy(record)
+    elif record.kind == "generation":
+        yield from _generation(record)
+    elif record.kind == "trace":
+        yield from _trace(record)
     elif record.kind == "latency":
         yield from _latency(record)
     elif record.kind == "breakdown":
@@ -121,6 +126,39 @@ def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
         }
 
 
+def _generation(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per task and filter (the way an answer is found in the text): the share of exact matches."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    metrics = record.metrics
+    common = {name: metrics.get(name) for name in ("limit", "few_shot", "executed_mean", "new_tokens")}
+    for task, scores in metrics["tasks"].items():
+        errors = scores.get("exact_match_stderr") or {}
+        for name, value in scores["exact_match"].items():
+            yield {
+                **{**common, "task": task, "filter": name, "n": int(scores["n"])},
+                **{"metric": "exact_match", "value": float(value), "stderr": _number(errors.get(name))},
+            }
+
+
+_TRACED = ("executed_min", "executed_max", "largest_deviation", "distinct_paths_over_prompts", "changed_steps_mean")
+
+
+def _trace(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per figure that sums up the paths of all prompts."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    metrics = record.metrics
+    common = {name: metrics[name] for name in ("dataset", "executed_mean")}
+    common |= {name: int(metrics[name]) for name in ("prompts", "new_tokens")}
+    yield {**common, "metric": "executed_mean", "value": float(metrics["executed_mean"])}
+    for name in _TRACED:
+        if metrics.get(name) is not None:
+            yield {**common, "metric": name, "value": float(metrics[name])}
+    paths = metrics["distinct_paths_per_generation"]
+    yield {**common, "metric": "distinct_paths_per_generation", **_spread(paths), "value": float(paths["mean"])}
+
+
 def _latency(record: Record) -> Iterator[dict[str, Any]]:
     """One row per rate, and per ratio, bandwidth, memory and capture figure that the record has."""
     if record.budget is None:
@@ -130,6 +168,7 @@ def _latency(record: Record) -> Iterator[dict[str, Any]]:
         **{name: metrics[name] for name in ("dataset", "engine", "execution")},
         **{name: int(metrics[name]) for name in ("batch_size", "prompts", "new_tokens")},
         "removed_per_sequence": tuple(metrics.get("removed_per_sequence") or ()) or None,
+        "executed_mean": metrics.get("executed_mean"),
         "n": int(metrics["repeats"]),
     }
     for name in _RATES:

@@ -8,7 +8,10 @@ from typing import Any
 
 from buddy.reporting.measures import Measure
 
-FIGURES = ("value", "stderr", "p10", "p90", "seed_sd", "n", "seeds", "published", "difference", "limit", "note")
+FIGURES = (
+    *("value", "stderr", "p10", "p90", "seed_sd", "n", "seeds"),
+    *("published", "difference", "executed_mean", "limit", "note"),
+)
 """Columns of a tidy CSV after the coordinates of the cell (see `buddy.reporting.measures.Measure`)."""
 
 
@@ -38,7 +41,8 @@ class Cell:
         limited = limit_text([measure.limit]) if measure.limit is not None else ""
         return {
             **self.at,
-            **{name: getattr(measure, name) for name in ("value", "stderr", "seed_sd", "n", "seeds", "limit")},
+            **{name: getattr(measure, name) for name in ("value", "stderr", "seed_sd", "n", "seeds")},
+            **{name: getattr(measure, name) for name in ("executed_mean", "limit")},
             "p10": measure.low,
             "p90": measure.high,
             "published": self.published,
@@ -49,11 +53,19 @@ class Cell:
 
 @dataclass
 class Row:
-    """A row: its labels, its cells (None: a cell that has no meaning here), and whether a new group starts with it."""
+    """A row of a table.
+
+    Attributes:
+        labels: of its columns to the left.
+        cells: None is a cell that has no meaning here.
+        starts_group: whether a new group of rows starts with it.
+        unshown: cells that only the CSV has.
+    """
 
     labels: tuple[str, ...]
     cells: list[Cell | None]
     starts_group: bool = False
+    unshown: list[Cell] = field(default_factory=list)
 
     @property
     def limited(self) -> bool:
@@ -93,17 +105,19 @@ class Grid:
 
     def records(self) -> list[dict[str, Any]]:
         """The tidy table: one dictionary per cell."""
-        own = [cell.record() for row in self.rows for cell in row.cells if cell is not None]
+        own = [cell.record() for row in self.rows for cell in [*row.cells, *row.unshown] if cell is not None]
         return own + (self.below.records() if self.below else [])
 
 
 def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
     """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark.
 
-    With fewer than two measured cells there is nothing to compare and nothing is marked.
+    A cell measured at another depth than it stands for does not compete. With fewer than two that do there is nothing to
+    compare and nothing is marked.
     """
     shown: dict[int, float] = {}
     measured = [cell for cell in cells if cell is not None and cell.measure.value is not None]
+    measured = [cell for cell in measured if not cell.measure.off_depth]
     for index, cell in enumerate(measured):
         shown[index] = float(f"{cell.measure.value:.{cell.decimals}f}")
     if len(measured) < 2:
@@ -114,6 +128,21 @@ def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
         cell.rank = place if place == 1 or (place == 2 and second) else 0
 
 
+OFF_DEPTH_NOTE = (
+    "(ran N): the mean number of blocks that really ran, where it is not the one asked for; such a row is not ranked."
+)
+
+
+def ran(measures: Iterable[Measure]) -> str:
+    """`` (ran 27.3)`` where any of a row's figures was measured at another depth than asked for, else ""; one number
+    per figure where they differ."""
+    found = list(measures)
+    if not any(measure.off_depth for measure in found):
+        return ""
+    means = ["\N{EN DASH}" if measure.executed_mean is None else f"{measure.executed_mean:.1f}" for measure in found]
+    return f" (ran {' / '.join(means[:1] if len(set(means)) == 1 else means)})"
+
+
 def limit_text(limits: Iterable[int | None]) -> str:
     """``limited to N items per task`` for the limits found."""
     found = sorted({limit for limit in limits if limit is not None})
@@ -121,16 +150,18 @@ def limit_text(limits: Iterable[int | None]) -> str:
 
 
 def add_notes(grid: Grid) -> Grid:
-    """Append the notes that its cells call for: limited rows, missing cells, missing seeds."""
+    """Append the notes that its cells call for: other depths, limited rows, missing cells, missing seeds."""
     cells = [cell for row in grid.rows for cell in row.cells if cell is not None]
+    if any(cell.measure.off_depth for cell in cells):
+        grid.notes.append(OFF_DEPTH_NOTE)
     limits = {cell.measure.limit for cell in cells} - {None}
     if limits:
         grid.notes.append(f"† {limit_text(limits)}.")
     if any(cell.measure.value is None for cell in cells):
         grid.notes.append("\N{EN DASH} not measured.")
-    partial = {cell.measure.note for cell in cells if cell.measure.note.endswith("seeds")}
+    partial = {cell.measure.note for cell in cells if cell.measure.note.endswith(("seeds", "depths"))}
     if partial:
-        grid.notes.append(f"Incomplete: some cells average {' or '.join(sorted(partial))}.")
+        grid.notes.append(f"Incomplete: some cells have {' or '.join(sorted(partial))}.")
     if grid.below is not None:
         add_notes(grid.below)
     return grid

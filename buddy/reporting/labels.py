@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+
+from buddy.reporting.study import Series, is_main_criterion
 
 TASK_LABELS = {
     "openbookqa": "OBQA",
@@ -16,6 +18,7 @@ TASK_LABELS = {
 }
 _METHODS = {
     "dense": "Dense",
+    "dense_lora": "Dense (LoRA)",
     "shortened_llama": "Shortened LLaMA",
     "shortgpt": "ShortGPT",
     "sleb": "SLEB",
@@ -30,6 +33,7 @@ EXECUTIONS = {
     "recompute": "BUDDY (recompute)",
     "mixed": "BUDDY (mixed budgets)",
 }
+_CRITERIA = {"block_influence": "block influence", "ppl": "PPL", "taylor": "Taylor"}
 COMPONENTS = {
     "backbone": "Backbone compute",
     "decision": "Decision Module",
@@ -54,12 +58,17 @@ def method_label(method: str) -> str:
     return _METHODS.get(method, method)
 
 
-def series_labels(series: Mapping[str, str]) -> dict[str, str]:
-    """Labels of series (see `buddy.reporting.study.Study.series`); those that share a method also name their axes."""
-    methods = list(series.values())
+def series_labels(series: Sequence[Series]) -> dict[str, str]:
+    """Labels of series by their path: the method, what ranks its blocks where that is not plain, and a want of LoRA."""
+    criteria: dict[str, set[str]] = {}
+    for one in series:
+        criteria.setdefault(one.method, set()).add(str(one.variant.get("criterion")))
     labels = {}
-    for one, method in series.items():
-        axes = [level.replace("~", " ") for level in one.split("/") if not level.startswith("method~")]
-        alone = methods.count(method) == 1 or not axes
-        labels[one] = method_label(method) if alone else f"{method_label(method)} ({', '.join(axes)})"
+    for one in series:
+        criterion = one.variant.get("criterion")
+        plain = criterion is None or (len(criteria[one.method]) == 1 and is_main_criterion(one.method, criterion))
+        told = [] if plain else [_CRITERIA.get(str(criterion), str(criterion))]
+        if one.method != "dense" and one.lora == "none":
+            told.append("no LoRA")
+        labels[one.path] = method_label(one.method) + (f" ({', '.join(told)})" if told else "")
     return labels

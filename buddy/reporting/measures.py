@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from buddy.reporting.study import Race, Study
+from buddy.reporting.study import Race, Series, Study
 
 NOT_MEASURED = "not measured"
+DEPTH_TOLERANCE = 0.05
+"""Blocks by which the mean depth of a measurement may miss the one asked for and still count as it."""
 RESAMPLES = 1000
 """Bootstrap resamples behind the standard error of a median; the generator's seed is fixed."""
 
@@ -28,11 +30,13 @@ class Measure:
         stderr: standard error in the same unit. Over a task's items for an accuracy, sqrt(sum of squares) / tasks
             for the average. Seeds see the same items, so theirs is averaged and not divided by their number.
             For timings: bootstrap over the timed passes.
-        low, high: 10th and 90th percentile over the timed passes.
+        low, high: 10th and 90th percentile over the timed passes, or over prompts.
         seed_sd: standard deviation between seeds, where there are several.
-        n: items, or timed passes.
+        n: items, timed passes, or prompts.
         seeds: number of seeds behind it.
         limit: items per task the evaluation was cut to, if it was.
+        executed_mean: number of blocks that ran on average; the mean over seeds.
+        off_depth: whether that misses the depth asked for (by more than ``DEPTH_TOLERANCE``) in any of the seeds.
         note: why the value is absent or incomplete.
     """
 
@@ -44,28 +48,21 @@ class Measure:
     n: int | None = None
     seeds: int = 0
     limit: int | None = None
+    executed_mean: float | None = None
+    off_depth: bool = False
     note: str = NOT_MEASURED
 
 
-def accuracy(study: Study, backbone: str, series: str, method: str, removed: int) -> dict[str, Measure]:
+def accuracy(study: Study, backbone: str, series: Series, removed: int) -> dict[str, Measure]:
     """Accuracies in percent of one row: per task of the study, and ``average`` over them.
 
     A seed enters the average only with all its tasks.
     """
-    seeds = study.seeds(backbone, series, method)
+    seeds = series.seeds
     per_seed: dict[int, dict[str, Measure]] = {}
-    for row in study.accuracy_rows.get((backbone, series, removed), []):
-        if row["seed"] not in seeds:
-            continue
-        measure = Measure(
-            value=100 * row["value"],
-            stderr=_percent(row["stderr"]),
-            n=int(row["n"]),
-            seeds=1,
-            limit=_integer(row["limit"]),
-            note="",
-        )
-        per_seed.setdefault(row["seed"], {})[row["task"]] = measure
+    for row in study.accuracy_rows.get((backbone, series.path, removed), []):
+        if row["seed"] in seeds:
+            per_seed.setdefault(row["seed"], {})[row["task"]] = _scored(row)
     found = {
         task: over_seeds([tasks[task] for tasks in per_seed.values() if task in tasks], len(seeds))
         for task in study.tasks
@@ -79,6 +76,36 @@ def accuracy(study: Study, backbone: str, series: str, method: str, removed: int
     return found
 
 
+def answers(study: Study, backbone: str, series: Series, removed: int) -> dict[tuple[str, str], Measure]:
+    """Exact matches in percent of generated answers, by task and filter; {} if not measured."""
+    found: dict[tuple[str, str], list[Measure]] = {}
+    for row in study.generation_rows.get((backbone, series.path, removed), []):
+        if row["seed"] in series.seeds:
+            found.setdefault((row["task"], row["filter"]), []).append(_scored(row))
+    return {key: over_seeds(seeds, len(series.seeds)) for key, seeds in found.items()}
+
+
+def _scored(row: Mapping[str, Any]) -> Measure:
+    """One seed's score in percent."""
+    return Measure(
+        value=100 * row["value"],
+        stderr=_percent(row["stderr"]),
+        n=int(row["n"]),
+        seeds=1,
+        limit=_integer(row["limit"]),
+        **_depth(row),
+        note="",
+    )
+
+
+def _depth(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``executed_mean`` and ``off_depth``; a record may not say how many blocks ran, and a batch of mixed budgets has no
+    one depth to miss."""
+    mean = None if pd.isna(row["executed_mean"]) else float(row["executed_mean"])
+    misses = mean is not None and abs(mean - row["executed"]) > DEPTH_TOLERANCE
+    return {"executed_mean": mean, "off_depth": misses and row["execution"] != "mixed"}
+
+
 def average(tasks: Sequence[Measure]) -> Measure:
     """Plain mean over tasks; its standard error is sqrt(sum of squared errors) / number of tasks."""
     errors = [task.stderr for task in tasks]
@@ -89,6 +116,8 @@ def average(tasks: Sequence[Measure]) -> Measure:
         n=sum(task.n or 0 for task in tasks),
         seeds=1,
         limit=max((task.limit for task in tasks if task.limit is not None), default=None),
+        executed_mean=_mean(task.executed_mean for task in tasks),
+        off_depth=any(task.off_depth for task in tasks),
         note="",
     )
 
@@ -107,6 +136,8 @@ def over_seeds(seeds: Sequence[Measure], expected: int) -> Measure:
         n=seeds[0].n,
         seeds=len(seeds),
         limit=max((seed.limit for seed in seeds if seed.limit is not None), default=None),
+        executed_mean=_mean(seed.executed_mean for seed in seeds),
+        off_depth=any(seed.off_depth for seed in seeds),
         note="" if len(seeds) >= expected else f"{len(seeds)} of {expected} seeds",
     )
 
@@ -128,13 +159,15 @@ LATENCY_METRICS = {
 """Metrics of the latency table and their units, in its order; ``decode_of_copy`` is decode_gb_s over copy_gb_s."""
 
 
-def latency(study: Study, backbone: str, race: Race, execution: str, removed: int) -> dict[str, Measure]:
-    """Figures of one row of the latency table, for BUDDY's main variant; {} if not measured."""
+def latency(
+    study: Study, backbone: str, race: Race, execution: str, removed: int, series: str | None = None
+) -> dict[str, Measure]:
+    """Figures of one row of the latency table, for a timed series (BUDDY's main variant by default); {} if not measured."""
     per_seed: dict[str, list[Measure]] = {}
     for seed in study.config.study.seeds:
         timed = {
             row["metric"]: _timed(row)
-            for row in study.race_rows(backbone, race)
+            for row in study.race_rows(backbone, race, series)
             if (row["execution"], int(row["removed"]), row["seed"]) == (execution, removed, seed)
         }
         read, copied = timed.get("decode_gb_s"), timed.get("copy_gb_s")
@@ -183,13 +216,13 @@ def routing_cost(study: Study, backbone: str) -> dict[int, dict[str, Measure]]:
 
 def profiled(study: Study, backbone: str, removed: int) -> list[dict[str, Any]]:
     """Rows of the frame behind a breakdown at a depth, of the first seed: one run is profiled, as one is timed."""
-    rows = study.breakdown_rows.get((backbone, study.main_series(backbone), removed), [])
+    rows = study.breakdown_rows.get((backbone, study.main(backbone).path, removed), [])
     return [row for row in rows if row["seed"] == study.config.study.seeds[0]]
 
 
 def _timed(row: Mapping[str, Any]) -> Measure:
     """A timed figure, with spread and standard error where the record has the single passes."""
-    measure = Measure(value=float(row["value"]), n=int(row["n"]), seeds=1, note="")
+    measure = Measure(value=float(row["value"]), n=int(row["n"]), seeds=1, note="", **_depth(row))
     if not isinstance(row["values"], tuple):
         return measure
     return replace(measure, stderr=bootstrap(row["values"]), low=float(row["low"]), high=float(row["high"]))

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from buddy.errors import unknown
+from buddy.reporting.study import is_main_criterion
 from buddy.settings import Backbone, FolderSource, HubSource, RandomSource
 
 FILES = ("accuracy", "ablations", "latency", "breakdown", "figures", "gsm8k", "training_cost")
@@ -40,6 +41,19 @@ _REPOSITORIES = {
 
 MAIN_VARIANT = {"feature": "value", "prior": "taylor", "omega": 0.1, "source_block": 1}
 """The variant behind the paper's BUDDY rows."""
+
+
+def has_figures_of(method: str, variant: Mapping[str, Any]) -> bool:
+    """Whether a method's variant is the one behind the paper's rows: its main one, with LoRA.
+
+    Args:
+        method: its name.
+        variant: its axes (`buddy.config.Run.variant`).
+    """
+    if method == "buddy":
+        return dict(variant) == MAIN_VARIANT  # without LoRA it has one axis more
+    return variant.get("lora", "trained") == "trained" and is_main_criterion(method, variant.get("criterion"))
+
 
 # Table 5's row `value` equals Table 6's row `none`: it was run without a prior. The others vary the main variant.
 _FIXED = {5: {"prior": "none"}}
@@ -95,6 +109,20 @@ def accuracy(table: int, backbone: str | None, method: str, removed: int) -> dic
     ours = {paper: study for study, paper in TASK_NAMES.items()} | {"avg": "average"}
     first = list(frame.columns).index("removed_blocks") + 1
     return {ours.get(column, column): float(row[column]) for column in frame.columns[first:]}
+
+
+def answers(table: int, backbone: str | None, method: str, removed: int) -> float | None:
+    """Published exact match in percent on GSM8K (Table 12); None where the paper has no such cell.
+
+    Args:
+        table: number of the table.
+        backbone: the paper's backbone (`backbone`).
+        method: its name.
+        removed: number of removed blocks.
+    """
+    frame = load("gsm8k")
+    found = frame[(frame.table == table) & (frame.method == method) & (frame.removed_blocks == removed)]
+    return None if found.empty or backbone not in BACKBONES or backbone not in found else float(found.iloc[0][backbone])
 
 
 @cache

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, number, provenance
+from buddy.reporting.cells import coordinates, either, number, provenance
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS
 from buddy.reporting.measures import LATENCY_METRICS, Measure
@@ -29,7 +29,7 @@ def latency(study: Study, name: str, table: Table) -> Grid:
         group[0].starts_group = True
         rows += group
     shown = {metric for row in rows for metric in _metrics_of(row)}
-    columns = [metric for metric in LATENCY_METRICS if metric in shown or metric in _ALWAYS]
+    columns = [metric for metric in LATENCY_METRICS if metric in shown or metric in ALWAYS]
     for row in rows:
         by_metric = {cell.at["metric"]: cell for cell in row.cells if cell is not None}
         row.cells = [by_metric.get(metric) for metric in columns]
@@ -45,7 +45,8 @@ def latency(study: Study, name: str, table: Table) -> Grid:
     )
 
 
-_ALWAYS = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
+ALWAYS = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
+"""Metrics that every timed row has."""
 _LATENCY_HEADERS = {
     "prefill_tok_s": "Prefill tok/s",
     "prefill_speedup": "Speed-up",
@@ -60,7 +61,8 @@ _LATENCY_HEADERS = {
     "decode_of_copy": "Of copy",
     "peak_memory_mb": "Peak MB",
 }
-_DECIMALS = {"tok/s": 1, "x": 2, "GB/s": 1, "MB": 0}
+DECIMALS = {"tok/s": 1, "x": 2, "GB/s": 1, "MB": 0}
+"""Shown digits after the point by unit."""
 
 
 def _latency_rows(study: Study, name: str, backbone: str, race: Race) -> list[Row]:
@@ -90,14 +92,14 @@ def _latency_row(
     blocks = study.blocks(backbone)
     cells: list[Cell | None] = []
     for metric, unit in LATENCY_METRICS.items():
-        if metric in found or metric in _ALWAYS:
+        if metric in found or metric in ALWAYS:
             at = {
                 **{"table": name, "study": study.name, "backbone": backbone, **race._asdict(), "method": method},
                 **{"execution": execution, "removed": removed, "executed": blocks - removed},
                 **{"fraction": round((blocks - removed) / blocks, 6), "metric": metric, "unit": unit},
                 **({"removed_per_sequence": " ".join(map(str, depths))} if depths else {}),
             }
-            cells.append(Cell(at, found.get(metric, Measure()), beside.get(metric), _DECIMALS[unit]))
+            cells.append(Cell(at, found.get(metric, Measure()), beside.get(metric), DECIMALS[unit]))
     span = f"{min(depths)}\N{EN DASH}{max(depths)}" if depths else str(removed)
     dataset = DATASETS.get(race.dataset, race.dataset)
     return Row((dataset, str(race.batch_size), race.engine, span, EXECUTIONS[execution]), cells)
@@ -110,12 +112,7 @@ def _metrics_of(row: Row) -> set[str]:
 def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
     """How it was timed, by the records, and what the columns that are shown mean."""
     rows = [row for race in study.races(backbone) for row in study.race_rows(backbone, race)]
-    over = f" over {_either(rows, 'prompts')} prompts, {_either(rows, 'new_tokens')} new tokens" if rows else ""
-    sizes = " or ".join(map(str, sorted(study.config.latency.batch_sizes)))
-    notes = [
-        f"Median of the timed passes{over}, batch {sizes}. Executions take turns within a pass; a speed-up is the "
-        "median over passes of the ratio to the dense model in the same pass and engine."
-    ]
+    notes = [how_timed(study, rows)]
     if shown & {"prefill_of_sliced", "decode_of_sliced"}:
         notes.append("Of sliced: the same ratio to the model with as many blocks cut out.")
     if shown & {"prefill_of_ideal", "decode_of_ideal"}:
@@ -129,9 +126,14 @@ def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
     return notes
 
 
-def _either(rows: Iterable[Mapping[str, Any]], name: str) -> str:
-    """The different numbers in a column: ``16`` or ``8 or 16``."""
-    return " or ".join(str(number) for number in sorted({int(row[name]) for row in rows}))
+def how_timed(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the records behind these rows of the frame were timed."""
+    told = [either(row[of] for row in rows) for of in ("prompts", "new_tokens")]
+    over = f" over {told[0]} prompts, {told[1]} new tokens" if rows else ""
+    return (
+        f"Median of the timed passes{over}, batch {either(study.config.latency.batch_sizes)}. Executions take turns "
+        "within a pass; a speed-up is the median over passes of the ratio to the dense model in the same pass and engine."
+    )
 
 
 def breakdown(study: Study, name: str, table: Table) -> Grid:
@@ -140,7 +142,7 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
     backbone = str(table.backbone)
     depths = study.removed(backbone)
     profiled = [row for removed in depths for row in measures.profiled(study, backbone, removed)]
-    batch, tokens, steps = (_either(profiled, of) for of in ("batch_size", "tokens", "steps"))
+    batch, tokens, steps = (either(row[of] for row in profiled) for of in ("batch_size", "tokens", "steps"))
     grid = Grid(
         name=name,
         caption=f"What BUDDY's prefill and decode step spend their time on, {backbone} "
@@ -174,8 +176,7 @@ def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> lis
     shape = (rows[0]["batch_size"], rows[0]["tokens"]) if rows else (settings.batch_size, settings.tokens)
     paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
     beside = published.breakdown(number(name), paper, *map(int, shape))
-    variant = study.config.buddy_run(backbone, study.config.study.main.model_dump(), 0).variant
-    at = coordinates(study, name, backbone, "buddy", variant, removed)
+    at = coordinates(study, name, backbone, study.main(backbone), removed)
     shown: list[Row] = []
     for component, label in COMPONENTS.items():
         cells: list[Cell | None] = []
@@ -193,8 +194,7 @@ def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> lis
 
 def _routing_cost(study: Study, name: str, backbone: str) -> Grid | None:
     """Routing of one decode step by context: the running sum, and what scoring the whole context again would cost."""
-    variant = study.config.buddy_run(backbone, study.config.study.main.model_dump(), 0).variant
-    at = coordinates(study, name, backbone, "buddy", variant, 0)
+    at = coordinates(study, name, backbone, study.main(backbone), 0)
     at = {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
     rows = []
     for context, found in measures.routing_cost(study, backbone).items():

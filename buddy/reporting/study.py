@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, get_args
 import pandas as pd
 
 from buddy import config
-from buddy.config import Config
+from buddy.config import Config, Run
 from buddy.errors import UserError, choices
 from buddy.reporting import frame as frames
 from buddy.reporting.frame import series_of
 from buddy.reporting.source import records_folder
-from buddy.settings import TASKS, Engine
+from buddy.settings import CRITERIA, TASKS, Engine
 
-METHOD_ORDER = ("dense", "shortened_llama", "shortgpt", "sleb", "pudding", "first")
-"""Order of methods in tables and legends, as in the paper; methods not named here follow, BUDDY comes last."""
+METHOD_ORDER = ("dense", "dense_lora", "shortened_llama", "shortgpt", "sleb", "pudding", "first", "buddy")
+"""Order of methods in tables and legends: the paper's, BUDDY last."""
 
 
 class Race(NamedTuple):
@@ -29,6 +29,32 @@ class Race(NamedTuple):
     dataset: str
     batch_size: int
     engine: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs of one method that differ in their seed only, and of a peer in their depth: a row at each depth, or a line.
+
+    Attributes:
+        path: as in the frame (`buddy.reporting.frame.series_of`).
+        method: its method.
+        variant: its axes, without a peer's ``removed``.
+        seeds: what it is averaged over.
+        depths: numbers of removed blocks at which it is measured, ascending.
+        runs: number of runs behind all depths, for one seed.
+    """
+
+    path: str
+    method: str
+    variant: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    depths: tuple[int, ...]
+    runs: int
+
+    @property
+    def lora(self) -> str:
+        """Whether it was fine-tuned: ``trained`` or ``none``."""
+        return str(self.variant.get("lora", "none" if self.method == "dense" else "trained"))
 
 
 @dataclass(frozen=True)
@@ -60,6 +86,16 @@ class Study:
         return _grouped(self.frame, "accuracy", ("backbone", "series", "removed"))
 
     @cached_property
+    def generation_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+        """Rows of the frame by backbone, series and number of removed blocks."""
+        return _grouped(self.frame, "generation", ("backbone", "series", "removed"))
+
+    @cached_property
+    def trace_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+        """Rows of the frame by backbone, series and number of removed blocks."""
+        return _grouped(self.frame, "trace", ("backbone", "series", "removed"))
+
+    @cached_property
     def latency_rows(self) -> dict[tuple[str, str, str, int, str], list[dict[str, Any]]]:
         """Rows of the frame by backbone, series, and the fields of a `Race`."""
         return _grouped(self.frame, "latency", ("backbone", "series", *Race._fields))
@@ -77,16 +113,19 @@ class Study:
         """Numbers of removed blocks at which it measures a backbone, ascending."""
         return sorted(self.config.removed(backbone))
 
-    def main_series(self, backbone: str) -> str:
-        """The series of BUDDY's main variant."""
-        return series_of(Config.buddy_run(backbone, self.config.study.main.model_dump(), 0).path)
+    def main(self, backbone: str) -> Series:
+        """BUDDY's main variant, with LoRA if the study has it: what the latency and the breakdown table show."""
+        run = self.config.main_run(backbone)
+        (series,) = self._series(replace(run, seed=seed) for seed in self.config.study.seeds)
+        return series
 
-    def races(self, backbone: str) -> list[Race]:
+    def races(self, backbone: str, series: Collection[str] | None = None) -> list[Race]:
         """What is timed on a backbone, in the order of the tables: per data set every batch size of the study.
 
-        Engines are those of the study that were measured; none measured, its first.
+        Engines are those of the study that were measured; none measured, its first. ``series`` are those whose records
+        count, BUDDY's main variant by default.
         """
-        timed = self._timed(backbone)
+        timed = self._timed(backbone, series)
         measured = {race.engine for race in timed}
         engines = [engine for engine in get_args(Engine) if engine in measured] or self.config.latency.engines[:1]
         sizes = sorted(self.config.latency.batch_sizes)
@@ -112,61 +151,71 @@ class Study:
         timed = {(race.batch_size, race.engine) for race in self._timed(backbone)}
         return "" if timed <= {(1, "eager")} else f"batch {shown.batch_size}, engine {shown.engine}"
 
-    def race_rows(self, backbone: str, race: Race) -> list[dict[str, Any]]:
-        """Rows of the frame that one race left, of BUDDY's main variant and what it is timed against."""
-        return self.latency_rows.get((backbone, self.main_series(backbone), *race), [])
+    def race_rows(self, backbone: str, race: Race, series: str | None = None) -> list[dict[str, Any]]:
+        """Rows of the frame that one race left, of a series (BUDDY's main variant by default) and what it is timed
+        against. A peer is another run at each depth: its series has a race, and a dense model, for each."""
+        return self.latency_rows.get((backbone, series or self.main(backbone).path, *race), [])
 
-    def _timed(self, backbone: str) -> set[Race]:
+    def _timed(self, backbone: str, series: Collection[str] | None = None) -> set[Race]:
         """Races of the study of which there are records."""
-        mine = (backbone, self.main_series(backbone))
+        mine = [(backbone, one) for one in series or [self.main(backbone).path]]
         settings = self.config.latency
         return {
             Race(dataset, int(size), engine)
             for (*whose, dataset, size, engine) in self.latency_rows
-            if tuple(whose) == mine
+            if tuple(whose) in mine
             and dataset in settings.datasets
             and size in settings.batch_sizes
             and engine in settings.engines
         }
 
-    def series(self, backbone: str) -> dict[str, str]:
-        """The methods compared on a backbone: series to method, in the order of the tables, dense first.
+    def compared(self, backbone: str) -> list[Series]:
+        """What the accuracy table compares on a backbone, whether measured or not, in the order of the tables."""
+        return _in_order(self._series(self.config.compared_runs(backbone)))
 
-        Those that the study names, whether measured or not, and every other method of which there are records.
-        """
-        found = {
-            series: rows[0]["method"]
-            for (name, series, _), rows in self.accuracy_rows.items()
-            if name == backbone and rows[0]["method"] not in ("dense", "buddy")
-        }
-        if "dense" in self.config.study.methods:
-            found["method~dense"] = "dense"
-        if "buddy" in self.config.study.methods:
-            found[self.main_series(backbone)] = "buddy"
+    def answering(self, backbone: str) -> list[Series]:
+        """What answers problems by generation, and has its paths traced, on a backbone, in the order of the tables."""
+        return _in_order(self._series(self.config.answering_runs(backbone)))
 
-        def position(item: tuple[str, str]) -> tuple[int, str]:
-            series, method = item
-            known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-            return known + (method == "buddy"), series
+    def timed(self, backbone: str) -> list[Series]:
+        """What is timed on a backbone, in the order of the tables."""
+        return _in_order(self._series(self.config.timed_runs(backbone)))
 
-        return dict(sorted(found.items(), key=position))
+    def ablation_rows(self, name: str) -> list[Series]:
+        """The variants of an ablation, in the order of its values."""
+        return self._series(self.config.ablation_runs(self.config.ablation(name)))
 
-    def seeds(self, backbone: str, series: str, method: str) -> list[int]:
-        """Seeds that a series is averaged over: the study's, or for a method it does not name those recorded."""
-        if method == "dense":
-            return self.config.study.seeds[:1]
-        if method == "buddy":
-            return list(self.config.study.seeds)
-        recorded = [rows for key, rows in self.accuracy_rows.items() if key[:2] == (backbone, series)]
-        return sorted({row["seed"] for rows in recorded for row in rows})
+    def _series(self, runs: Iterable[Run]) -> list[Series]:
+        """Runs that are averaged over, or differ in a peer's depth, together."""
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(series_of(run.path), []).append(run)
+        return [
+            Series(
+                path=path,
+                method=group[0].method,
+                variant={axis: value for axis, value in group[0].variant.items() if axis != "removed"},
+                seeds=tuple(sorted({run.seed for run in group})),
+                depths=tuple(sorted({depth for run in group for depth in self.config.depths(run)})),
+                runs=len({run.axes for run in group}),
+            )
+            for path, group in groups.items()
+        ]
 
-    def ablation_rows(self, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-        """Variants of an ablation with their series, in the order of its values."""
-        found: dict[str, Mapping[str, Any]] = {}
-        for run in self.config.ablation_runs(self.config.ablation(name)):
-            found.setdefault(series_of(run.path), run.variant)
-        for series, variant in found.items():
-            yield variant, series
+
+def is_main_criterion(method: str, criterion: object) -> bool:
+    """Whether it is what a static peer's paper ranks blocks by; other methods have no criterion, None."""
+    known: Mapping[str, tuple[str, ...]] = CRITERIA  # type: ignore[assignment]
+    return criterion == known.get(method, (None,))[0]
+
+
+def _in_order(series: Iterable[Series]) -> list[Series]:
+    """Methods as in the paper; those without LoRA after all with it, as they compete among themselves."""
+
+    def place(one: Series) -> tuple[bool, int]:
+        return one.method != "dense" and one.lora == "none", METHOD_ORDER.index(one.method)
+
+    return sorted(series, key=place)
 
 
 def _grouped(frame: pd.DataFrame, kind: str, by: tuple[str, ...]) -> dict[Any, list[dict[str, Any]]]:

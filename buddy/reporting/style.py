@@ -10,8 +10,8 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,23 +23,26 @@ INK = "#222222"
 GREY = "#767676"
 DASHED = (0, (3.6, 1.6))
 DOTTED = (0, (1, 1.6))
+DASHDOTTED = (0, (3.6, 1.4, 1, 1.4))
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Colour, marker and dash of one line."""
+    """Colour, marker, dash and filling of one line."""
 
     color: str
     marker: str
     dash: Any = "-"
+    fill: Literal["full", "none", "left", "right", "bottom", "top"] = "full"
 
     def line(self) -> dict[str, Any]:
         """Keyword arguments of a matplotlib line."""
-        return {"color": self.color, "marker": self.marker, "linestyle": self.dash}
+        return {"color": self.color, "marker": self.marker, "linestyle": self.dash, "fillstyle": self.fill}
 
 
 MARKS = {
     "dense": Mark(INK, "D", DASHED),
+    "dense_lora": Mark("#8C510A", "d", DASHDOTTED),
     "buddy": Mark("#0072B2", "o"),
     "recompute": Mark("#0072B2", "o"),
     "reuse": Mark("#D55E00", "s", (0, (4, 1.5))),
@@ -50,17 +53,14 @@ MARKS = {
     "pudding": Mark("#882255", "v", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "first": Mark("#56B4E9", "P", (0, (1, 1.2))),
 }
-_SPARE = (
-    Mark("#332288", "h", (0, (3, 1))),
-    Mark("#999933", "<", (0, (1, 1))),
-    Mark("#AA4499", ">", (0, (6, 2))),
-    Mark("#117733", "*", (0, (3, 1, 1, 1))),
+FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
+    *("full", "none", "left", "right", "bottom", "top"),
 )
 
 
-def mark(name: str, place: int = 0) -> Mark:
-    """The mark of a method or execution; a name it does not know gets a spare one, by its place."""
-    return MARKS.get(name, _SPARE[place % len(_SPARE)])
+def mark(name: str, variant: int = 0) -> Mark:
+    """The mark of a method or execution; its second, third, ... variant has the same with the marker filled otherwise."""
+    return replace(MARKS[name], fill=FILLS[variant % len(FILLS)])
 
 
 _RC: dict[str, Any] = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
-from buddy.reporting.grid import limit_text
+from buddy.reporting.generation_table import FILTERS, TASK
+from buddy.reporting.grid import limit_text, ran
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
 from buddy.reporting.measures import Measure
+from buddy.reporting.peer_latency_table import lines
 from buddy.reporting.render import DAGGER, MISSING
-from buddy.reporting.study import Study, load
+from buddy.reporting.study import Race, Series, Study, load
+
+STAR = "*"
 
 
 def summary(folder: str | Path) -> str:
@@ -23,6 +28,7 @@ def summary(folder: str | Path) -> str:
     """
     study = load(folder)
     parts = [_accuracy(study, backbone) for backbone in study.config.study.backbones]
+    parts += filter(None, [_answers(study, backbone) for backbone in study.config.answering_backbones()])
     parts += [_latency(study, backbone) for backbone in study.config.timed_backbones()]
     source = study.config.study.records
     place = f"{study.folder}; records of {source}" if source else f"{study.folder}"
@@ -30,30 +36,79 @@ def summary(folder: str | Path) -> str:
 
 
 def _accuracy(study: Study, backbone: str) -> str:
-    depths = study.removed(backbone)
-    blocks = study.blocks(backbone)
-    series = study.series(backbone)
-    labels = series_labels(series)
-    rows = []
-    limits: set[int] = set()
-    for one, method in series.items():
-        columns = [0] if method == "dense" else depths
-        found = {removed: measures.accuracy(study, backbone, one, method, removed)["average"] for removed in columns}
-        limited = {measure.limit for measure in found.values() if measure.limit is not None}
-        limits |= limited
-        cells = [_percent(found[removed]) if removed in found else "" for removed in (0, *depths)]
-        rows.append([labels[one] + (f" {DAGGER}" if limited else ""), *cells])
-    head = ["blocks removed", "0", *(f"{removed}" for removed in depths)]
-    executed = ["fraction executed", *(fraction(blocks - removed, blocks) for removed in (0, *depths))]
+    compared = study.compared(backbone)
+    scores = {
+        one.path: {removed: measures.accuracy(study, backbone, one, removed)["average"] for removed in one.depths}
+        for one in compared
+    }
     title = f"Accuracy of {backbone}, average of {len(study.tasks)} tasks, % ± standard error"
+    return _by_depth(study, backbone, title, compared, scores)
+
+
+def _answers(study: Study, backbone: str) -> str:
+    """Exact matches on GSM8K, or "" where nothing has been answered yet."""
+    answering = study.answering(backbone)
+    shown = (TASK, FILTERS[0])
+    scores = {
+        one.path: {
+            removed: measures.answers(study, backbone, one, removed).get(shown, Measure()) for removed in one.depths
+        }
+        for one in answering
+    }
+    if not any(measure.value is not None for row in scores.values() for measure in row.values()):
+        return ""
+    title = f"Exact match of {backbone} on GSM8K (strict), % ± standard error"
+    return _by_depth(study, backbone, title, answering, scores)
+
+
+def _by_depth(
+    study: Study, backbone: str, title: str, series: list[Series], scores: dict[str, dict[int, Measure]]
+) -> str:
+    """A row per method, a column per depth; the best method of each is starred, with LoRA and without it apart."""
+    depths = [0, *study.removed(backbone)]
+    blocks = study.blocks(backbone)
+    labels = series_labels(series)
+    best = {
+        (lora, removed): _best(scores[one.path].get(removed) for one in series if one.lora == lora)
+        for lora in ("trained", "none")
+        for removed in depths[1:]
+    }
+    starred = any(measure is not None for measure in best.values())
+    blank = " " * len(STAR) if starred else ""  # figures stay in line with starred ones
+    rows = []
+    for one in series:
+        row = scores[one.path]
+        limited = any(measure.limit is not None for measure in row.values())
+        cells = [
+            _percent(row[removed]) + (STAR if row[removed] is best.get((one.lora, removed)) else blank)
+            if removed in row
+            else ""
+            for removed in depths
+        ]
+        rows.append([labels[one.path] + (f" {DAGGER}" if limited else ""), *cells])
+    head = ["blocks removed", *(f"{removed}" for removed in depths)]
+    executed = ["fraction executed", *(fraction(blocks - removed, blocks) for removed in depths)]
+    measured = [measure for row in scores.values() for measure in row.values()]
+    limits = {measure.limit for measure in measured if measure.limit is not None}
     notes = [f"{DAGGER} {limit_text(limits)}"] if limits else []
+    if starred:
+        notes.append(f"{STAR} best at its depth")
+    if any(measure.off_depth for measure in measured):
+        notes.append("[N] blocks that ran on average, where not as many as asked for")
     return "\n".join([title, *_aligned([head, executed, *rows]), *notes])
+
+
+def _best(competing: Iterable[Measure | None]) -> Measure | None:
+    """The best of those that were measured at their depth; None where there is nothing to compare."""
+    found = [one for one in competing if one is not None and one.value is not None and not one.off_depth]
+    return max(found, key=lambda one: one.value or 0.0) if len(found) > 1 else None
 
 
 def _percent(measure: Measure) -> str:
     if measure.value is None:
         return MISSING
-    return f"{measure.value:.2f}" + ("" if measure.stderr is None else f" ± {measure.stderr:.2f}")
+    error = "" if measure.stderr is None else f" ± {measure.stderr:.2f}"
+    return f"{measure.value:.2f}{error}" + (f" [{measure.executed_mean:.1f}]" if measure.off_depth else "")
 
 
 def _latency(study: Study, backbone: str) -> str:
@@ -66,8 +121,22 @@ def _latency(study: Study, backbone: str) -> str:
                 if found or execution in ("dense", "recompute"):
                     cells = [_rate(found.get(metric), metric) for metric in columns]
                     rows.append([DATASETS.get(race.dataset, race.dataset), str(removed), EXECUTIONS[execution], *cells])
+            rows += _peer_rows(study, backbone, race, removed, columns)
     title = ", ".join(filter(None, [f"Speed of {backbone}", study.race_text(backbone), "median of the timed passes"]))
     return "\n".join([title, *_aligned(rows, labels=3)])
+
+
+def _peer_rows(study: Study, backbone: str, race: Race, removed: int, columns: Sequence[str]) -> list[list[str]]:
+    """The timed peers that were measured at a depth."""
+    rows = []
+    peers = [line for line in lines(study, backbone) if line.execution == "reuse"] if removed else []
+    for line in peers:
+        found = measures.latency(study, backbone, race, line.execution, removed, line.series.path)
+        if found:
+            cells = [_rate(found.get(metric), metric) for metric in columns]
+            label = line.label + ran([found[columns[0]]])
+            rows.append([DATASETS.get(race.dataset, race.dataset), str(removed), label, *cells])
+    return rows
 
 
 def _rate(measure: Measure | None, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""The paper's tables, rebuilt from a study's records: accuracy by budget, ablations, latency, breakdown of a pass."""
+"""The paper's tables, rebuilt from a study's records: a function per kind of table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from buddy.errors import unknown
 from buddy.reporting.accuracy_tables import ablation, accuracy
+from buddy.reporting.generation_table import generation
 from buddy.reporting.grid import Grid, add_notes
+from buddy.reporting.peer_latency_table import peer_latency
+from buddy.reporting.properties_table import properties
 from buddy.reporting.speed_tables import breakdown, latency
 from buddy.reporting.study import Study
 from buddy.settings import Table
@@ -43,5 +46,8 @@ def build(study: Study, name: str) -> Grid:
         "ablation": ablation,
         "latency": latency,
         "breakdown": breakdown,
+        "generation": generation,
+        "peer_latency": peer_latency,
+        "properties": properties,
     }
     return add_notes(builders[table.kind](study, name, table))

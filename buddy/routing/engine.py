@@ -45,10 +45,11 @@ class Routing:
         context_mask: (B, S), True where the policy may read a token of a pass over a whole sequence; None means every
             token under the attention mask. Answers that are being scored must not choose their own route. In the causal
             form it marks the prompt; None means that the first token alone is the prompt.
-        gradient: training: gates are straight-through and skipped blocks are computed to give them a gradient.
+        gradient: training: gates are straight-through and skipped blocks are computed to give them a gradient; those of
+            a gated policy are soft.
         grouping: go path by path (True) or block by block (False); None leaves it to `plan.grouping_pays`.
         trace: filled with the routes of the call.
-        gates: straight-through gates of the last pass, (B, L) or (B, S, L), in training.
+        gates: gates of the last pass with their gradient, (B, L) or (B, S, L), in training.
         state: state of the sequences of the last pass, for logging.
     """
 
@@ -167,6 +168,8 @@ def run_blocks(
         rotary=decoder.rotary_emb(hidden, position_ids=position_ids),
         state=routing.state,
     )
+    if routing.policy.reads_tokens and routing.state.route is None:
+        step.read(input_ids, hidden)
     hidden = step.run(hidden)
     if cache is not None:
         cache.commit(new)
@@ -205,7 +208,12 @@ class Step:
 
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, H) after the last block."""
-        if self.routing.form == "causal":
+        gated = self.routing.policy.gated
+        if gated and self.routing.gradient:
+            return self._weighted(hidden)
+        if gated and self.state.route is None:
+            return self._by_gate(hidden)
+        if self.routing.form == "causal" and not gated:
             return self._by_token(*self._read(hidden))
         self.in_place = self._needs_rows(len(hidden))
         with self._attention():
@@ -213,7 +221,7 @@ class Step:
         self.choose(tap)
         assert self.state.route is not None
         route = self.state.route.cpu()  # the one read from the device in a pass
-        self.routing.trace.add(route, self.new)
+        self._note(route)
         listed = route.tolist()
         source, device = self.routing.policy.source_block, hidden.device
         if self.cache is not None:
@@ -265,6 +273,13 @@ class Step:
                 state.route = policy.decide(state.policy_state)
             state.step += 1
 
+    def read(self, input_ids: Tensor | None, hidden: Tensor) -> None:
+        """Show the policy the tokens of the prompt, before any block runs."""
+        if input_ids is None:
+            raise UserError(f"{type(self.routing.policy).__name__} reads tokens: give input_ids, not inputs_embeds")
+        with mark(DECISION):
+            self.routing.policy.read(self.state.policy_state, input_ids, self._prompt_of_gates(hidden))
+
     def _source_states(self, tap: Tap | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the new tokens in the source block; empty where the policy reads none."""
         source = self.routing.policy.source_block
@@ -290,18 +305,22 @@ class Step:
     def _by_block(self, hidden: Tensor, work: Plan) -> Tensor:
         """Gather the rows that run a block, run it, scatter them back (paper sec. 4.3)."""
         for index in range(self.routing.policy.source_block, len(self.decoder.layers)):
-            running, skipping = work.running[index], work.skipping[index]
-            if skipping is not None:
-                self.skip(index, hidden, skipping)
-            if running is None:
-                hidden = self.block(index, hidden)
-            elif len(running):
-                with mark(GATHER):
-                    part = hidden[running.index]
-                part = self.block(index, part, running)
-                with mark(GATHER):
-                    hidden = hidden.index_copy(0, running.index, part)
+            hidden = self._for_some(index, hidden, work.running[index], work.skipping[index])
         return hidden
+
+    def _for_some(self, index: int, hidden: Tensor, running: Rows | None, skipping: Rows | None) -> Tensor:
+        """One block for the rows that run it; ``running`` None means all, ``skipping`` None means none."""
+        if skipping is not None:
+            self.skip(index, hidden, skipping)
+        if running is None:
+            return self.block(index, hidden)
+        if not len(running):
+            return hidden
+        with mark(GATHER):
+            part = hidden[running.index]
+        part = self.block(index, part, running)
+        with mark(GATHER):
+            return hidden.index_copy(0, running.index, part)
 
     def _by_path(self, hidden: Tensor, work: Plan) -> Tensor:
         """Take sequences of one path through all their blocks together, without the padding they do not need."""
@@ -465,6 +484,70 @@ class Step:
                 ~mask, torch.finfo(self.rotary[0].dtype).min
             )
         raise UserError(f"kv: policy mask needs attention sdpa or eager, not {implementation}")
+
+    # ---- gated policies: the route grows block by block --------------------------------------------------------------
+
+    def _by_gate(self, hidden: Tensor) -> Tensor:
+        """The prefill of a gated policy: what enters a block says which sequences run it.
+
+        The host has to know before it can go on, so it asks the device once per gate. All tokens of a sequence share its
+        route, which reads the prompt alone: a pass over prompt and answer routes as prefill and decode steps do, and the
+        causal form is this one.
+        """
+        policy, state = self.routing.policy, self.state
+        mask, batch = self._prompt_of_gates(hidden), len(hidden)
+        everyone = (True,) * batch
+        plans: dict[tuple[bool, ...], Plan] = {}  # kept: `_inputs_of` knows rows by their identity
+        chosen: list[tuple[bool, ...]] = []
+        for index in range(len(self.decoder.layers)):
+            with mark(DECISION), torch.no_grad():
+                runs = policy.gate(state.policy_state, index, hidden, mask)
+            answer = everyone if runs is None else tuple(runs.tolist())
+            if answer not in plans:
+                plans[answer] = plan([[runs] for runs in answer], 0, hidden.device)
+            hidden = self._for_some(index, hidden, plans[answer].running[0], plans[answer].skipping[0])
+            chosen.append(answer)
+        state.route = policy.decide(state.policy_state)
+        state.full = all(answer == everyone for answer in chosen)
+        state.step += 1
+        self._note(torch.tensor(chosen).T)
+        if self.cache is not None:
+            self.cache.record(state.route, self.new, [all(answer) for answer in chosen])
+        return hidden
+
+    def _prompt_of_gates(self, hidden: Tensor) -> Tensor | None:
+        """(B, S) boolean: the tokens that gates read; None means all."""
+        mask = self._readable(self.routing.context_mask)
+        if self.routing.form == "sequence":
+            return mask
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return mask & self._prompt(mask)
+
+    def _note(self, route: Tensor) -> None:
+        """Add the route (B, L) of a pass to the trace; the causal form notes it for every token."""
+        if self.routing.form == "causal":
+            self.routing.trace.add_each(route.unsqueeze(1).expand(-1, self.new, -1))
+        else:
+            self.routing.trace.add(route, self.new)
+
+    def _weighted(self, hidden: Tensor) -> Tensor:
+        """Training form of a gated policy: ``h + p * F(h)``, token by token; every block is computed."""
+        policy, state = self.routing.policy, self.state
+        mask, gates = self._readable(), []
+        for index in range(len(self.decoder.layers)):
+            weight = policy.weights(state.policy_state, index, hidden, mask)
+            out = self.block(index, hidden)
+            if weight is not None:
+                out = hidden + weight.to(hidden.dtype).unsqueeze(-1) * (out - hidden)
+            gates.append(weight)
+            hidden = out
+        always = torch.ones(hidden.shape[:2], device=hidden.device)
+        self.routing.gates = torch.stack([always if weight is None else weight for weight in gates], -1)
+        state.route = torch.ones(len(hidden), len(gates), dtype=torch.bool, device=hidden.device)
+        state.step += 1
+        self._note(state.route)
+        return hidden
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -24,11 +24,16 @@ class Policy(nn.Module, ABC):
         source_block: number of leading blocks that run before `decide` (0: it needs nothing from the pass).
         capturable: `observe` and `decide` change nothing but the tensors of the state, in place, and never ask the
             device for a value; a CUDA graph may hold them then.
+        gated: in the prefill the route grows block by block: `gate` sees each block's input before the block runs. It
+            holds from then on; `decide` gives it again. Such a policy reads no K/V (``source_block`` is 0).
+        reads_tokens: `read` is called with the tokens of each prompt, before any block runs.
     """
 
     blocks: int
     source_block: int = 0
     capturable: bool = False
+    gated: bool = False
+    reads_tokens: bool = False
 
     @property
     def always(self) -> int:
@@ -54,6 +59,15 @@ class Policy(nn.Module, ABC):
         Raises:
             BudgetError: the budget cannot be met by this policy.
             UserError: ``budget`` is None and this policy has no way to choose.
+        """
+
+    def read(self, state: Any, input_ids: Tensor, mask: Tensor | None) -> None:
+        """Take in the tokens of the prompts; called once, where `reads_tokens` says so.
+
+        Args:
+            state: from `begin`.
+            input_ids: (B, S) int64.
+            mask: boolean (B, S), True where a token may be read; None means all.
         """
 
     def observe(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
@@ -92,6 +106,42 @@ class Policy(nn.Module, ABC):
             self.observe(state, keys[:, :, here], values[:, :, here], (mask & ~prompt)[:, here])
             route[:, token] = torch.where(prompt[:, here], route[:, token], self.decide(state))
         return route
+
+    def gate(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Whether each sequence runs a block; called in the prefill of a `gated` policy, for every block in order.
+
+        Args:
+            state: from `begin`; it remembers the answer for `decide`.
+            index: the block, from 0.
+            hidden: (B, S, H), the block's input for the whole prompt of every sequence.
+            mask: boolean (B, S), True where a token may be read; None means all.
+
+        Returns:
+            Boolean (B,), or None for a block that has no gate and always runs.
+
+        Raises:
+            UserError: the policy has no gates.
+        """
+        raise UserError(f"{type(self).__name__} has no gates")
+
+    def weights(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """How much of a block's update each token takes while a `gated` policy is trained, with a gradient.
+
+        Args:
+            state, index, hidden: as in `gate`.
+            mask: boolean (B, S), True for the tokens that are no padding; None means all.
+
+        Returns:
+            (B, S) float in [0, 1], or None for a block that has no gate.
+
+        Raises:
+            UserError: the policy has no gates.
+        """
+        raise UserError(f"{type(self).__name__} has no gates")
+
+    def diagnostics(self, state: Any) -> dict[str, float]:
+        """Numbers on the last decision that are worth a curve while training; none by default."""
+        return {}
 
     def gates(self, state: Any) -> Tensor:
         """Routes with a gradient, for training: (B, L) float, exactly 0 or 1 in value.

@@ -1,9 +1,8 @@
-"""Stage 1: the Decision Module and LoRA, trained together by next-token cross-entropy (paper sec. 4.2.3, 5.1, C.3).
+"""Supervised training of a routed model by next-token cross-entropy: one loop for BUDDY and every peer.
 
 TRL's `SFTTrainer` owns the loop (batches, optimiser steps, schedule, checkpoints, logs); one method of it is replaced,
-the loss, because its own replaces the backbone's forward pass and a routed pass would be dropped without a word.
-Every example of a batch draws its own depth, uniformly from the deepest pruning of the study to full depth, so that
-every block keeps being trained and one model serves every budget.
+the loss, because its own replaces the backbone's forward pass and a routed pass would be dropped without a word. What
+differs between methods (the depths of the examples, whether the policy learns, whether LoRA does) is their `Recipe`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
+from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
 from buddy.training.examples import IGNORED, Collator, encode
+from buddy.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,46 +47,44 @@ def next_token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None =
     return total / count
 
 
-def draw_depths(batch: int, shallowest: int, blocks: int, seed: int, step: int, part: int) -> list[int]:
-    """Executed blocks of each example, uniform over ``shallowest .. blocks``.
-
-    A pure function of seed, step and part of the step, so a resumed training draws what an uninterrupted one would.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + part)
-    return torch.randint(shallowest, blocks + 1, (batch,), generator=generator).tolist()
-
-
 @dataclass
 class Trained:
-    """Outcome of a training: the adapted model (None without LoRA), the log, tokens seen and seconds taken."""
+    """Outcome of a training, or of none at all.
 
-    adapted: Any
-    curve: list[dict[str, float]]
-    steps: int
-    tokens: int
-    trainable: int
+    Attributes:
+        adapted: the model with its LoRA, as PEFT has it; None without LoRA.
+        curve: a point per log line.
+        steps, tokens: updates made, and real tokens seen.
+        trainable: parameters that learnt.
+    """
+
+    adapted: Any = None
+    curve: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    trainable: int = 0
 
 
 def train(
     backbone: CausalLM,
     tokenizer: Any,
-    policy: BuddyPolicy,
+    policy: Policy,
     pairs: Sequence[tuple[str, str]],
     settings: Training,
-    most_removed: int,
+    recipe: Recipe,
     folder: Path,
     seed: int = 0,
     on_log: Any = None,
 ) -> Trained:
-    """Train router and LoRA on one device; goes on from the last checkpoint below ``folder`` if there is one.
+    """Train policy, LoRA or both on one device; goes on from the last checkpoint below ``folder`` if there is one.
 
     Args:
         backbone: frozen causal language model on its device.
         tokenizer: its tokenizer.
-        policy: BUDDY's policy, trained in place (float32).
+        policy: chooses the blocks; trained in place (float32) if the recipe says so.
         pairs: prompts and responses.
         settings: the section `training` of the study.
-        most_removed: deepest pruning of the study; depths are drawn from there to full depth.
+        recipe: which depths the examples run at, and what of the model is trained.
         folder: where checkpoints are kept while it runs.
         seed: of LoRA's start, the order of examples and the depths.
         on_log: called with (step, values) at every log line.
@@ -102,12 +100,13 @@ def train(
             len(pairs),
             settings.max_length,
         )
-    model, adapted = _with_lora(backbone, settings)
+    model, adapted = _with_lora(backbone, settings, recipe)
+    policy.requires_grad_(recipe.trains_policy)
     model.add_module(_POLICY, policy.to(backbone.device))
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     try:
-        trainer = _trainer(model, tokenizer, rows, settings, most_removed, folder, seed, on_log)
+        trainer = _trainer(model, tokenizer, rows, settings, recipe, folder, seed, on_log)
         checkpoint = _last_checkpoint(folder / CHECKPOINTS)
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
@@ -115,19 +114,18 @@ def train(
     finally:
         delattr(model, _POLICY)
     curve = [_curve_point(entry) for entry in trainer.state.log_history if "loss" in entry]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) + sum(
-        p.numel() for p in policy.parameters()
-    )
+    trained = [*model.parameters(), *policy.parameters()]
+    trainable = sum(parameter.numel() for parameter in trained if parameter.requires_grad)
     return Trained(adapted, curve, trainer.state.global_step, trainer.tokens, trainable)
 
 
-_POLICY = "depth_policy"  # the router's name inside the trained model while training lasts
+_POLICY = "depth_policy"  # the policy's name inside the trained model while training lasts
 
 
-def _with_lora(backbone: CausalLM, settings: Training) -> tuple[CausalLM, Any]:
+def _with_lora(backbone: CausalLM, settings: Training, recipe: Recipe) -> tuple[CausalLM, Any]:
     """The model to train, and the same as a PeftModel (None without LoRA)."""
     backbone.requires_grad_(False)
-    if settings.lora_rank == 0:
+    if settings.lora_rank == 0 or not recipe.lora:
         return backbone, None
     from peft import LoraConfig, get_peft_model
 
@@ -136,10 +134,16 @@ def _with_lora(backbone: CausalLM, settings: Training) -> tuple[CausalLM, Any]:
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",
+        exclude_modules=_modules_of(recipe.without_lora),
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(backbone, lora)
     return adapted, adapted
+
+
+def _modules_of(blocks: Sequence[int]) -> str | None:
+    """A pattern for the modules of these blocks, as PEFT matches names; None for no blocks."""
+    return rf".*\.layers\.({'|'.join(map(str, blocks))})\..*" if blocks else None
 
 
 def _base(model: CausalLM) -> CausalLM:
@@ -153,8 +157,13 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _curve_point(entry: dict[str, Any]) -> dict[str, float]:
-    names = ("step", "loss", "executed_fraction", "score_entropy", "tok_s", "learning_rate", "grad_norm")
-    return {name: float(entry[name]) for name in names if name in entry}
+    """What a log line keeps: numbers of the step, and the policy's own; not how far and how long it has run."""
+    left_out = ("epoch", "total_flos", "num_tokens", "mean_token_accuracy", "entropy")
+    return {
+        name: float(value)
+        for name, value in entry.items()
+        if name not in left_out and isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _trainer(
@@ -162,7 +171,7 @@ def _trainer(
     tokenizer: Any,
     rows: list[dict[str, Any]],
     settings: Training,
-    most_removed: int,
+    recipe: Recipe,
     folder: Path,
     seed: int,
     on_log: Any,
@@ -198,7 +207,7 @@ def _trainer(
         dataloader_pin_memory=on_gpu,
         disable_tqdm=False,
     )
-    return router_trainer_class()(
+    return routed_trainer_class()(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -206,37 +215,36 @@ def _trainer(
         processing_class=tokenizer,
         optimizers=(_optimizer(model, settings), None),
         settings=settings,
-        most_removed=most_removed,
+        recipe=recipe,
         on_log=on_log,
     )
 
 
 def _optimizer(model: CausalLM, settings: Training) -> torch.optim.Optimizer:
-    """AdamW over LoRA and router; the router may have its own rate."""
-    router = list(getattr(model, _POLICY).parameters())
+    """AdamW over LoRA and router, whichever is trained; the router may have its own rate."""
+    router = [p for p in getattr(model, _POLICY).parameters() if p.requires_grad]
     known = {id(parameter) for parameter in router}
     adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [{"params": router, "lr": settings.router_learning_rate or settings.learning_rate}]
-    if adapter:
-        groups.append({"params": adapter, "lr": settings.learning_rate})
+    rates = ((router, settings.router_learning_rate or settings.learning_rate), (adapter, settings.learning_rate))
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
 
 
-def router_trainer_class() -> type:
+def routed_trainer_class() -> type:
     """`SFTTrainer` with the routed loss; built on first use, since importing TRL takes seconds."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     from trl import SFTTrainer
 
-    class RouterTrainer(SFTTrainer):
-        """SFT in which every example runs at its own depth."""
+    class RoutedTrainer(SFTTrainer):
+        """SFT in which a policy says which blocks each example runs through."""
 
-        def __init__(self, *, settings: Training, most_removed: int, on_log: Any = None, **kwargs: Any) -> None:
+        def __init__(self, *, settings: Training, recipe: Recipe, on_log: Any = None, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self.settings = settings
+            self.recipe = recipe
             self.on_log = on_log
-            self.policy: BuddyPolicy = getattr(self.model, _POLICY)
-            self.shallowest = self.policy.blocks - most_removed
+            self.policy: Policy = getattr(self.model, _POLICY)
             self.tokens = 0
             self._part, self._last_step = 0, -1
             self._since, self._tokens_since = time.perf_counter(), 0
@@ -244,27 +252,29 @@ def router_trainer_class() -> type:
         def compute_loss(
             self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            """Cross-entropy of a routed pass, each example at a depth of its own."""
-            depths = self._depths(len(inputs["input_ids"]))
+            """Cross-entropy of a routed pass, each example at the depth that the recipe gives it."""
             routing = Routing(
                 self.policy,
-                budget=[depth / self.policy.blocks for depth in depths],
+                budget=self._budgets(len(inputs["input_ids"])),
                 form=self.settings.routing,
                 kv=self.settings.kv,
                 context_mask=inputs["context_mask"],
-                gradient=model.training,
+                gradient=model.training and self.recipe.trains_policy,
             )
             with routed(_base(self.model), routing):
                 outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             loss = next_token_loss(outputs.logits, inputs["labels"], num_items_in_batch)
+            if self.recipe.penalty is not None and model.training:
+                # Accumulated steps add up to one update, so each brings its share.
+                loss = loss + self.recipe.penalty(routing) / self.args.gradient_accumulation_steps
             self._note(routing, inputs)
             return (loss, outputs) if return_outputs else loss
 
-        def _depths(self, batch: int) -> list[int]:
+        def _budgets(self, batch: int) -> list[float] | None:
             step = self.state.global_step
             self._part = self._part + 1 if step == self._last_step else 0
             self._last_step = step
-            return draw_depths(batch, self.shallowest, self.policy.blocks, self.args.seed, step, self._part)
+            return self.recipe.budgets(batch, self.args.seed, step, self._part)
 
         @torch.no_grad()
         def _note(self, routing: Routing, inputs: dict[str, Tensor]) -> None:
@@ -272,8 +282,8 @@ def router_trainer_class() -> type:
             metrics = self._metrics["train"]
             metrics["executed_fraction"].append(routing.trace.frequency().mean().item())
             assert routing.state is not None
-            scores = self.policy.scores(routing.state.policy_state)
-            metrics["score_entropy"].append(torch.distributions.Categorical(logits=scores).entropy().mean().item())
+            for name, value in self.policy.diagnostics(routing.state.policy_state).items():
+                metrics[name].append(value)
             tokens = int(inputs["attention_mask"].sum())
             self.tokens += tokens
             self._tokens_since += tokens
@@ -310,4 +320,4 @@ def router_trainer_class() -> type:
             with safe_open(path, "pt") as stored:
                 self.tokens = int(stored.metadata()["tokens"])
 
-    return RouterTrainer
+    return RoutedTrainer

@@ -41,7 +41,7 @@ def test_the_lines_a_user_edits(tmp_path: Path) -> None:
 
     blocks = {job.rule: job for job in watch.jobs_in(dry_run(tmp_path)).values()}
     on_gpu = {rule for rule, job in blocks.items() if job.gpus}
-    assert on_gpu == {"importance", "train", "evaluate", "latency", "breakdown"}
+    assert on_gpu == watch.ON_GPU
     for rule in on_gpu:  # a rule that asks for a GPU and is missing in the profile would run on any type
         assert "gpu_model=a100" in blocks[rule].text
         assert "slurm_partition=gpu" in blocks[rule].text

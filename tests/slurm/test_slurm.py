@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "tests/tiny.yaml"
-HEAVY = {"importance", "train", "evaluate", "latency", "breakdown"}
+HEAVY = watch.ON_GPU
+SMALL = "study: {methods: [dense, buddy, sleb, pudding], removed: {tiny: [1]}}"
+"""Of the small study what has every rule in it once: the cluster is this machine."""
 OFTEN = "--slurm-init-seconds-before-status-checks=2"
 
 PROBE = """\
@@ -67,7 +69,8 @@ def probe(tmp_path: Path) -> Path:
 
 def test_a_study_runs_through_slurm_and_nowhere_else(cluster: slurmd.Cluster, tmp_path: Path) -> None:
     folder = clone(tmp_path / "clone")
-    process = watch.start(cluster, folder, "--configfile", STUDY, OFTEN)
+    (folder / "small.yaml").write_text(SMALL)
+    process = watch.start(cluster, folder, "--configfile", STUDY, "small.yaml", OFTEN)
     run = watch.finish(cluster, folder, process)
 
     assert run.returncode == 0, run.output[-6000:] + cluster.logs()
@@ -77,15 +80,16 @@ def test_a_study_runs_through_slurm_and_nowhere_else(cluster: slurmd.Cluster, tm
     kept = {log.stem for log in (folder / ".snakemake" / "slurm_logs").rglob("*.log")}
     assert kept == set(run.ended), "each Slurm job's log is kept"
 
-    study = config.read(folder / "config.yaml", folder / STUDY)
-    trained = [one for one in study.runs() if one.method == "buddy"]
+    study = config.read(folder / "config.yaml", folder / STUDY, folder / "small.yaml")
+    trained = [one for one in study.runs() if one.method != "dense"]
     results = folder / "results" / study.study.name
     count = {
         kind: len(list(records.find(results / "records" / kind)))
         for kind in ("training", "accuracy", "latency", "breakdown")
     }
-    assert count["training"] == len(trained) == 2
-    assert count["accuracy"] == 1 + sum(len(study.removed(one.backbone)) for one in trained)
+    assert {one.method for one in trained} == {"buddy", "sleb", "pudding"}
+    assert count["training"] == len(trained) == 4
+    assert count["accuracy"] == 1 + sum(len(study.depths(one)) for one in trained) == 5
     assert count["latency"] > 0
     assert count["breakdown"] > 0
     for table in study.measured_tables():

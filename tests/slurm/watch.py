@@ -17,6 +17,11 @@ from pathlib import Path
 import slurmd
 
 TIMEOUT_S = 1500
+ON_GPU = {
+    *("importance", "train", "calibrate", "pool", "adapt"),
+    *("evaluate", "solve", "trace", "latency", "breakdown"),
+}
+"""Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""
 NOTE = """\
 import json, os, sys
 with open(os.path.join(os.environ["NOTES"], f"{os.getpid()}.json"), "w") as note:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,30 @@ def demo(**changes: Any) -> dict[str, Any]:
     return content
 
 
-def paper(seeds: int = 1) -> dict[str, Any]:
-    """Settings of the paper's study: four backbones, four ablations, all tables."""
+EVERY_METHOD = ["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", "sleb", "pudding", "first"]
+
+
+def methods(**changes: Any) -> dict[str, Any]:
+    """Settings of a small study that compares every method: one backbone of 30 blocks, tables 1, 2, 12 and 14."""
+    name = "smollm2-135m"
+    tables = {"table1": "properties", "table2": "accuracy", "table12": "generation", "table14": "peer_latency"}
+    content = demo()
+    content["study"] |= {
+        "methods": EVERY_METHOD,
+        "ablations": [],
+        "tables": {table: {"kind": kind, "backbone": name} for table, kind in tables.items()},
+    }
+    content["study"]["tables"]["table12"] = {"kind": "generation"}
+    content["backbones"][name]["removed"] = [4, 8]
+    content["latency"] = {"methods": ["buddy", "pudding", "first"], "executions": ["dense", "sliced", "recompute"]}
+    for section, values in changes.items():
+        content[section] = {**content.get(section, {}), **values}
+    return content
+
+
+def paper(seeds: int = 1, methods: Sequence[str] = ("dense", "buddy")) -> dict[str, Any]:
+    """Settings of the paper's study: four backbones, four ablations, the tables of BUDDY alone, and with the other
+    methods those that compare them."""
     axes = {
         "feature": {"feature": ["key", "value", "key+value"], "prior": ["none"]},
         "prior": {"prior": ["none", "delta_ppl", "cosine", "taylor"]},
@@ -62,10 +85,16 @@ def paper(seeds: int = 1) -> dict[str, Any]:
     }
     accuracy = dict(zip(("table2", "table3", "table10", "table11"), PAPER_BACKBONES, strict=True))
     ablation = {"table5": "feature", "table6": "prior", "table7": "omega", "table13": "source"}
+    compared = {
+        "table1": {"kind": "properties", "backbone": "llama2-7b"},
+        "table12": {"kind": "generation"},
+        "table14": {"kind": "peer_latency", "backbone": "llama2-7b"},
+    }
     return {
         "study": {
             "name": "paper",
             "backbones": list(PAPER_BACKBONES),
+            "methods": list(methods),
             "seeds": list(range(seeds)),
             "ablations": [{"name": name, "backbone": "llama2-7b", **values} for name, values in axes.items()],
             "tables": {
@@ -73,10 +102,13 @@ def paper(seeds: int = 1) -> dict[str, Any]:
                 "table4": {"kind": "latency", "backbone": "llama2-7b"},
                 "table8": {"kind": "breakdown", "backbone": "llama2-7b"},
                 **{table: {"kind": "ablation", "ablation": name} for table, name in ablation.items()},
+                **(compared if len(methods) > 2 else {}),
             },
         },
         "backbones": PAPER_BACKBONES,
-        "latency": {"backbones": ["llama2-7b"]},
+        "latency": {"backbones": ["llama2-7b"], "methods": ["buddy", "pudding", "first"]},
+        "generation": {"backbones": ["llama2-7b", "qwen2.5-7b"]},
+        "trace": {"backbones": ["llama2-7b"]},
         "breakdown": {"backbones": ["llama2-7b"]},
     }
 
@@ -107,12 +139,74 @@ class Maker:
             **{**defaults, **fields},
         )
 
-    def accuracy(self, run: Run, removed: int, tasks: dict[str, dict[str, Any]], limit: int | None = None) -> Path:
-        """Write an accuracy record with these scores per task."""
-        executed = self.config.backbones[run.backbone].blocks - removed
-        metrics = {"tasks": tasks, "executed_mean": float(executed), "few_shot": 0, "limit": limit, "lm_eval": "0.4.13"}
+    def accuracy(
+        self,
+        run: Run,
+        removed: int,
+        tasks: dict[str, dict[str, Any]],
+        limit: int | None = None,
+        executed: float | None = None,
+    ) -> Path:
+        """Write an accuracy record with these scores per task; ``executed``: blocks that ran, if not those asked for."""
+        mean = self._executed(run, removed, executed)
+        metrics = {"tasks": tasks, "executed_mean": mean, "few_shot": 0, "limit": limit, "lm_eval": "0.4.13"}
         path = self.records / "accuracy" / run.path / f"removed~{removed}.json"
         return self.record("accuracy", run, removed, metrics).write(path)
+
+    def generation(
+        self, run: Run, removed: int, strict: float, flexible: float, items: int = 50, executed: float | None = None
+    ) -> Path:
+        """Write a generation record with these shares of exact matches on GSM8K."""
+        shares = {"strict-match": strict, "flexible-extract": flexible}
+        errors = {name: math.sqrt(share * (1 - share) / (items - 1)) for name, share in shares.items()}
+        metrics = {
+            "tasks": {"gsm8k": {"n": items, "exact_match": shares, "exact_match_stderr": errors, "items": {}}},
+            **{"executed_mean": self._executed(run, removed, executed), "few_shot": 5, "limit": None},
+            **{"new_tokens": 128, "decode": "recompute", "lm_eval": "0.4.13"},
+        }
+        path = self.records / "generation" / run.path / f"removed~{removed}.json"
+        return self.record("generation", run, removed, metrics, n=items).write(path)
+
+    def trace(
+        self,
+        run: Run,
+        removed: int,
+        over_prompts: int,
+        per_generation: list[int],
+        executed: tuple[int, int, float] | None = None,
+        dataset: str = "alpaca",
+    ) -> Path:
+        """Write a trace record: distinct prefill paths, distinct paths of each generation; ``executed`` is the least,
+        the most and the mean number of blocks that ran, if not those asked for."""
+        blocks = self.config.backbones[run.backbone].blocks
+        asked = blocks - removed
+        low, high, mean = executed or (asked, asked, float(asked))
+        metrics = {
+            **{"dataset": dataset, "prompts": len(per_generation), "new_tokens": 16, "decode": "recompute"},
+            **{"requested_executed": asked, "executed_min": low, "executed_max": high, "executed_mean": mean},
+            "largest_deviation": max(abs(low - asked), abs(high - asked)),
+            "distinct_paths_over_prompts": over_prompts,
+            "distinct_paths_per_generation": {
+                "mean": sum(per_generation) / len(per_generation),
+                **rate(list(map(float, per_generation))),
+            },
+            **{"block_frequency": [mean / blocks] * blocks, "block_frequency_prefill": [mean / blocks] * blocks},
+            "changed_steps_mean": 0.25,
+        }
+        path = self.records / "trace" / run.path / f"dataset~{dataset}" / f"removed~{removed}.json"
+        return self.record("trace", run, removed, metrics, n=len(per_generation)).write(path)
+
+    def _executed(self, run: Run, removed: int, executed: float | None) -> float:
+        return float(self.config.backbones[run.backbone].blocks - removed) if executed is None else executed
+
+    def peer(self, method: str, removed: int, **axes: Any) -> Run:
+        """A peer's run of the first backbone at a depth, with the first seed and with these axes."""
+        runs = self.config.method_runs(self.config.study.backbones[0], method)
+        seed = self.config.study.seeds[0]
+        (found,) = [
+            run for run in runs if run.seed == seed and {**axes, "removed": removed}.items() <= run.variant.items()
+        ]
+        return found
 
     def latency(
         self,
@@ -137,8 +231,9 @@ class Maker:
             **{"removed_per_sequence": None, "decode_gb_s": None, "copy_gb_s": None, "peak_memory_mb": None},
             **{"capture": None, **{name: rate(more[name]) if name in ratios else more[name] for name in more}},
         }
-        method = execution if execution in ("dense", "sliced") else "buddy"
-        variant = {**run.variant, "kv": "zero", "decode": execution} if method == "buddy" else run.variant
+        routed = execution not in ("dense", "sliced")
+        method = run.method if routed else execution
+        variant = {**run.variant, "kv": "zero", "decode": execution} if routed else {}
         levels = f"dataset~{dataset}/batch~{batch_size}/engine~{engine}/execution~{execution}/removed~{removed}.json"
         path = self.records / "latency" / run.path / levels
         return self.record("latency", run, removed, metrics, method=method, variant=variant).write(path)
@@ -168,16 +263,15 @@ class Maker:
         path = self.records / "breakdown" / run.path / f"removed~{removed}.json"
         return self.record("breakdown", run, removed, metrics, n=5).write(path)
 
-    def everything(
-        self, items: int = 400, baselines: tuple[str, ...] = (), engines: tuple[str, ...] = ("eager",)
-    ) -> int:
-        """Write every record of the study, and of baselines beside it; returns their number."""
+    def everything(self, items: int = 400, engines: tuple[str, ...] = ("eager",)) -> int:
+        """Write every record that the study's tables show; returns their number."""
         count = 0
         for run in self.config.runs():
             count += self._accuracies(run, items)
-        for backbone in self.config.study.backbones:
-            for method in baselines:
-                count += self._accuracies(Run(backbone, method, (), 0), items)
+        for backbone in self.config.answering_backbones() if self._has("generation") else ():
+            count += sum(map(self._answers, self.config.answering_runs(backbone)))
+        for backbone in self.config.traced_backbones() if self._has("properties") else ():
+            count += sum(map(self._traces, self.config.answering_runs(backbone)))
         for backbone in self.config.timed_backbones():
             for dataset in self.config.latency.datasets:
                 for size in self.config.latency.batch_sizes:
@@ -187,18 +281,19 @@ class Maker:
             count += self._breakdowns(backbone)
         return count
 
+    def _has(self, kind: str) -> bool:
+        return kind in {table.kind for table in self.config.measured_tables().values()}
+
     def main_run(self, backbone: str) -> Run:
         """The run that is timed and profiled."""
         return self.config.buddy_run(backbone, self.config.study.main.model_dump(), self.config.study.seeds[0])
 
     def _accuracies(self, run: Run, items: int) -> int:
         blocks = self.config.backbones[run.backbone].blocks
-        depths = [0] if run.method == "dense" else self.config.removed(run.backbone)
-        lag = {"dense": 0.0, "buddy": 0.0, "shortgpt": 0.02, "sleb": 0.03, "shortened_llama": 0.05}.get(
-            run.method, 0.12
-        )
+        depths = self.config.depths(run)
+        lag = {"shortgpt": 0.02, "sleb": 0.03, "shortened_llama": 0.05, "pudding": 0.12, "first": 0.12}
         for removed in depths:
-            kept = max(0.0, 1 - (removed / blocks) ** 1.15 * 1.5 - lag)
+            kept = max(0.0, 1 - (removed / blocks) ** 1.15 * 1.5 - lag.get(run.method, 0.0))
             tasks = {}
             for task in TASKS:
                 probability = CHANCE[task] + (0.78 - CHANCE[task]) * kept + self.random.gauss(0, 0.008)
@@ -206,7 +301,32 @@ class Maker:
             self.accuracy(run, removed, tasks)
         return len(depths)
 
+    def _answers(self, run: Run) -> int:
+        for removed in self.config.depths(run):
+            self.generation(run, removed, self.random.uniform(0.1, 0.4), self.random.uniform(0.4, 0.6))
+        return len(self.config.depths(run))
+
+    def _traces(self, run: Run) -> int:
+        most = {"buddy": 6, "pudding": 1, "first": 1}.get(run.method, 1)
+        for removed in self.config.depths(run):
+            for dataset in self.config.trace.datasets:
+                self.trace(run, removed, most, [self.random.randint(1, most) for _ in range(20)], dataset=dataset)
+        return len(self.config.depths(run)) * len(self.config.trace.datasets)
+
+    def _peer_race(self, run: Run, race: tuple[str, int, str]) -> int:
+        (removed,) = self.config.depths(run)
+        dense = [self._passes(300.0), self._passes(14.0)]
+        own = [self._passes(310.0), self._passes(15.0)]
+        self.latency(run, race, "dense", 0, *dense)
+        self.latency(run, race, "reuse", removed, *own, **paired("speedup", own, dense))
+        return 2
+
     def _latencies(self, backbone: str, race: tuple[str, int, str]) -> int:
+        timed = self.config.timed_runs(backbone) if self._has("peer_latency") else []
+        peers = [self._peer_race(run, race) for run in timed if run.method != "buddy"]
+        return self._main_race(backbone, race) + sum(peers)
+
+    def _main_race(self, backbone: str, race: tuple[str, int, str]) -> int:
         run = self.main_run(backbone)
         blocks = self.config.backbones[backbone].blocks
         size = race[1] * {"eager": 1, "graph": 3}[race[2]]

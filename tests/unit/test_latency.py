@@ -16,13 +16,15 @@ from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.latency import latency as command
 from buddy.config import parse
-from buddy.errors import UserError
+from buddy.errors import BudgetError, UserError
 from buddy.evaluation import latency
 from buddy.evaluation.latency import Entry, Racer, batches, benchmark, contender, heats, race, usable_engines
 from buddy.policies.buddy import BuddyPolicy
+from buddy.policies.static import StaticPolicy
 from buddy.records import Record
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
+from buddy.routing.sliced import sliced
 from buddy.settings import Latency
 
 EXECUTIONS = ["dense", "sliced", "reuse", "recompute", "mixed"]
@@ -140,6 +142,56 @@ def test_a_mixed_batch_runs_the_sum_of_its_budgets(model, ran):
     batch = batches(model, PROMPTS, 4, 5)[0]
     race([Racer(contender(entry, model, "eager"), batch, 27)], new_tokens=5, turn=2, shift=0)
     assert sum(ran) == (8 + 6 + 3 + 8) * 6
+
+
+@pytest.fixture
+def static(model):
+    """A static peer's run: it leaves out block 4, then block 1, then the first one."""
+    return RoutedModel(model.backbone, StaticPolicy(8, [4, 1, 0]), tokenizer=model.tokenizer).eval()
+
+
+@pytest.mark.parametrize("execution", ["sliced", "reuse", "recompute"])
+@pytest.mark.parametrize("removed", [1, 2, 3])
+@torch.no_grad()
+def test_a_static_run_is_timed_without_its_own_blocks(static, execution, removed):
+    called = []
+    for index, layer in enumerate(static.backbone.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: called.append(index))
+    each = contender(Entry(execution, (removed,) * 2), static, "eager")
+    batch = one_batch(static, 2, 3)
+    logits = each.step(batch.ids, batch.mask[:, :22], each.begin(25))
+    kept = [index for index in range(8) if index not in [4, 1, 0][:removed]]
+    assert called == kept
+    expected = sliced(static.backbone, kept)(batch.ids, attention_mask=batch.mask[:, :22]).logits[:, -1]
+    torch.testing.assert_close(logits, expected)
+
+
+class Deeper(StaticPolicy):
+    """A policy that does not keep the budget: every other sequence runs one block more."""
+
+    def decide(self, state):
+        return state | (torch.arange(len(state)) % 2 == 1).unsqueeze(1) & (torch.arange(8) == 4)
+
+
+def test_depth_is_what_ran_and_a_sliced_model_of_another_depth_is_no_limit(model):
+    deeper = RoutedModel(model.backbone, Deeper(8, [4, 1, 0]), tokenizer=model.tokenizer).eval()
+    settings = SETTINGS.model_copy(update={"executions": ["sliced", "reuse"], "repeats": 1, "warmup": 0})
+    found = {
+        (timing.batch_size, timing.entry.execution): timing.metrics
+        for timing in benchmark(deeper, PROMPTS, [2], settings, "alpaca")
+    }
+    depths = {key: metrics["executed_mean"] for key, metrics in found.items()}
+    assert depths == {
+        **dict.fromkeys([(1, "dense"), (2, "dense")], 8),
+        **dict.fromkeys([(1, "sliced"), (2, "sliced")], 6),
+    } | {
+        (1, "reuse"): 6,  # alone, a sequence is the first of its batch
+        (2, "reuse"): 6.5,
+    }
+    assert found[1, "reuse"]["decode_of_sliced"] is not None
+    for phase in ("prefill", "decode"):
+        assert found[2, "reuse"][f"{phase}_of_sliced"] is None
+        assert found[2, "reuse"][f"{phase}_speedup"] is not None
 
 
 def test_turns_decode_the_tokens_that_generate_does(model):
@@ -343,7 +395,11 @@ def arguments(model, tmp_path):
     rows = [{"id": str(n), "instruction": text, "input": "", "output": "x"} for n, text in enumerate(PROMPTS)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (data / "data.json").write_text(json.dumps({"name": "alpaca"}))
-    settings = SETTINGS.model_dump(exclude={"backbones", "datasets"}) | {"new_tokens": 2, "repeats": 1, "warmup": 0}
+    settings = SETTINGS.model_dump(exclude={"backbones", "methods", "datasets"}) | {
+        "new_tokens": 2,
+        "repeats": 1,
+        "warmup": 0,
+    }
     return {
         "run": run,
         "data": data,
@@ -391,6 +447,30 @@ def test_what_a_record_says_of_itself(arguments):
             assert record.budget.removed == 2
         expected = {"reuse": "reuse", "recompute": "recompute", "mixed": "recompute"}.get(execution)
         assert record.variant == ({"feature": "value", "kv": "zero", "decode": expected} if expected else {})
+
+
+def test_a_static_peer_is_timed_by_the_same_clock(arguments, static):
+    run = arguments["run"]
+    variant = {"removed": 2, "lora": "none"}
+    where = runs.RunInfo.read(run).backbone_path
+    info = runs.RunInfo("sleb", "static", static.policy.settings(), "tiny", where, variant, 3, "small")
+    runs.save(run, info, static.policy)
+    command(**arguments | {"removed": "2", "executions": "dense,sliced,reuse,mixed"})
+    records = [Record.read(path) for path in sorted(arguments["out"].rglob("*.json"))]
+    depths = {(r.method, r.metrics["batch_size"], r.metrics["execution"]): r.metrics["executed_mean"] for r in records}
+    assert depths == {
+        **{("dense", size, "dense"): 8 for size in (1, 2)},
+        **{("sliced", size, "sliced"): 6 for size in (1, 2)},
+        **{("sleb", size, "reuse"): 6 for size in (1, 2)},
+        ("sleb", 2, "mixed"): 7,
+    }
+    for record in records:
+        decode = {"reuse": "reuse", "mixed": "recompute"}.get(record.metrics["execution"])
+        assert record.variant == ({**variant, "kv": "zero", "decode": decode} if decode else {})
+        if decode == "reuse":
+            assert record.metrics["decode_of_sliced"]["median"] > 0
+    with pytest.raises(BudgetError, match="nearest legal"):
+        command(**arguments | {"removed": "2,5"})
 
 
 def test_a_job_that_dies_leaves_no_record(arguments, monkeypatch):

@@ -15,17 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-from records_factory import ENVIRONMENT, Maker, demo, paper, scores
+from records_factory import ENVIRONMENT, EVERY_METHOD, Maker, demo, methods, paper, scores
 
 from buddy.commands.report import report
-from buddy.config import Run
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
 from buddy.reporting.figures import CHANCE
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
-from buddy.settings import TASKS
+from buddy.settings import METHODS, TASKS
 
 MAIN = "method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1"
 
@@ -239,13 +238,16 @@ def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int, ...
     assert tuple(one.rank for one in found) == ranks
 
 
-def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(small: Maker) -> None:
+def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(tmp_path: Path) -> None:
+    content = methods()
+    content["study"]["methods"] = ["dense", "buddy", "shortgpt", "sleb"]
+    small = Maker(tmp_path, content)
     dense, buddy = small.config.runs()[:2]
     small.accuracy(dense, 0, uniform(0.9))
     values = {"shortgpt": {4: 0.6, 8: 0.5}, "sleb": {4: 0.7, 8: 0.4}}
     for method, depths in values.items():
         for removed, value in depths.items():
-            small.accuracy(Run("smollm2-135m", method, (), 0), removed, uniform(value))
+            small.accuracy(small.peer(method, removed), removed, uniform(value))
     small.accuracy(buddy, 4, uniform(0.65))
     small.accuracy(buddy, 8, uniform(0.55))
     write.table(study.load(small.folder), "table2")
@@ -267,6 +269,347 @@ def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(small: M
     assert sleb.count(r"\textbf{70.00}") == 9
     assert latex.count(r"\underline{65.00}") == 9
     assert not re.search(r"Dense.*\\(textbf|underline)", latex)
+
+
+# Methods
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Maker:
+    """A study of every method, with LoRA and without, and two criteria of Shortened LLaMA; nothing measured."""
+    content = methods(peers={"criteria": {"shortened_llama": ["ppl", "taylor"]}})
+    content["study"] |= {"lora": ["trained", "none"], "seeds": [0, 1]}
+    return Maker(tmp_path, content)
+
+
+AT_EACH_DEPTH = [
+    *("Shortened LLaMA (PPL)", "Shortened LLaMA (Taylor)", "ShortGPT", "SLEB", "PuDDing", "FiRST", "BUDDY"),
+    *("Shortened LLaMA (PPL, no LoRA)", "Shortened LLaMA (Taylor, no LoRA)", "ShortGPT (no LoRA)", "SLEB (no LoRA)"),
+    *("PuDDing (no LoRA)", "FiRST (no LoRA)", "BUDDY (no LoRA)"),
+]
+
+
+def test_unmeasured_methods_have_rows_of_dashes_in_the_papers_order(compared: Maker) -> None:
+    opened = study.load(compared.folder)
+    built = tables.build(opened, "table2")
+    assert [row.labels for row in built.rows] == [
+        *(("0", label) for label in ("Dense", "Dense (LoRA)")),
+        *(("4", label) for label in AT_EACH_DEPTH),
+        *(("8", label) for label in AT_EACH_DEPTH),
+    ]
+    assert [row.labels for row in built.rows if row.starts_group] == [
+        ("0", "Dense"),
+        ("4", AT_EACH_DEPTH[0]),
+        ("8", AT_EACH_DEPTH[0]),
+    ]
+    assert {record["value"] for record in built.records()} == {None}
+    assert "\N{EN DASH} not measured." in built.notes
+    assert not any("bold" in note for note in built.notes)
+    text = summary(compared.folder)
+    assert "Shortened LLaMA (Taylor, no LoRA)" in text
+    assert "GSM8K" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({"methods": ["shortened_llama"]}, ["Shortened LLaMA"]),
+        ({"methods": ["shortened_llama"], "lora": ["none"]}, ["Shortened LLaMA (no LoRA)"]),
+        ({"methods": ["sleb", "buddy"], "lora": ["none"]}, ["SLEB (no LoRA)", "BUDDY (no LoRA)"]),
+    ],
+)
+def test_a_main_criterion_needs_no_words(tmp_path: Path, changes: dict, labels: list[str]) -> None:
+    content = methods()
+    content["study"] |= changes
+    rows = tables.build(study.load(Maker(tmp_path, content).folder), "table2").rows
+    assert [row.labels[1] for row in rows if row.labels[0] == "8"] == labels
+    content["peers"] = {"criteria": {"shortened_llama": ["taylor"]}}
+    rows = tables.build(study.load(Maker(tmp_path, content).folder), "table2").rows
+    told = {"Shortened LLaMA": "Shortened LLaMA (Taylor)", "Shortened LLaMA (no LoRA)": None}
+    told["Shortened LLaMA (no LoRA)"] = "Shortened LLaMA (Taylor, no LoRA)"
+    assert [row.labels[1] for row in rows if row.labels[0] == "8"] == [told.get(label, label) for label in labels]
+
+
+def test_seeds_of_an_untrained_static_peer_do_not_differ(compared: Maker) -> None:
+    """It has one seed; what was trained has the study's two."""
+    compared.accuracy(compared.peer("sleb", 4, lora="none"), 4, uniform(0.5))
+    compared.accuracy(compared.peer("sleb", 4, lora="trained"), 4, uniform(0.6))
+    compared.accuracy(compared.peer("pudding", 4, lora="none"), 4, uniform(0.4))
+    rows = {
+        (row["method"], row["lora"]): row
+        for row in tables.build(study.load(compared.folder), "table2").records()
+        if row["value"] is not None and row["task"] == "average"
+    }
+    assert {key: (row["value"], row["seeds"], row["note"]) for key, row in rows.items()} == {
+        ("sleb", "none"): (pytest.approx(50.0), 1, ""),
+        ("sleb", "trained"): (pytest.approx(60.0), 1, "1 of 2 seeds"),
+        ("pudding", "none"): (pytest.approx(40.0), 1, "1 of 2 seeds"),
+    }
+
+
+def test_ranks_stand_apart_with_lora_and_without(compared: Maker) -> None:
+    values = {
+        ("sleb", "trained"): 0.6,
+        ("shortgpt", "trained"): 0.5,
+        ("first", "trained"): 0.4,
+        ("sleb", "none"): 0.3,
+        ("shortgpt", "none"): 0.35,
+        ("pudding", "none"): 0.2,
+    }
+    for (method, lora), value in values.items():
+        compared.accuracy(compared.peer(method, 8, lora=lora), 8, uniform(value))
+    write.table(study.load(compared.folder), "table2")
+    rows = markdown_rows(compared.folder / "tables/table2.md")
+    shown = {row[1]: row[-1].split(" ±")[0] for row in rows if row[0] == "8" and row[-1] != render.MISSING}
+    assert shown == {
+        "ShortGPT": "<u>50.00</u>",
+        "SLEB": "**60.00**",
+        "FiRST": "40.00",
+        "ShortGPT (no LoRA)": "**35.00**",
+        "SLEB (no LoRA)": "<u>30.00</u>",
+        "PuDDing (no LoRA)": "20.00",
+    }
+    text = (compared.folder / "tables/table2.md").read_text()
+    assert "the best method is bold, the second underlined, with LoRA and without it apart." in text
+
+
+def test_a_method_that_misses_the_depth_says_so_and_is_not_ranked(compared: Maker) -> None:
+    """Two seeds of FiRST run 27.2 and 28.4 of 30 blocks where 26 were asked for; PuDDing is off by rounding only."""
+    for seed, mean in ((0, 27.2), (1, 28.4)):
+        runs = compared.config.method_runs("smollm2-135m", "first")
+        (run,) = [run for run in runs if run.seed == seed and run.variant == {"removed": 4, "lora": "trained"}]
+        compared.accuracy(run, 4, uniform(0.9), executed=mean)
+    compared.accuracy(compared.peer("pudding", 4, lora="trained"), 4, uniform(0.5), executed=26.04)
+    compared.accuracy(compared.peer("sleb", 4, lora="trained"), 4, uniform(0.4))
+    opened = study.load(compared.folder)
+    write.table(opened, "table2")
+    rows = {row[1]: row[-1] for row in markdown_rows(compared.folder / "tables/table2.md") if row[0] == "4"}
+    assert rows["FiRST (ran 27.8)"].startswith("90.00 ±")
+    assert rows["PuDDing"].startswith("**50.00**")
+    assert rows["SLEB"].startswith("<u>40.00</u>")
+    assert "(ran N): the mean number of blocks that really ran" in (compared.folder / "tables/table2.md").read_text()
+    path = compared.folder / "tables/table2.csv"
+    first = cell(path, method="first", removed=4, lora="trained", task="average")
+    assert (first["executed"], first["executed_mean"]) == ("26", "27.8")
+    assert cell(path, method="first", removed=8, lora="trained", task="average")["executed_mean"] == ""
+    text = summary(compared.folder)
+    assert re.search(r"FiRST +90\.00 ± \d\.\d\d \[27\.8\]", text)
+    assert re.search(r"PuDDing +50\.00 ± \d\.\d\d\*", text)
+    with style.applied():
+        figure = figures.accuracy_vs_budget(opened)
+    curve = next(line for line in figure.axes[0].lines if line.get_marker() == style.mark("first").marker)
+    assert list(curve.get_xdata()) == [pytest.approx(30 - 27.8, abs=0.3)]
+    assert figure.legends[0].get_title().get_text() == "Points at the mean depth that ran"
+
+
+def test_seeds_that_miss_the_depth_on_both_sides_do_not_hide_it(compared: Maker) -> None:
+    runs = compared.config.method_runs("smollm2-135m", "first")
+    trained = [run for run in runs if run.variant == {"removed": 4, "lora": "trained"}]
+    for run, mean in zip(trained, (25.0, 27.0), strict=True):
+        compared.accuracy(run, 4, uniform(0.5), executed=mean)
+    labels = [row.labels[1] for row in tables.build(study.load(compared.folder), "table2").rows]
+    assert "FiRST (ran 26.0)" in labels
+
+
+def test_records_that_do_not_say_how_many_blocks_ran_are_shown_all_the_same(compared: Maker) -> None:
+    path = compared.accuracy(compared.peer("sleb", 4, lora="trained"), 4, uniform(0.5))
+    content = json.loads(path.read_text())
+    del content["metrics"]["executed_mean"]
+    path.write_text(json.dumps(content))
+    found = tables.build(study.load(compared.folder), "table2")
+    assert {row["executed_mean"] for row in found.records()} == {None}
+    assert "SLEB" in [row.labels[1] for row in found.rows]
+    assert 50.0 in [row["value"] for row in found.records()]
+
+
+def test_a_method_that_the_study_leaves_out_has_no_row(compared: Maker) -> None:
+    """Whatever was recorded of it."""
+    compared.accuracy(compared.peer("sleb", 4, lora="trained"), 4, uniform(0.5))
+    content = compared.config.model_dump(mode="json")
+    content["study"]["methods"] = ["dense", "shortgpt"]
+    (compared.folder / "study.json").write_text(json.dumps(content))
+    rows = tables.build(study.load(compared.folder), "table2").rows
+    assert {row.labels[1].split(" (")[0] for row in rows} == {"Dense", "ShortGPT"}
+
+
+def test_published_figures_are_those_of_the_main_variant_with_lora(tmp_path: Path) -> None:
+    content = paper(methods=EVERY_METHOD)
+    content["study"]["lora"] = ["trained", "none"]
+    content["peers"] = {"criteria": {"shortened_llama": ["ppl", "taylor"]}}
+    built = tables.build(study.load(Maker(tmp_path, content).folder), "table2")
+    at = [row for row in built.records() if row["removed"] == 8 and row["task"] == "average"]
+    beside = {(row["method"], row["criterion"], row["lora"]): row["published"] for row in at}
+    assert {key: value for key, value in beside.items() if value is not None} == {
+        ("shortened_llama", "ppl", "trained"): 57.63,
+        ("shortgpt", "block_influence", "trained"): 60.15,
+        ("sleb", "ppl", "trained"): 57.27,
+        ("pudding", None, "trained"): 52.44,
+        ("first", None, "trained"): 45.99,
+        ("buddy", None, "trained"): 61.24,
+    }
+    assert len(beside) == 14
+
+
+# Generated answers
+
+
+def test_answers_by_method_and_depth_with_both_filters_in_the_csv(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods())
+    dense, buddy = maker.config.runs()[0], maker.main_run("smollm2-135m")
+    maker.generation(dense, 0, 0.5, 0.6)
+    maker.generation(buddy, 4, 0.3, 0.45, items=101)
+    maker.generation(maker.peer("sleb", 4), 4, 0.2, 0.5)
+    maker.generation(maker.peer("first", 4), 4, 0.4, 0.4, executed=28.9)
+    opened = study.load(maker.folder)
+    write.table(opened, "table12")
+    rows = [row for row in markdown_rows(maker.folder / "tables/table12.md") if row[2] != render.MISSING]
+    assert [row[:2] for row in rows] == [["0", "Dense"], ["4", "SLEB"], ["4", "FiRST (ran 28.9)"], ["4", "BUDDY"]]
+    error = 100 * math.sqrt(0.3 * 0.7 / 100)
+    assert rows[3][2] == f"**30.00** ± {error:.2f}"
+    assert rows[1][2].startswith("<u>20.00</u>")
+    assert rows[2][2].startswith("40.00")
+    path = maker.folder / "tables/table12.csv"
+    loose = cell(path, method="buddy", removed=4, filter="flexible-extract")
+    assert (loose["value"], loose["n"], loose["task"], loose["backbone"]) == ("45.0", "101", "gsm8k", "smollm2-135m")
+    assert float(loose["stderr"]) == pytest.approx(100 * math.sqrt(0.45 * 0.55 / 100), abs=1e-5)
+    unmeasured = cell(path, method="pudding", removed=8, filter="strict-match")
+    assert (unmeasured["value"], unmeasured["note"]) == ("", "not measured")
+    text = (maker.folder / "tables/table12.md").read_text()
+    assert "Solved examples in the prompt: 5, answers of up to 128 new tokens." in text
+    assert "\N{EN DASH} not measured." in text
+    assert re.search(r"BUDDY +30\.00 ± \d\.\d\d\*", summary(maker.folder))
+
+
+def test_answers_of_backbones_stand_side_by_side_where_they_have_the_depth(tmp_path: Path) -> None:
+    content = paper(methods=EVERY_METHOD)
+    content["study"]["removed"] = {"llama2-7b": [4, 8], "qwen2.5-7b": [8, 12]}
+    content["study"] |= {"seeds": [0, 1], "lora": ["trained", "none"]}
+    maker = Maker(tmp_path, content)
+    built = tables.build(study.load(maker.folder), "table12")
+    assert built.headers == ("qwen2.5-7b", "llama2-7b")  # as the study has them
+    there = {row.labels: tuple(cell is not None for cell in row.cells) for row in built.rows}
+    assert there["0", "Dense"] == (True, True)
+    assert there["4", "SLEB"] == (False, True)
+    assert there["8", "SLEB"] == (True, True)
+    assert there["12", "BUDDY"] == (True, False)
+    # The first seed answers, and the first of the two LoRA variants.
+    assert len(there) == 2 + 3 * 6
+    assert len(built.records()) == 2 * (2 * 2 + 2 * 2 * 6)
+
+
+# Measured properties
+
+
+def test_properties_are_the_largest_over_the_depths(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods())
+    buddy = maker.main_run("smollm2-135m")
+    maker.trace(buddy, 4, 1, [1, 1, 2, 2])
+    maker.trace(buddy, 8, 3, [4, 6, 5, 9])
+    maker.trace(maker.peer("first", 4), 4, 3, [1, 1, 1, 1], executed=(24, 27, 25.5))
+    maker.trace(maker.peer("first", 8), 8, 4, [1, 1, 1, 1], executed=(21, 27, 24.0))
+    maker.trace(maker.peer("sleb", 8), 8, 1, [1, 1, 1, 1])
+    opened = study.load(maker.folder)
+    write.table(opened, "table1")
+    rows = {row[0]: row[1:] for row in markdown_rows(maker.folder / "tables/table1.md")}
+    assert list(rows) == ["Shortened LLaMA", "ShortGPT", "SLEB", "PuDDing", "FiRST", "BUDDY"]
+    # 4, 6, 5 and 9 have the mean 6, and squared distances 4, 0, 1 and 9 from it.
+    assert rows["BUDDY"] == ["0", "1", "3", f"6.00 ± {math.sqrt(14 / 3 / 4):.2f}"]
+    assert rows["FiRST"] == ["5", "2", "4", "1.00 ± 0.00"]  # 27 blocks ran where 22 were asked for
+    assert rows["SLEB"] == ["0", "2", "1", "1.00 ± 0.00"]
+    assert rows["PuDDing"] == [render.MISSING, "2", render.MISSING, render.MISSING]
+    path = maker.folder / "tables/table1.csv"
+    shown = cell(path, method="buddy", metric="distinct_paths_per_generation", over_depths="largest")
+    assert (shown["removed"], shown["dataset"], shown["n"]) == ("8", "alpaca", "4")
+    assert cell(path, method="sleb", metric="largest_deviation", over_depths="largest")["note"] == "1 of 2 depths"
+    every = cells(path, method="first", metric="largest_deviation", over_depths="")
+    assert {row["removed"]: row["value"] for row in every} == {"4": "2.0", "8": "5.0"}
+    assert cell(path, method="first", metric="executed_mean", removed=8, over_depths="")["value"] == "24.0"
+    text = (maker.folder / "tables/table1.md").read_text()
+    assert "distinct paths of the prefills of 4 prompts of alpaca" in text
+    assert "up to 16 tokens" in text
+    assert "Incomplete: some cells have 1 of 2 depths." in text
+
+
+def test_properties_of_several_data_sets_take_the_largest(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods(trace={"datasets": ["alpaca", "samsum"]}))
+    buddy = maker.main_run("smollm2-135m")
+    maker.trace(buddy, 4, 2, [1, 1])
+    maker.trace(buddy, 4, 5, [3, 4], dataset="samsum")
+    row = tables.build(study.load(maker.folder), "table1").rows[-1]
+    assert [cell and cell.measure.value for cell in row.cells] == [0.0, 1.0, 5.0, 3.5]
+    assert row.cells[2] is not None
+    assert row.cells[2].at["dataset"] == "samsum"
+
+
+# Speed of all methods
+
+
+def test_every_method_is_measured_against_the_dense_model_of_its_own_race(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods())
+    buddy, pudding = maker.main_run("smollm2-135m"), maker.peer("pudding", 8)
+    race = ("alpaca", 1, "eager")
+
+    def speedup(ratio: float) -> dict[str, list[float]]:
+        return {f"{phase}_speedup": [ratio, ratio] for phase in ("prefill", "decode")}
+
+    maker.latency(buddy, race, "dense", 0, [100.0, 100.0], [10.0, 10.0])
+    maker.latency(buddy, race, "sliced", 8, [140.0, 140.0], [14.0, 14.0], **speedup(1.4))
+    maker.latency(buddy, race, "recompute", 8, [130.0, 130.0], [13.0, 13.0], **speedup(1.3))
+    # The machine was slower by half when the peers were timed.
+    maker.latency(pudding, race, "dense", 0, [50.0, 50.0], [5.0, 5.0])
+    maker.latency(pudding, race, "reuse", 8, [60.0, 60.0], [6.5, 6.5], **speedup(1.25))
+    first = maker.peer("first", 8)
+    maker.latency(first, race, "reuse", 8, [40.0, 40.0], [4.5, 4.5], **speedup(0.9), executed_mean=28.25)
+    opened = study.load(maker.folder)
+    write.table(opened, "table14")
+    rows = markdown_rows(maker.folder / "tables/table14.md")
+    assert [row[:2] for row in rows] == [
+        ["0", "Dense"],
+        *(["4", label] for label in ("Static (sliced)", "PuDDing", "FiRST", "BUDDY")),
+        *(["8", label] for label in ("Static (sliced)", "PuDDing", f"FiRST (ran 28.2 / {render.MISSING})", "BUDDY")),
+    ]
+    shown = {row[1].split(" (ran")[0]: [part.split(" ±")[0] for part in row[2:6]] for row in rows if row[0] != "4"}
+    assert shown == {
+        "Dense": ["100.0", "1.00", "10.0", "1.00"],
+        "Static (sliced)": ["140.0", "1.40", "14.0", "1.40"],
+        "PuDDing": ["60.0", "1.25", "6.5", "1.25"],
+        "FiRST": ["40.0", "0.90", "4.5", "0.90"],
+        "BUDDY": ["130.0", "1.30", "13.0", "1.30"],
+    }
+    assert {part for row in rows for part in row[6:]} == {render.MISSING}  # SAMSum was not timed
+    text = (maker.folder / "tables/table14.md").read_text()
+    assert "the dense row is that of BUDDY's race" in text
+    path = maker.folder / "tables/table14.csv"
+    found = cell(path, method="first", removed=8, dataset="alpaca", metric="decode_tok_s")
+    assert (found["executed"], found["executed_mean"], found["execution"]) == ("22", "28.25", "reuse")
+    assert re.search(r"Alpaca +8 +FiRST \(ran 28\.2\) +40\.0 +0\.90x", summary(maker.folder))
+
+
+def test_batch_and_engine_of_all_methods_are_named_where_there_are_several(tmp_path: Path) -> None:
+    content = methods()
+    content["latency"] = {"methods": ["pudding"], "batch_sizes": [4, 1], "datasets": ["samsum"]}
+    maker = Maker(tmp_path, content)
+    for engine in ("eager", "graph"):
+        maker.latency(maker.peer("pudding", 4), ("samsum", 4, engine), "dense", 0, [9.0, 9.0], [9.0, 9.0])
+    built = tables.build(study.load(maker.folder), "table14")
+    assert built.label_headers == ("Batch", "Engine", "Removed", "Method")
+    assert [row.labels for row in built.rows] == [
+        (size, engine, removed, label)
+        for size in ("1", "4")
+        for engine in ("eager", "graph")
+        for removed, label in (("0", "Dense"), ("4", "PuDDing"), ("8", "PuDDing"))
+    ]
+    values = {row.labels[:2]: row.cells[0].measure.value for row in built.rows if row.labels[3] == "Dense"}  # type: ignore[union-attr]
+    assert values == {("1", "eager"): None, ("1", "graph"): None, ("4", "eager"): 9.0, ("4", "graph"): 9.0}
+
+
+def test_a_study_that_times_no_method_of_its_own_has_an_empty_table(tmp_path: Path) -> None:
+    content = methods(latency={"methods": ["first"]})
+    content["study"]["methods"] = ["dense", "sleb"]
+    built = tables.build(study.load(Maker(tmp_path, content).folder), "table14")
+    assert built.rows == []
+    assert "Table 14" in render.to_markdown(built)
+    assert r"\end{table*}" in render.to_latex(built)
 
 
 # Limits
@@ -602,6 +945,18 @@ def test_published_files_are_complete() -> None:
         ("table8", {"removed": 8, "phase": "prefill", "component": "decision", "metric": "percent"}, 5.67),
         ("table8", {"removed": 8, "phase": "decode", "component": "decision", "metric": "percent"}, None),
         ("table4", {"execution": "sliced", "dataset": "alpaca", "removed": 16, "metric": "prefill_speedup"}, None),
+        ("table2", {"method": "first", "removed": 4, "task": "boolq"}, 63.58),
+        ("table3", {"method": "shortened_llama", "removed": 16, "task": "average"}, 43.80),
+        ("table10", {"method": "dense_lora", "removed": 0, "task": "average"}, None),  # the paper has no such row
+        ("table12", {"backbone": "llama2-7b", "method": "dense", "filter": "strict-match"}, 14.03),
+        ("table12", {"backbone": "qwen2.5-7b", "method": "buddy", "removed": 8, "filter": "strict-match"}, 14.63),
+        ("table12", {"backbone": "qwen2.5-7b", "method": "buddy", "removed": 8, "filter": "flexible-extract"}, None),
+        ("table12", {"backbone": "llama2-7b", "method": "sleb", "removed": 12, "filter": "strict-match"}, None),
+        ("table14", {"method": "dense", "dataset": "samsum", "metric": "decode_tok_s"}, 60.70),
+        ("table14", {"method": "buddy", "dataset": "alpaca", "removed": 12, "metric": "decode_speedup"}, 1.30),
+        ("table14", {"method": "pudding", "dataset": "samsum", "removed": 16, "metric": "decode_tok_s"}, 124.85),
+        ("table14", {"method": "first", "dataset": "alpaca", "removed": 8, "metric": "prefill_speedup"}, 1.02),
+        ("table14", {"method": "sliced", "dataset": "alpaca", "removed": 8, "metric": "prefill_speedup"}, None),
     ],
 )
 def test_published_figures_stand_beside_the_same_cell(
@@ -618,8 +973,8 @@ def test_published_figures_stand_beside_the_same_cell(
 @pytest.fixture(scope="module")
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     """The paper's study, all measured, all built."""
-    maker = Maker(tmp_path_factory.mktemp("papers"), paper())
-    maker.everything(baselines=("shortened_llama", "shortgpt", "sleb"))
+    maker = Maker(tmp_path_factory.mktemp("papers"), paper(methods=EVERY_METHOD))
+    maker.everything()
     opened = study.load(maker.folder)
     for name in tables.names(opened):
         write.table(opened, name)
@@ -760,11 +1115,16 @@ def test_one_panel_per_backbone(papers: Maker) -> None:
         "llama1-13b (40 blocks)",
     ]
     entries = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(entries) == len(set(entries)) == 6
+    methods = {"Dense", "Dense (LoRA)", "Shortened LLaMA", "ShortGPT", "SLEB", "PuDDing", "FiRST", "BUDDY"}
+    assert len(entries) == len(set(entries))
+    assert set(entries) == {*methods, "Chance"}
 
 
-def test_legends_stay_inside_the_figure_and_below_the_panels(small: Maker) -> None:
-    small.everything(baselines=("shortened_llama", "shortgpt", "sleb", "pudding", "first"))
+def test_legends_stay_inside_the_figure_and_below_the_panels(tmp_path: Path) -> None:
+    content = methods(peers={"criteria": {"shortened_llama": ["ppl", "taylor"]}})
+    content["study"]["lora"] = ["trained", "none"]
+    small = Maker(tmp_path, content)
+    small.everything()
     opened = study.load(small.folder)
     for draw in (figures.accuracy_vs_budget, figures.latency):
         with style.applied():
@@ -776,12 +1136,14 @@ def test_legends_stay_inside_the_figure_and_below_the_panels(small: Maker) -> No
 
 
 def test_marks_differ_in_colour_marker_and_grey() -> None:
-    methods = ("dense", "shortened_llama", "shortgpt", "sleb", "pudding", "first", "buddy")
-    for names in (methods, ("dense", "sliced", "reuse", "recompute")):
+    for names in (METHODS, ("dense", "sliced", "reuse", "recompute")):
         marks = [style.mark(name) for name in names]
         assert len({mark.color for mark in marks}) == len(names)
         assert len({(mark.marker, str(mark.dash)) for mark in marks}) == len(names)
     assert style.mark("buddy") == style.mark("recompute")
+    again = style.mark("sleb", 1)
+    assert (again.color, again.marker) == (style.mark("sleb").color, style.mark("sleb").marker)
+    assert again.line() != style.mark("sleb").line()
 
 
 def test_fraction_rounds_halves_up() -> None:
@@ -894,7 +1256,7 @@ def test_tables_are_built_from_the_records_that_the_study_names(elsewhere: Maker
 def test_a_folder_without_records_is_named(elsewhere: Maker) -> None:
     named = r"study\.json: study\.records: reference/some-machine/records: "
     with pytest.raises(
-        UserError, match=named + r"no such folder in .*; expected a folder that holds accuracy, latency"
+        UserError, match=named + r"no such folder in .*; expected a folder that holds accuracy, generation, latency"
     ):
         study.load(elsewhere.folder)
     (elsewhere.records / "records").mkdir(parents=True)
@@ -906,11 +1268,11 @@ def test_a_folder_without_records_is_named(elsewhere: Maker) -> None:
 
 
 def test_five_hundred_records_take_less_than_thirty_seconds(tmp_path: Path) -> None:
-    maker = Maker(tmp_path, paper(seeds=7))
-    count = maker.everything(items=300, baselines=("shortened_llama", "shortgpt", "sleb"))
+    maker = Maker(tmp_path, paper(seeds=3, methods=EVERY_METHOD))
+    count = maker.everything(items=300)
     assert count >= 500
     start = time.perf_counter()
     report("paper", results=tmp_path, all_=True)
     assert time.perf_counter() - start < 30
-    assert len(list((maker.folder / "tables").iterdir())) == 30
+    assert len(list((maker.folder / "tables").iterdir())) == 39
     assert ENVIRONMENT["device"] in (maker.folder / "tables/table2.md").read_text()

@@ -9,7 +9,7 @@ from models import VOCABULARY, tiny
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
 from buddy.settings import Training
-from buddy.training import sft
+from buddy.training import recipe, sft
 from buddy.training.examples import IGNORED, Collator, encode
 
 
@@ -28,6 +28,8 @@ SETTINGS = Training(
     epochs=2, batch_size=3, warmup_steps=1, max_length=64, save_steps=2, logging_steps=1, learning_rate=1e-2,
     lora_rank=2, router_rank=4,
 )  # fmt: skip
+
+RECIPE = recipe.Recipe(recipe.drawn(3, 6), trains_policy=True)
 
 
 def policy_for(backbone, seed=0):
@@ -52,7 +54,7 @@ def run(folder, settings=SETTINGS, seed=0, stop_after=None):
         if stop_after is not None and step >= stop_after:
             raise KeyboardInterrupt
 
-    trained = sft.train(backbone, tokenizer(folder), policy, PAIRS, settings, 3, folder, seed, on_log=die)
+    trained = sft.train(backbone, tokenizer(folder), policy, PAIRS, settings, RECIPE, folder, seed, on_log=die)
     return trained, policy
 
 
@@ -114,7 +116,7 @@ def test_training_moves_router_and_lora_and_nothing_else(tmp_path):
     before = {name: p.clone() for name, p in backbone.named_parameters()}
     policy = policy_for(backbone)
     router = {name: p.clone() for name, p in policy.named_parameters()}
-    trained = sft.train(backbone, tokenizer(tmp_path), policy, PAIRS, SETTINGS, 3, tmp_path, seed=0)
+    trained = sft.train(backbone, tokenizer(tmp_path), policy, PAIRS, SETTINGS, RECIPE, tmp_path, seed=0)
     for name, parameter in policy.named_parameters():
         assert not torch.equal(parameter, router[name]), f"{name} did not move: routing took no part"
     after = dict(trained.adapted.named_parameters())
@@ -157,12 +159,12 @@ def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path):
 
 
 def test_depths_cover_the_range_full_depth_included():
-    drawn = [k for step in range(200) for k in sft.draw_depths(4, 5, 8, seed=1, step=step, part=0)]
+    drawn = [k for step in range(200) for k in recipe.draw_depths(4, 5, 8, seed=1, step=step, part=0)]
     counts = {k: drawn.count(k) for k in set(drawn)}
     assert set(counts) == {5, 6, 7, 8}
     assert min(counts.values()) > 150  # 200 expected of each
-    assert sft.draw_depths(4, 5, 8, 1, 7, 0) == sft.draw_depths(4, 5, 8, 1, 7, 0)
-    assert sft.draw_depths(8, 2, 30, 1, 7, 0) != sft.draw_depths(8, 2, 30, 1, 7, 1)
+    assert recipe.draw_depths(4, 5, 8, 1, 7, 0) == recipe.draw_depths(4, 5, 8, 1, 7, 0)
+    assert recipe.draw_depths(8, 2, 30, 1, 7, 0) != recipe.draw_depths(8, 2, 30, 1, 7, 1)
 
 
 def test_batches_mark_prompt_response_and_padding():

@@ -28,23 +28,55 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     # Counted by hand from the tables: on four backbones dense and the main variant; on Llama2-7B besides, three
     # features without a prior (one of them is Table 6's "none"), two more priors, five more omegas, three more blocks.
     routed = 4 + 3 + 2 + 5 + 3
+    # On each backbone dense with LoRA, and five peers at four depths.
+    peers = 4 * (1 + 5 * 4)
     assert jobs["train"] == routed
-    assert jobs["evaluate"] == routed + 4
+    assert jobs["adapt"] == peers
+    assert jobs["calibrate"] == 4 * 3  # a static peer's order serves all its depths
+    assert jobs["pool"] == 4
+    assert jobs["evaluate"] == routed + peers + 4
     assert jobs["backbone"] == 4
     assert jobs["importance"] == 4 + 2
-    assert jobs["latency"] == 2
+    assert jobs["latency"] == 2 * (1 + 2 * 4)  # per data set BUDDY's run, and PuDDing's and FiRST's at four depths
     assert jobs["breakdown"] == 1
-    assert jobs["data"] == 8 + 3  # eight tasks, Alpaca, WikiText-2, SAMSum
-    assert jobs["table"] == 10
+    assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
+    assert jobs["trace"] == 3 + 5 * 4
+    assert jobs["data"] == 8 + 4  # eight tasks, Alpaca, WikiText-2, SAMSum, GSM8K
+    assert jobs["table"] == 13
     assert seconds < 10
 
 
-@pytest.mark.parametrize("table", ["table2", "table4", "table5", "table6", "table7", "table8", "table13"])
+TRAINED = {  # runs of BUDDY, and of peers, that a table needs
+    "table1": (1, 21), "table2": (1, 21), "table4": (1, 0), "table5": (3, 0), "table6": (4, 0), "table7": (6, 0),
+    "table8": (1, 0), "table12": (2, 42), "table13": (4, 0), "table14": (1, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TRAINED)
 def test_the_papers_table_names_are_targets(checkout, table):
     jobs = planned(checkout, table)
-    expected = {"table2": 1, "table4": 1, "table5": 3, "table6": 4, "table7": 6, "table8": 1, "table13": 4}
-    assert jobs["train"] == expected[table]
+    assert (jobs["train"], jobs.get("adapt", 0)) == TRAINED[table]
     assert jobs["table"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overlay", "adapted", "calibrated"),
+    [
+        ({"study": {"lora": ["none"]}}, 2, 1),  # dense with LoRA has no such variant
+        ({"study": {"lora": ["trained", "none"]}}, 1 + 2 * 2, 1),
+        ({"study": {"seeds": [0, 1], "lora": ["trained", "none"]}}, 2 + 2 * 2 + 2, 1),  # untrained, seeds do not differ
+        ({"study": {"methods": ["dense", "first"]}}, 2, 0),
+        ({"study": {"methods": ["shortened_llama"]}, "peers": {"criteria": {"shortened_llama": ["ppl", "taylor"]}}}, 4, 2),
+    ],
+)
+def test_methods_lora_seeds_and_criteria_span_the_peers(checkout, overlay, adapted, calibrated):
+    study = {"name": "x", "backbones": ["smollm2-135m"], "removed": {"smollm2-135m": [4, 8]}, "ablations": []}
+    methods = {"methods": ["dense_lora", "sleb"], "tables": {"table2": {"backbone": "smollm2-135m"}}}
+    overlay = {**overlay, "study": {**study, **methods, **overlay.get("study", {})}}
+    (checkout / "peers.yaml").write_text(yaml.safe_dump(overlay))
+    jobs = planned(checkout, "table2", "--configfile", "peers.yaml")
+    assert (jobs.get("adapt", 0), jobs.get("calibrate", 0)) == (adapted, calibrated)
+    assert jobs["evaluate"] == adapted + ("dense" in overlay["study"]["methods"])
 
 
 def test_a_mistyped_target_fails_while_planning(checkout):
@@ -73,7 +105,13 @@ WRONG = [
     ),
     ({"latency": {"executions": ["recompute", "eager"]}}, "latency.executions", "'sliced'"),
     ({"study": {"records": "results/reference/none"}}, "study.records: results/reference/none", "no such folder"),
-    ({"study": {"records": "tests"}}, "study.records: tests", "a folder that holds accuracy, latency"),
+    (
+        {"peers": {"criteria": {"sleb": ["taylor"]}}},
+        "peers: criteria.sleb: ['taylor']",
+        "not a choice among ppl",
+    ),
+    ({"study": {"methods": ["slep"]}}, "study.methods", "'sleb'"),
+    ({"study": {"records": "tests"}}, "study.records: tests", "a folder that holds accuracy, generation"),
 ]
 
 
@@ -103,7 +141,7 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
     """Resources, log, retries and environment, read from the rules as Snakemake prints them."""
     text = "".join(
         (checkout / "rules" / name).read_text()
-        for name in ("inputs.smk", "train.smk", "evaluate.smk", "latency.smk", "breakdown.smk")
+        for name in ("inputs.smk", "train.smk", "evaluate.smk", "latency.smk", "breakdown.smk", "peers.smk", "generate.smk")
     )
     for rule in text.split("\nrule ")[1:]:
         name = rule.split(":")[0]

@@ -1,0 +1,71 @@
+"""What every training leaves: a run folder, a training record, and no checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from buddy.routing.policy import Policy
+    from buddy.runs import RunInfo
+    from buddy.tracking import Tracker
+    from buddy.training.sft import Trained
+
+
+def keep(
+    out: Path,
+    info: RunInfo,
+    policy: Policy,
+    result: Trained,
+    examples: int,
+    record: Path | None,
+    tracker: Tracker,
+    provenance: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Save a trained run and its record; its checkpoints have done their work.
+
+    Args:
+        out: run folder.
+        info: its ``run.json``.
+        policy: with its final state.
+        result: outcome of the training.
+        examples: number of examples it was trained on.
+        record: training record to write, if any.
+        tracker: its W&B run, for the summary.
+        provenance: environment, commit and seconds (`buddy.commands._common.provenance`).
+        facts: further metrics of the record.
+    """
+    from buddy import runs
+    from buddy.records import Budget, Record
+    from buddy.training import sft
+
+    runs.save(out, info, policy, result.adapted)
+    shutil.rmtree(out / sft.CHECKPOINTS, ignore_errors=True)
+    metrics: dict[str, Any] = {
+        "steps": result.steps,
+        "epochs": info.training.get("epochs", 0) if result.steps else 0,
+        "examples": examples,
+        "tokens": result.tokens,
+        "final_loss": result.curve[-1]["loss"] if result.curve else None,
+        "curve": result.curve,
+        "trainable_parameters": result.trainable,
+        "router_parameters": sum(p.numel() for p in policy.parameters()),
+        **(facts or {}),
+    }
+    removed = info.variant.get("removed")
+    if record is not None:
+        Record(
+            kind="training",
+            study=info.study,
+            backbone=info.backbone,
+            method=info.method,
+            metrics=metrics,
+            n=examples,
+            variant=info.variant,
+            seed=info.seed,
+            budget=Budget.of(policy.blocks - removed, policy.blocks) if removed is not None else None,
+            **provenance,
+        ).write(record)
+    tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})

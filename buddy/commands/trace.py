@@ -1,0 +1,94 @@
+"""``buddy trace``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from buddy.commands._options import with_settings
+from buddy.settings import Trace
+
+
+@with_settings(Trace, leave_out=("backbones", "datasets"))
+def trace(
+    run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
+    data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data`, of text or of a task")],
+    out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
+    settings: Trace,
+    removed: Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")] = "0",
+    study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
+    name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Record which blocks ran: how exactly a budget is kept, and how paths differ by prompt and by step.
+
+    \b
+    Examples:
+      buddy trace --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --removed 4,8 --out records
+      buddy trace --run RUN --data results/demo/data/piqa --removed 12 --prompts 50 --new-tokens 1 --out records
+    """
+    import os
+
+    # A task's prompts are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+    from buddy import runs
+    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._options import counts
+    from buddy.evaluation import traces
+    from buddy.records import Budget, Record, Stopwatch
+
+    depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
+    prompts = traces.prompts(data)[: settings.prompts]
+    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
+    check_one_gpu(model.device.type)
+    check_depths(model, depths)
+    info = model.origin.info
+    info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
+    config = {**settings.model_dump(), "removed": depths, "training": info.training}
+    with tracked("trace", info.study, run_of(info), config, data.name) as tracker:
+        for count in depths:
+            budget = Budget.of(model.blocks - count, model.blocks)
+            watch = Stopwatch(str(model.device))
+            routes = traces.collect(model, prompts, budget.fraction, settings)
+            metrics = {
+                "dataset": data.name,
+                "prompts": len(prompts),
+                "new_tokens": settings.new_tokens,
+                "decode": settings.decode,
+                **traces.summary(routes, budget.executed),
+            }
+            Record(
+                kind="trace",
+                study=info.study,
+                backbone=info.backbone,
+                method=info.method,
+                metrics=metrics,
+                n=len(prompts),
+                variant={**info.variant, "kv": settings.kv} if info.variant else {},
+                seed=info.seed,
+                budget=budget,
+                **provenance(model, watch),
+            ).write(out / f"removed~{count}.json")
+            typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
+            tracker.log(_numbers(metrics), step=count)
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return (
+        f"{metrics['executed_mean']:.2f} executed ({metrics['executed_min']} to {metrics['executed_max']}), "
+        f"{metrics['distinct_paths_over_prompts']} distinct paths over {metrics['prompts']} prompts, "
+        f"{metrics['distinct_paths_per_generation']['mean']:.1f} per generation"
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that make a curve over the depth."""
+    per_generation = metrics["distinct_paths_per_generation"]["mean"]
+    return {
+        **{key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        "distinct_paths_per_generation": per_generation,
+    }

@@ -1,0 +1,163 @@
+"""Which blocks ran, prompt by prompt and step by step: the measured properties of a policy.
+
+The paper's Table 1 (is the budget kept, do paths follow the input, do they change while decoding), Figure 4 (distinct
+paths per generation) and Figures 6 and 9 to 11 (how often each block runs, task by task).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from buddy.data import inputs
+from buddy.data.catalogue import CATALOGUE, CHOICE
+from buddy.evaluation.latency import spread
+from buddy.routing.model import RoutedModel
+from buddy.routing.trace import Trace
+from buddy.settings import Trace as Settings
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def prompts(folder: str | Path) -> list[str]:
+    """The prompts of a data set, in the order of its rows.
+
+    Args:
+        folder: a data set folder. Of instructions, dialogues and problems it has the prompts; if it has the name of a
+            multiple-choice task, what the harness puts before the answers of its evaluation split, without examples.
+
+    Raises:
+        UserError: not a data set folder, or a set that asks nothing.
+    """
+    folder = Path(folder)
+    data = CATALOGUE.get(folder.name)
+    if data is not None and data.kind == CHOICE:
+        return _contexts(folder)
+    return [prompt for prompt, _ in inputs.pairs(folder)]
+
+
+def _contexts(folder: Path) -> list[str]:
+    """What lm-eval asks of each document. Where the choices are contexts (WinoGrande), the first stands for all."""
+    from buddy.data.tasks import tasks
+
+    _, (task,) = tasks(folder.parent, [folder.name])
+    contexts = []
+    for document in task.eval_docs:
+        text: Any = task.doc_to_text(document)
+        contexts.append(text if isinstance(text, str) else task.doc_to_choice(document)[0])
+    return contexts
+
+
+# ---- what ran --------------------------------------------------------------------------------------------------------
+
+
+def collect(model: RoutedModel, texts: Sequence[str], budget: float, settings: Settings) -> list[Tensor]:
+    """Generate greedily after each prompt and keep its routes.
+
+    Args:
+        model: the run, in evaluation mode.
+        texts: the prompts; those of like length are generated together.
+        budget: fraction of blocks.
+        settings: the section `trace` of the study.
+
+    Returns:
+        Per prompt, in the order given, a boolean tensor (passes, L): the prefill's route, then that of every decode
+        step whose token the sequence needed. The last new token is not fed back, so there are as many as new tokens.
+    """
+    rows = [model.tokenizer(text).input_ids for text in texts]
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # the longest first: trouble comes at once
+    ends = end_tokens(model)
+    found: dict[int, Tensor] = {}
+    with tqdm(total=len(rows), desc=f"tracing at {budget:.3g}", unit="prompt") as bar:
+        for start in range(0, len(order), settings.batch_size):
+            batch = order[start : start + settings.batch_size]
+            padded = model.tokenizer.pad(
+                {"input_ids": [rows[number] for number in batch]}, padding_side="left", return_tensors="pt"
+            )
+            ids = model.generate(
+                padded["input_ids"].to(model.device),
+                padded["attention_mask"].to(model.device),
+                budget=budget,
+                decode=settings.decode,
+                max_new_tokens=settings.new_tokens,
+                do_sample=False,
+                pad_token_id=model.tokenizer.pad_token_id,
+            )
+            passes = needed_passes(ids[:, padded["input_ids"].shape[1] :], ends)
+            found.update(zip(batch, needed_routes(model.trace, passes), strict=True))
+            bar.update(len(batch))
+    return [found[number] for number in range(len(rows))]
+
+
+def end_tokens(model: RoutedModel) -> frozenset[int]:
+    """Tokens that end a generation of this model; none if it never ends by itself."""
+    ends: Any = model.backbone.generation_config.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else map(int, ends))
+
+
+def needed_passes(new: Tensor, ends: Collection[int]) -> list[int]:
+    """Passes that each sequence of a batch needed for its new tokens: one each, up to the first that ends it.
+
+    Args:
+        new: (B, N) generated tokens; what follows an end is padding.
+        ends: tokens that end a sequence.
+    """
+    rows = new.tolist()
+    return [next((at for at, token in enumerate(row, 1) if token in ends), len(row)) for row in rows]
+
+
+def needed_routes(trace: Trace, passes: Sequence[int]) -> list[Tensor]:
+    """Routes (passes, L) of each sequence of a generation, without the passes it took only because others went on."""
+    return [trace.routes(sequence)[:count] for sequence, count in enumerate(passes)]
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def summary(routes: Sequence[Tensor], requested: int) -> dict[str, Any]:
+    """What a trace record says of the routes at one depth.
+
+    Args:
+        routes: per prompt a boolean tensor (passes, L), the prefill first.
+        requested: number of blocks that the budget asks for.
+
+    Returns:
+        - ``requested_executed``; ``executed_min``, ``executed_max`` and ``executed_mean`` over all passes and
+          sequences; ``largest_deviation``, the largest difference from the request among them, in blocks;
+        - ``distinct_paths_over_prompts``: different routes among the prefills;
+        - ``distinct_paths_per_generation``: different routes in one generation, prefill included: mean, median, p10,
+          p90 and the values prompt by prompt;
+        - ``block_frequency`` and ``block_frequency_prefill``: share of all passes, and of the prefills, in which each
+          of the L blocks ran;
+        - ``changed_steps_mean``: share of decode steps whose route is not that of the pass before; None where nothing
+          was decoded.
+    """
+    every = torch.cat(list(routes))
+    prefills = torch.stack([route[0] for route in routes])
+    executed = every.sum(-1)
+    changed = torch.cat([(route[1:] != route[:-1]).any(-1) for route in routes])
+    paths = [_distinct(route) for route in routes]
+    return {
+        "requested_executed": requested,
+        "executed_min": int(executed.min()),
+        "executed_max": int(executed.max()),
+        "executed_mean": executed.double().mean().item(),
+        "largest_deviation": int((executed - requested).abs().max()),
+        "distinct_paths_over_prompts": _distinct(prefills),
+        "distinct_paths_per_generation": {"mean": sum(paths) / len(paths), **spread(paths)},
+        "block_frequency": every.double().mean(0).tolist(),
+        "block_frequency_prefill": prefills.double().mean(0).tolist(),
+        "changed_steps_mean": changed.double().mean().item() if len(changed) else None,
+    }
+
+
+def _distinct(routes: Tensor) -> int:
+    """Number of different rows of (N, L)."""
+    return len(set(map(tuple, routes.tolist())))

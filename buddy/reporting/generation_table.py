@@ -1,0 +1,104 @@
+"""The table of problems solved by generation (the paper's Table 12): GSM8K, all backbones that answer side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from buddy.reporting import measures, published
+from buddy.reporting.accuracy_tables import rank_columns, rank_note
+from buddy.reporting.cells import coordinates, either, number, provenance
+from buddy.reporting.grid import Cell, Grid, Row, ran
+from buddy.reporting.labels import series_labels
+from buddy.reporting.measures import Measure
+from buddy.reporting.study import Series, Study
+from buddy.settings import Table
+
+FILTERS = ("strict-match", "flexible-extract")
+"""The harness's ways to find an answer in GSM8K's texts; the first is the one shown, the CSV has both."""
+TASK = "gsm8k"
+
+
+def generation(study: Study, name: str, table: Table) -> Grid:
+    """Rows: dense, then at each depth every method; columns: backbones; cells: exact match in percent."""
+    backbones = [table.backbone] if table.backbone else study.config.answering_backbones()
+    # Backbones of one study have the same methods, but not always the same depths.
+    answering = {backbone: {one.path: one for one in study.answering(backbone)} for backbone in backbones}
+    every = {path: one for series in answering.values() for path, one in series.items()}
+    label = series_labels(list(every.values()))
+    rows: list[Row] = []
+    for removed in sorted({0, *(removed for backbone in backbones for removed in study.removed(backbone))}):
+        at_depth = [
+            one
+            for path, one in every.items()
+            if any(removed in series[path].depths for series in answering.values() if path in series)
+        ]
+        group = [_row(study, name, answering, one.path, label[one.path], removed) for one in at_depth]
+        if removed:
+            rank_columns(group, at_depth)
+        for row in group[:1]:
+            row.starts_group = True
+        rows += group
+    return Grid(
+        name=name,
+        caption="Exact match on GSM8K, answered by generation, with blocks removed.",
+        label_headers=("Removed", "Method"),
+        headers=tuple(backbones),
+        rows=rows,
+        error_note="± standard error over the problems.",
+        latex_errors=frozenset(range(len(backbones))),
+        notes=[
+            *_how_answered(study, backbones),
+            *rank_note(rows, every.values()),
+            *provenance(study, "generation", *backbones),
+        ],
+    )
+
+
+def _row(
+    study: Study, name: str, answering: Mapping[str, Mapping[str, Series]], path: str, label: str, removed: int
+) -> Row:
+    """One method at one depth; a backbone that is not pruned to it has no cell."""
+    shown: list[Cell | None] = []
+    unshown: list[Cell] = []
+    for backbone, series in answering.items():
+        if path in series and removed in series[path].depths:
+            first, *others = _cells(study, name, backbone, series[path], removed)
+            shown.append(first)
+            unshown += others
+        else:
+            shown.append(None)
+    missed = ran(cell.measure for cell in shown if cell is not None)
+    return Row((str(removed), label + missed), shown, unshown=unshown)
+
+
+def _cells(study: Study, name: str, backbone: str, series: Series, removed: int) -> list[Cell]:
+    """One cell per filter, the shown one first; the paper's figure stands beside that."""
+    beside = None
+    if published.has_figures_of(series.method, series.variant):
+        paper = published.backbone(backbone, study.config.backbones[backbone])
+        beside = published.answers(number(name), paper, series.method, removed)
+    found = measures.answers(study, backbone, series, removed)
+    at = {**coordinates(study, name, backbone, series, removed), "task": TASK}
+    return [
+        Cell(
+            {**at, "filter": used, "unit": "%"},
+            found.get((TASK, used), Measure()),
+            beside if used == FILTERS[0] else None,
+        )
+        for used in FILTERS
+    ]
+
+
+def _how_answered(study: Study, backbones: list[str]) -> list[str]:
+    """What the records say of the prompts and answers, and which answers count."""
+    rows = [row for key, found in study.generation_rows.items() if key[0] in backbones for row in found]
+    shots = either(row["few_shot"] for row in rows if not pd.isna(row["few_shot"]))
+    tokens = either(row["new_tokens"] for row in rows)
+    told = [f"Solved examples in the prompt: {shots}"] if shots else []
+    told += [f"answers of up to {tokens} new tokens"] if tokens else []
+    return [
+        "Exact match in percent, by the harness's strict-match; the CSV has flexible-extract too. The paper does not say "
+        "which it used." + (f" {', '.join(told)}." if told else "")
+    ]

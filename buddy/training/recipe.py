@@ -1,0 +1,66 @@
+"""What a method trains, and at which depths: the part of training in which BUDDY and its peers differ.
+
+Data, template, loss, optimiser, schedule and LoRA are the same for all of them (`buddy.settings.Training`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buddy.routing.engine import Routing
+
+Budgets = Callable[[int, int, int, int], list[float] | None]
+"""Called with (batch size, seed, step, part of the step): a budget per example, or None for the policy's own."""
+
+
+def own(batch: int, seed: int, step: int, part: int) -> list[float] | None:
+    """The policy's own depth, for every example."""
+    return None
+
+
+def drawn(most_removed: int, blocks: int) -> Budgets:
+    """A depth per example, uniform from the deepest pruning of the study to full depth (paper sec. 4.2.3).
+
+    With full depth among them every block keeps being trained, and one model serves every budget.
+
+    Args:
+        most_removed: blocks left out at most.
+        blocks: number of blocks L.
+    """
+
+    def budgets(batch: int, seed: int, step: int, part: int) -> list[float]:
+        return [depth / blocks for depth in draw_depths(batch, blocks - most_removed, blocks, seed, step, part)]
+
+    return budgets
+
+
+def draw_depths(batch: int, shallowest: int, blocks: int, seed: int, step: int, part: int) -> list[int]:
+    """Executed blocks of each example, uniform over ``shallowest .. blocks``.
+
+    A pure function of seed, step and part of the step, so a resumed training draws what an uninterrupted one would.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + part)
+    return torch.randint(shallowest, blocks + 1, (batch,), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained.
+
+    Attributes:
+        budgets: depths of the examples.
+        trains_policy: the policy's parameters learn, through gates that carry gradients.
+        lora: LoRA learns (if the settings give it a rank).
+        without_lora: blocks, from 0, that have none, because they never run.
+        penalty: added to the cross-entropy, from the routing of the pass; None adds nothing.
+    """
+
+    budgets: Budgets = own
+    trains_policy: bool = False
+    lora: bool = True
+    without_lora: Sequence[int] = ()
+    penalty: Callable[[Routing], Tensor] | None = None

@@ -1,0 +1,57 @@
+# Generated answers: problems solved by generation, and the paths that generations take.
+
+
+rule solve:
+    input:
+        model=lambda w: model_file(RUNS[w.run]),
+        data=[f"{RESULTS}/data/{task}/data.json" for task in STUDY.generation.tasks],
+    output:
+        directory(f"{RESULTS}/records/generation/{{run}}"),
+    log:
+        f"{RESULTS}/logs/solve/{{run}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/solve/{{run}}.tsv"
+    retries: 2
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.5),
+    params:
+        model=lambda w, input: parent(input.model),
+        data=lambda w, input: parent(parent(input.data[0])),
+        settings=lambda w: model_flags(w, STUDY.generation),
+        removed=depths_flag,
+    shell:
+        "python -m buddy solve --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "--out {output} > {log} 2>&1"
+
+
+rule trace:
+    input:
+        model=lambda w: model_file(RUNS[w.run]),
+        data=f"{RESULTS}/data/{{dataset}}/data.json",
+    output:
+        directory(f"{RESULTS}/records/trace/{{run}}/dataset~{{dataset}}"),
+    log:
+        f"{RESULTS}/logs/trace/{{run}}/dataset~{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/trace/{{run}}/dataset~{{dataset}}.tsv"
+    retries: 1
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.1),
+    params:
+        model=lambda w, input: parent(input.model),
+        data=lambda w, input: parent(input.data),
+        settings=lambda w: model_flags(w, STUDY.trace),
+        removed=depths_flag,
+    shell:
+        "python -m buddy trace --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "--out {output} > {log} 2>&1"
