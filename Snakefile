@@ -22,6 +22,7 @@ localrules:
     all,
     backbone,
     data,
+    encoder,
     table,
     figure,
 

@@ -18,6 +18,7 @@ COMMANDS = (
     "data",
     "importance",
     "calibrate",
+    "encoder",
     "pool",
     "train",
     "adapt",

@@ -205,17 +205,27 @@ def router_tasks(wildcards):
     return [f"{RESULTS}/data/{task}/data.json" for task in tasks]
 
 
+def router_encoder(wildcards):
+    """The encoder that PuDDing's router reads prompts with, where that is not the backbone."""
+    named = RUNS[wildcards.peer].method == "pudding" and STUDY.pudding.encoder != "backbone"
+    return f"{RESULTS}/encoder/encoder.json" if named else []
+
+
 def peer_inputs(wildcards, input):
     """What a peer is given beside backbone and instruction data."""
-    tasks = parent(parent(input.tasks[0])) if input.get("tasks") else None
-    return flags({"calibration": input.get("calibration") or None, "tasks": tasks})
+    given = {"calibration": input.get("calibration") or None}
+    if input.get("tasks"):
+        encoder = parent(input.encoder) if input.get("encoder") else "backbone"
+        given |= {"tasks": parent(parent(input.tasks[0])), "pudding_encoder": encoder}
+    return flags(given)
 
 
 def peer_flags(wildcards):
     """A peer's method and axes, and the settings that only it reads."""
     run = RUNS[wildcards.peer]
     axes = {axis: value for axis, value in run.axes if axis != "criterion"}
-    own = {"pudding": STUDY.pudding.model_dump(exclude={"criteria", "pool_items"}), "first": STUDY.first.model_dump()}
+    not_routers = {"criteria", "pool_items", "encoder"}
+    own = {"pudding": STUDY.pudding.model_dump(exclude=not_routers), "first": STUDY.first.model_dump()}
     settings = {f"{run.method}_{name}": value for name, value in own.get(run.method, {}).items()}
     return flags({"method": run.method, **axes, "seed": run.seed, **settings})
 

@@ -43,6 +43,24 @@ rule data:
         "python -m buddy data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} --study {params.study} > {log} 2>&1"
 
 
+rule encoder:
+    output:
+        f"{RESULTS}/encoder/encoder.json",
+    log:
+        f"{RESULTS}/logs/encoder.log",
+    retries: 1
+    conda:
+        "../envs/buddy.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        source=STUDY.pudding.encoder,
+        folder=lambda w, output: parent(output[0]),
+    shell:
+        "python -m buddy encoder --source {params.source:q} --out {params.folder} > {log} 2>&1"
+
+
 rule importance:
     input:
         backbone=f"{RESULTS}/backbones/{{backbone}}/backbone.json",

@@ -67,6 +67,7 @@ rule adapt:
         data=f"{RESULTS}/data/{STUDY.training.data}/data.json",
         calibration=calibration_record,
         tasks=router_tasks,
+        encoder=router_encoder,
     output:
         run=f"{RESULTS}/runs/{{peer}}/run.json",
         record=f"{RESULTS}/records/training/{{peer}}.json",

@@ -23,7 +23,7 @@ def pool(
     out: Annotated[Path | None, typer.Option(help="record to write (JSON)")] = None,
     study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
     name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
-    batch_size: Annotated[int, typer.Option(help="answers per pass", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="questions per pass", min=1)] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
 ) -> None:

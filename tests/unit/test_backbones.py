@@ -498,3 +498,28 @@ def test_wrong_options_are_one_line(tmp_path, arguments, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# Encoders
+
+
+def test_an_encoder_is_linked_from_the_hub_or_a_folder_and_fetched_once(tmp_path):
+    files = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"weights", "vocab.txt": b"[PAD]\n"}
+    with hub_server.serve() as hub:
+        hub.repositories["models"]["owner/bert"] = {**files, "flax_model.msgpack": b"other"}
+        settings = hub_server.environment(hub.url, tmp_path / "cache")
+        for _ in range(2):
+            done = buddy("encoder", "--source", "owner/bert", "--out", tmp_path / "bert", **settings)
+            assert done.returncode == 0, done.stderr
+        assert "flax_model.msgpack" not in hub.fetched
+        assert hub.fetched.count("model.safetensors") == 1
+        refused = buddy("encoder", "--source", "owner/none", "--out", tmp_path / "none", **settings)
+    assert refused.returncode == 2
+    assert "no such repository on the Hub" in refused.stderr
+    assert not (tmp_path / "none").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "bert").iterdir() if path.name in files} == files
+    facts = json.loads((tmp_path / "bert/encoder.json").read_text())
+    assert facts == {"source": "owner/bert", "revision": "main", "commit": hub_server.COMMIT}
+    done = buddy("encoder", "--source", tmp_path / "bert", "--out", tmp_path / "again")
+    assert done.returncode == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == b"weights"

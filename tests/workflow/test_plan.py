@@ -34,6 +34,7 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["adapt"] == peers
     assert jobs["calibrate"] == 4 * 3  # a static peer's order serves all its depths
     assert jobs["pool"] == 4
+    assert jobs["encoder"] == 1
     assert jobs["evaluate"] == routed + peers + 4
     assert jobs["backbone"] == 4
     assert jobs["importance"] == 4 + 2
@@ -147,7 +148,7 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
         name = rule.split(":")[0]
         for directive in ("log:", "resources:", "mem_mb=", "runtime=", "retries:", "conda:"):
             assert directive in rule, f"rule {name} has no {directive}"
-        if name not in ("backbone", "data"):
+        if name not in ("backbone", "data", "encoder"):
             assert "gpu=1" in rule
             assert "benchmark:" in rule
 
