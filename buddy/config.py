@@ -33,6 +33,7 @@ from buddy.settings import (
     Latency,
     Name,
     Peers,
+    Predictor,
     Pudding,
     Settings,
     StudyPlan,
@@ -89,6 +90,7 @@ class Config(Settings):
     evaluation: Evaluation = Evaluation()
     generation: Generation = Generation()
     trace: Trace = Trace()
+    predictor: Predictor = Predictor()
     latency: Latency = Latency()
     breakdown: Breakdown = Breakdown()
     tracking: Tracking = Tracking()
@@ -101,6 +103,7 @@ class Config(Settings):
             ("study.removed", self.study.removed),
             ("generation.backbones", self.generation.backbones or []),
             ("trace.backbones", self.trace.backbones or []),
+            ("predictor.backbones", self.predictor.backbones or []),
             ("latency.backbones", self.latency.backbones or []),
             ("breakdown.backbones", self.breakdown.backbones or []),
         ):
@@ -233,6 +236,16 @@ class Config(Settings):
         """Backbones of the study whose paths are traced."""
         return self._of_study(self.trace.backbones)
 
+    def predicting_backbones(self) -> list[str]:
+        """Backbones of the study that get a budget predictor."""
+        return self._of_study(self.predictor.backbones)
+
+    def predicting_runs(self) -> list[Run]:
+        """The runs that get one: BUDDY's main variant, with every seed."""
+        main = self.study.main.model_dump()
+        backbones = self.predicting_backbones() if "buddy" in self.study.methods else []
+        return [self.buddy_run(backbone, main, seed) for backbone in backbones for seed in self.study.seeds]
+
     def _of_study(self, chosen: list[str] | None) -> list[str]:
         return [name for name in self.study.backbones if chosen is None or name in chosen]
 
@@ -245,6 +258,8 @@ class Config(Settings):
                 return table.ablation in ablations
             if table.kind == "generation":
                 return bool(self.answering_backbones())
+            if table.kind == "training_cost":
+                return any(method in self.study.methods for method in METHODS if method != "dense")
             measured_on = {
                 "latency": self.timed_backbones,
                 "peer_latency": self.timed_backbones,

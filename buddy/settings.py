@@ -16,15 +16,24 @@ Method = Literal["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", 
 StaticPeer = Literal["shortgpt", "shortened_llama", "sleb"]
 Criterion = Literal["block_influence", "ppl", "taylor"]
 Lora = Literal["trained", "none"]
+TableKind = Literal[
+    "accuracy", "latency", "breakdown", "ablation", "generation", "peer_latency", "properties", "training_cost"
+]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
+PredictorPreset = Literal["paper", "tuned"]
+DataName = Literal[
+    *("openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"),
+    *("gsm8k", "alpaca", "samsum"),
+]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
 ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+PREDICTOR_PRESETS: tuple[PredictorPreset, ...] = get_args(PredictorPreset)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -138,16 +147,16 @@ class Ablation(Settings):
 class Table(Settings):
     """What a numbered table of the paper shows in this study."""
 
-    kind: Literal["accuracy", "latency", "breakdown", "ablation", "generation", "peer_latency", "properties"] = Field(
+    kind: TableKind = Field(
         description="accuracy by budget, latency (of BUDDY, or of all methods: peer_latency), what a pass spends its "
-        "time on, an ablation, generated answers (GSM8K) on all their backbones, or measured properties of the methods"
+        "time on, an ablation, generated answers (GSM8K), measured properties of the methods, or hours of training"
     )
-    backbone: Name | None = Field(None, description="backbone it is about; a generation table has several")
+    backbone: Name | None = Field(None, description="backbone it is about; generation and training_cost show several")
     ablation: Name | None = Field(None, description="ablation of an ablation table")
 
     @model_validator(mode="after")
     def _names_its_subject(self) -> Table:
-        needed = {"ablation": "ablation", "generation": None}.get(self.kind, "backbone")
+        needed = {"ablation": "ablation", "generation": None, "training_cost": None}.get(self.kind, "backbone")
         if needed is not None and getattr(self, needed) is None:
             raise ValueError(f"a table of kind {self.kind} needs the key {needed!r}")
         return self
@@ -379,6 +388,43 @@ class Trace(Settings):
         "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"
     )
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
+class Predictor(Settings):
+    """The budget predictor: one preset is the paper's recipe (sec. 4.4, C.4, D.7), the other one learns."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that get one (all of the study by default)")
+    presets: list[PredictorPreset] = Field(
+        [*PREDICTOR_PRESETS],
+        description="recipes: paper (GRPO, as published), tuned (exact expectation over a grid of depths, at any price)",
+    )
+    data: list[DataName] = Field(["alpaca"], description="data sets it is trained on", min_length=1)
+    examples: int | None = Field(None, description="use the first N examples of each (all by default)", ge=1)
+    max_length: int = Field(512, description="longest example, tokens; a longer response is cut", ge=16)
+    steps: int = Field(10_000, description="paper: updates", ge=1)
+    batch_size: int = Field(2, description="paper: prompts per update", ge=1)
+    group: int = Field(4, description="paper: depths drawn for each prompt (G)", ge=2)
+    learning_rate: float = Field(1e-5, description="paper: Adam's rate", gt=0)
+    quality_weight: float = Field(5.0, description="paper: weight of the cross-entropy in the reward (lambda_perf)", ge=0)
+    cost_weight: float = Field(0.05, description="paper: weight of the budget in the reward (lambda_cost)", ge=0)
+    entropy_weight: float = Field(
+        0.01, description="paper: weight of the policy's entropy (beta, whose value is not published)", ge=0
+    )
+    save_steps: int = Field(250, description="paper: updates between checkpoints, from which a killed job resumes", ge=1)
+    logging_steps: int = Field(10, description="paper: updates between log lines", ge=1)
+    depths: int = Field(
+        9, description="tuned: depths to choose from, spread from the deepest pruning trained for to full depth", ge=2
+    )
+    table_batch: int = Field(8, description="tuned: examples per pass when the losses at these depths are measured", ge=1)
+    epochs: int = Field(200, description="tuned: passes over the measured losses, at most", ge=1)
+    price: float = Field(
+        0.5,
+        description="tuned: price where none is given, from 0 (only quality counts) to 1 (only depth counts)",
+        ge=0,
+        le=1,
+    )
+    datasets: list[DataName] = Field(["alpaca"], description="data sets whose held-out inputs it is evaluated on")
+    limit: int | None = Field(None, description="first N held-out inputs of each (all by default)", ge=1)
 
 
 class Latency(Settings):

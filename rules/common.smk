@@ -151,6 +151,12 @@ def generation_records():
     return shown([f"{RECORDS}/generation/{run.path}" for run in runs])
 
 
+def training_records():
+    """The records of every training, each a file."""
+    files = [f"{RECORDS}/training/{path}.json" for path in [*ROUTED, *PEERS]]
+    return files if MEASURES else [file for file in files if Path(file).is_file()]
+
+
 def trace_records(backbone):
     """Folders of traces, one per run and data set: removed~N.json."""
     runs = STUDY.answering_runs(backbone)
@@ -270,6 +276,8 @@ def table_records(name):
         return generation_records()
     if table.kind == "properties":
         return trace_records(table.backbone)
+    if table.kind == "training_cost":
+        return training_records()
     return accuracy_records(STUDY.compared_runs(table.backbone))
 
 
@@ -297,6 +305,8 @@ def table_settings(wildcards):
     backbones = [STUDY.ablation(table.ablation).backbone] if table.ablation else [table.backbone]
     if table.kind == "generation":
         backbones = STUDY.answering_backbones()
+    elif table.kind == "training_cost":
+        backbones = STUDY.study.backbones
     return {
         "table": table.model_dump(),
         "removed": [STUDY.removed(backbone) for backbone in backbones],
