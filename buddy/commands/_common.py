@@ -73,6 +73,27 @@ def tracked_job(
     )
 
 
+def backbone_folder(given: Path, results: Path = Path("results")) -> Path:
+    """The folder of a backbone that is given as one, or by the name that a study has fetched it under.
+
+    Args:
+        given: a folder, or a name such as ``smollm2-135m``; of several studies that have it, the latest counts.
+        results: folder that holds the studies.
+
+    Raises:
+        UserError: there is no such folder, and no study has fetched a backbone of that name.
+    """
+    if (given / "config.json").exists():
+        return given
+    fetched = sorted(results.glob("*/backbones/*/backbone.json"), key=lambda path: path.stat().st_mtime)
+    found = [path.parent for path in fetched if path.parent.name == str(given)]
+    if found:
+        return found[-1]
+    names = sorted({path.parent.name for path in fetched})
+    there = f"; those that studies have fetched: {', '.join(names)}" if names else ""
+    raise UserError(f"--backbone {given}: not a backbone (no config.json); make one with `buddy backbone`{there}")
+
+
 def check_one_gpu(device: str) -> None:
     """A job asks for one GPU and must see one: more would be wasted, and would change the batch size.
 

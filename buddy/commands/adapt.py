@@ -22,7 +22,7 @@ ADAPTED = tuple(method for method in METHODS if method not in ("dense", "buddy")
 @with_settings(Training, leave_out=("data", *NOT_OF_PEERS))
 def adapt(
     method: Annotated[str, typer.Option(help="dense_lora, shortgpt, shortened_llama, sleb, pudding or first")],
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     out: Annotated[Path, typer.Option(help="run folder to write")],
     settings: Training,
     pudding: Pudding,
@@ -56,7 +56,7 @@ def adapt(
       buddy adapt --method dense_lora --backbone DIR --data results/demo/data/alpaca --out dense-lora
     """
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
     from buddy.commands._trained import keep
     from buddy.data import inputs
@@ -73,6 +73,7 @@ def adapt(
         raise UserError("--data: an instruction data set to train on is missing; make one with `buddy data`")
     pairs = inputs.pairs(data, training=True)[: settings.examples] if learns and data is not None else []
     found = _calibration(method, calibration, removed)
+    backbone = backbone_folder(backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     _check_depth(method, found, removed, model.config.num_hidden_layers)

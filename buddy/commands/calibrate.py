@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @with_settings(Importance, leave_out=("corpus",))
 def calibrate(
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     corpus: Annotated[Path, typer.Option(help="prose: a data set folder from `buddy data`, or a text file")],
     method: Annotated[str, typer.Option(help="shortgpt, shortened_llama or sleb")],
     removed: Annotated[int, typer.Option(help="number of blocks to remove")],
@@ -52,7 +52,7 @@ def calibrate(
     from contextlib import nullcontext
 
     from buddy import peers
-    from buddy.commands._common import check_one_gpu, provenance, tracked
+    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import windows
@@ -62,6 +62,7 @@ def calibrate(
     criterion, peer = peers.peer(method, criterion or None)
     protecting = _blocks(protect)
     text = inputs.prose(corpus)
+    backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     blocks = model.config.num_hidden_layers

@@ -13,7 +13,7 @@ from buddy.settings import Importance
 
 @with_settings(Importance, leave_out=("corpus",))
 def importance(
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     corpus: Annotated[Path, typer.Option(help="prose: a data set folder from `buddy data`, or a text file")],
     indicator: Annotated[str, typer.Option(help="delta_ppl, taylor, cosine or block_influence")],
     out: Annotated[Path, typer.Option(help="record to write (JSON)")],
@@ -38,7 +38,7 @@ def importance(
           --indicator taylor --samples 8 --length 256 --out taylor.json
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --seed 1 --out cosine.json
     """
-    from buddy.commands._common import check_one_gpu, provenance, tracked
+    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.commands._options import choice
     from buddy.config import Run
     from buddy.data import inputs
@@ -49,6 +49,7 @@ def importance(
     choice("--indicator", indicator, tuple(INDICATORS))
     choice("--taylor", taylor, TAYLOR)
     text = inputs.prose(corpus)
+    backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     run = Run(name or backbone.name, "dense", (), 0)

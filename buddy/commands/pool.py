@@ -14,7 +14,7 @@ from buddy.settings import Pudding
 
 @with_settings(Pudding, leave_out=("router_items", "encoder", "epochs", "batch_size", "learning_rate"))
 def pool(
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     data: Annotated[Path, typer.Option(help="folder of data sets, one folder per task, from `buddy data`")],
     removed: Annotated[
         int, typer.Option(help="number of blocks to remove; smaller sets are beginnings of larger ones")
@@ -36,13 +36,14 @@ def pool(
       buddy adapt --method pudding --backbone DIR --calibration pool.json --tasks results/demo/data --removed 8 \\
           --data results/demo/data/alpaca --pudding-tasks piqa,arc_easy --out pudding-8
     """
-    from buddy.commands._common import check_one_gpu, provenance, tracked
+    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.config import Run
     from buddy.data.choices import training_items
     from buddy.peers.pudding import find_pool
     from buddy.records import Budget, Record, Stopwatch
     from buddy.runs import load_backbone
 
+    backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     blocks = model.config.num_hidden_layers

@@ -13,7 +13,7 @@ from buddy.settings import FEATURES, PRIORS, Training
 
 @with_settings(Training, leave_out=("data",))
 def train(
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`")],
+    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     data: Annotated[Path, typer.Option(help="instruction data set, from `buddy data`")],
     most_removed: Annotated[int, typer.Option(help="deepest pruning trained for: blocks left out at most")],
     out: Annotated[Path, typer.Option(help="run folder to write")],
@@ -41,7 +41,7 @@ def train(
     import torch
 
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
     from buddy.commands._trained import keep
     from buddy.data import inputs
@@ -54,6 +54,7 @@ def train(
     choice("--feature", feature, FEATURES)
     pairs = inputs.pairs(data, training=True)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
+    backbone = backbone_folder(backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     blocks = model.config.num_hidden_layers

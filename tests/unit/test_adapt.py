@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 import buddy
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.cli import build
+from buddy.commands._common import backbone_folder
 from buddy.data import materialise
 from buddy.data.tasks import tasks
 from buddy.errors import BudgetError, UserError
@@ -35,7 +39,7 @@ def run(*arguments):
     """A command, in this process; a user's mistake is raised."""
     result = CliRunner().invoke(build(), [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +210,20 @@ def test_a_users_mistake_is_named(folder, monkeypatch, tmp_path, arguments, word
         run("adapt", "--backbone", "backbone", "--out", tmp_path / "x", *arguments)
     assert words in str(error.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_backbone_goes_by_its_name_in_the_latest_study(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, study in enumerate(("new", "old")):
+        shutil.copytree(folder / "backbone", f"results/{study}/backbones/small")
+        os.utime(f"results/{study}/backbones/small/backbone.json", (1e9 - age, 1e9 - age))
+    found = backbone_folder(Path("small"))
+    assert found.as_posix() == "results/new/backbones/small"
+    assert backbone_folder(folder / "backbone") == folder / "backbone"
+    with pytest.raises(UserError, match="studies have fetched: small"):
+        backbone_folder(Path("smal"))
+    out = run(
+        *("calibrate", "--backbone", "small", "--corpus", folder / "data/wikitext2", "--method", "sleb"),
+        *("--removed", 2, "--samples", 2, "--length", 64, "--json"),
+    )
+    assert len(json.loads(out)["removed"]) == 2
