@@ -22,7 +22,9 @@ COMMANDS = (
     "pool",
     "train",
     "adapt",
+    "predictor",
     "evaluate",
+    "budget_eval",
     "solve",
     "trace",
     "latency",
@@ -36,11 +38,11 @@ COMMANDS = (
 # Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
 _WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_EPILOG = "The order of a study: backbone, data, importance, calibrate, pool, train, adapt, evaluate, solve, trace, latency, breakdown, report. `buddy COMMAND --help` shows examples."
+_EPILOG = "The order of a study: backbone, data, importance, calibrate, pool, train, adapt, predictor, evaluate, budget-eval, solve, trace, latency, breakdown, report. `buddy COMMAND --help` shows examples."
 
 
 def build() -> typer.Typer:
-    """Assemble the application from ``buddy.commands``: file NAME.py holds the function of command NAME."""
+    """Assemble the application from ``buddy.commands``: file NAME.py holds the function of command NAME, its ``_`` a ``-``."""
     app = typer.Typer(
         name="buddy",
         help="Budget-driven dynamic depth routing for LLM inference (BUDDY, arXiv 2606.09514).",
@@ -51,7 +53,7 @@ def build() -> typer.Typer:
     )
     for name in COMMANDS:
         module = importlib.import_module(f"buddy.commands.{name}")
-        app.command(name)(getattr(module, name))
+        app.command(name.replace("_", "-"))(getattr(module, name))
     return app
 
 

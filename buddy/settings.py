@@ -24,10 +24,7 @@ Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
 PredictorPreset = Literal["paper", "tuned"]
-DataName = Literal[
-    *("openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"),
-    *("gsm8k", "alpaca", "samsum"),
-]
+DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
@@ -398,24 +395,37 @@ class Predictor(Settings):
         [*PREDICTOR_PRESETS],
         description="recipes: paper (GRPO, as published), tuned (exact expectation over a grid of depths, at any price)",
     )
-    data: list[DataName] = Field(["alpaca"], description="data sets it is trained on", min_length=1)
-    examples: int | None = Field(None, description="use the first N examples of each (all by default)", ge=1)
+    data: list[DataName] = Field(["alpaca"], description="paper: data sets it is trained on", min_length=1)
+    tuned_data: list[DataName] = Field(
+        ["alpaca", *TASKS],
+        description="tuned: data sets it is trained on; their losses are measured once",
+        min_length=1,
+    )
+    examples: int | None = Field(
+        None, description="use the first N examples of each data set (paper: all by default; tuned: 2000)", ge=1
+    )
     max_length: int = Field(512, description="longest example, tokens; a longer response is cut", ge=16)
     steps: int = Field(10_000, description="paper: updates", ge=1)
     batch_size: int = Field(2, description="paper: prompts per update", ge=1)
     group: int = Field(4, description="paper: depths drawn for each prompt (G)", ge=2)
     learning_rate: float = Field(1e-5, description="paper: Adam's rate", gt=0)
-    quality_weight: float = Field(5.0, description="paper: weight of the cross-entropy in the reward (lambda_perf)", ge=0)
+    quality_weight: float = Field(
+        5.0, description="paper: weight of the cross-entropy in the reward (lambda_perf)", ge=0
+    )
     cost_weight: float = Field(0.05, description="paper: weight of the budget in the reward (lambda_cost)", ge=0)
     entropy_weight: float = Field(
         0.01, description="paper: weight of the policy's entropy (beta, whose value is not published)", ge=0
     )
-    save_steps: int = Field(250, description="paper: updates between checkpoints, from which a killed job resumes", ge=1)
+    save_steps: int = Field(
+        250, description="paper: updates between checkpoints, from which a killed job resumes", ge=1
+    )
     logging_steps: int = Field(10, description="paper: updates between log lines", ge=1)
     depths: int = Field(
         9, description="tuned: depths to choose from, spread from the deepest pruning trained for to full depth", ge=2
     )
-    table_batch: int = Field(8, description="tuned: examples per pass when the losses at these depths are measured", ge=1)
+    table_batch: int = Field(
+        8, description="tuned: examples per pass when the losses at these depths are measured", ge=1
+    )
     epochs: int = Field(200, description="tuned: passes over the measured losses, at most", ge=1)
     price: float = Field(
         0.5,
@@ -423,8 +433,18 @@ class Predictor(Settings):
         ge=0,
         le=1,
     )
-    datasets: list[DataName] = Field(["alpaca"], description="data sets whose held-out inputs it is evaluated on")
+    datasets: list[DataName] = Field(
+        ["alpaca", "gsm8k", *TASKS], description="data sets on whose held-out inputs it is evaluated", min_length=1
+    )
     limit: int | None = Field(None, description="first N held-out inputs of each (all by default)", ge=1)
+
+
+_GRPO = ("steps", "batch_size", "group", "learning_rate", "quality_weight", "cost_weight", "entropy_weight")
+READ_BY_PRESET: dict[PredictorPreset, tuple[str, ...]] = {
+    "paper": ("examples", "max_length", *_GRPO, "save_steps", "logging_steps"),
+    "tuned": ("examples", "max_length", "depths", "table_batch", "epochs", "price"),
+}
+"""Fields of `Predictor` that each preset reads."""
 
 
 class Latency(Settings):

@@ -11,8 +11,8 @@ from buddy import config as buddy_config
 from buddy.errors import UserError
 from buddy.records import find as find_records
 from buddy.records import write_json
-from buddy.reporting import source
-from buddy.settings import NOT_OF_PEERS, PRIORS, STATIC_PEERS
+from buddy.reporting import figure_names, source
+from buddy.settings import NOT_OF_PEERS, PREDICTOR_PRESETS, PRIORS, READ_BY_PRESET, STATIC_PEERS
 
 
 def checked(ask, *arguments):
@@ -61,6 +61,7 @@ wildcard_constraints:
     static_peer=any_of(STATIC_PEERS),
     criterion="[a-z_]+",
     indicator=any_of(PRIORS[1:]),
+    preset=any_of(PREDICTOR_PRESETS),
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
     figure="[a-z0-9_]+",
@@ -87,6 +88,16 @@ def flags(settings):
 def section(model, *leave_out):
     """A settings section as flags, without the fields that the rule passes in another way."""
     return flags(model.model_dump(exclude=set(leave_out)))
+
+
+def section_of(model, *fields):
+    """These fields of a settings section as flags."""
+    return flags(model.model_dump(include=set(fields)))
+
+
+def folders_flag(files):
+    """The folders of these files, a flag each."""
+    return " ".join(f"--data {shlex.quote(parent(file))}" for file in files)
 
 
 def source_flags(wildcards):
@@ -253,6 +264,41 @@ def executions_flag(wildcards):
     return flags({"executions": chosen})
 
 
+def predictor_data(wildcards):
+    """The data sets that a preset of the budget predictor learns from."""
+    names = STUDY.predictor.data if wildcards.preset == "paper" else STUDY.predictor.tuned_data
+    return [f"{RESULTS}/data/{name}/data.json" for name in names]
+
+
+def predictor_flags(wildcards):
+    """The settings that a preset of the budget predictor reads."""
+    return section_of(STUDY.predictor, *READ_BY_PRESET[wildcards.preset])
+
+
+def predictor_records():
+    """Training records of the study's budget predictors."""
+    return shown_files(
+        f"{RECORDS}/training/{run.path}/preset~{preset}.json"
+        for run in STUDY.predicting_runs()
+        for preset in STUDY.predictor.presets
+    )
+
+
+def budget_records():
+    """Records of the study's budget predictors on held-out inputs, one per data set."""
+    return shown_files(
+        f"{RECORDS}/budget/{run.path}/preset~{preset}/dataset~{name}.json"
+        for run in STUDY.predicting_runs()
+        for preset in STUDY.predictor.presets
+        for name in STUDY.predictor.datasets
+    )
+
+
+def shown_files(files):
+    """Records as inputs: as the rules promise them, or those that are there among records given."""
+    return [file for file in files if MEASURES or Path(file).is_file()]
+
+
 def table_files(name):
     return [f"{RESULTS}/tables/{name}.{kind}" for kind in ("csv", "md", "tex")]
 
@@ -281,10 +327,35 @@ def table_records(name):
     return accuracy_records(STUDY.compared_runs(table.backbone))
 
 
+def order_records(indicators):
+    """Importance records of the first backbone whose runs fuse any of these indicators."""
+    fused = {(run.backbone, run.variant.get("prior")) for run in RUNS.values()}
+    for backbone in figure_names.subjects(STUDY, STUDY.study.backbones):
+        found = [name for name in indicators if (backbone, name) in fused]
+        if found:
+            return shown_files(f"{RECORDS}/importance/backbone~{backbone}/indicator~{name}.json" for name in found)
+    return []
+
+
 def figure_records(name):
     """The records that a figure shows."""
     if name == "latency":
         return latency_records([STUDY.main_run(backbone) for backbone in STUDY.timed_backbones()])
+    if name == "figure1":
+        return order_records(figure_names.ORDERS[name])
+    if name == "figure4" or name in figure_names.HEAT_MAPS:
+        traced = STUDY.traced_backbones() if "buddy" in STUDY.study.methods else []
+        runs = [STUDY.main_run(backbone) for backbone in traced]
+        return shown([f"{RECORDS}/trace/{run.path}/dataset~{data}" for run in runs for data in STUDY.trace.datasets])
+    if name == "figure12":
+        return predictor_records()
+    if name == "figure13":
+        return budget_records()
+    if name == "ablation":
+        return accuracy_records({run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)})
+    if name in figure_names.NAMES[2:]:
+        # No rule measures these: they show what is there.
+        return [str(file) for file in find_records(f"{RECORDS}/{'rouge' if name == 'figure5' else 'importance'}")]
     return accuracy_records([run for backbone in STUDY.study.backbones for run in STUDY.compared_runs(backbone)])
 
 
@@ -295,7 +366,9 @@ def measurements(kind):
         "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
         "generation": STUDY.generation.model_dump(),
-        "properties": STUDY.trace.model_dump(exclude={"backbones"}),
+        **dict.fromkeys(("properties", "figure4", *figure_names.HEAT_MAPS), STUDY.trace.model_dump(exclude={"backbones"})),
+        **dict.fromkeys(("figure12", "figure13"), [STUDY.predictor.presets, STUDY.predictor.datasets]),
+        "figure1": STUDY.importance.corpus,
     }.get(kind, STUDY.evaluation.tasks)
 
 

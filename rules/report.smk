@@ -2,7 +2,11 @@
 
 # What `all` builds: all that the study measures, or of records given what they can show.
 TABLES = [name for name in STUDY.measured_tables() if table_records(name)]
-FIGURES = [name for name in ("accuracy_vs_budget", "latency") if figure_records(name)]
+FIGURES = [name for name in figure_names.planned(STUDY) if figure_records(name)]
+
+
+localrules:
+    compare,
 
 
 rule table:
@@ -51,3 +55,34 @@ for _name in STUDY.measured_tables():
             _name
         input:
             table_files(_name),
+
+
+# `snakemake figure4` and so on, for any study: what it does not measure is a panel with the reason.
+for _name in figure_names.NAMES:
+    if _name.startswith("figure"):
+
+        rule:
+            name:
+                _name
+            input:
+                figure_files(_name),
+
+
+rule compare:
+    input:
+        [file for name in STUDY.measured_tables() for file in table_records(name)],
+    output:
+        [f"{RESULTS}/tables/{name}.{kind}" for name in ("compare", "significance") for kind in ("csv", "md", "tex")],
+    log:
+        f"{RESULTS}/logs/compare.log",
+    conda:
+        "../envs/buddy.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=15,
+    params:
+        study=STUDY.study.name,
+        tables=[STUDY.study.tables[name].model_dump() for name in STUDY.measured_tables()],
+        removed={backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
+    shell:
+        "python -m buddy report --results results --study {params.study} --compare --track > {log} 2>&1"

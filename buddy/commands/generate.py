@@ -12,7 +12,13 @@ import typer
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from standard input")],
     run: Annotated[Path, typer.Option(help="run folder (see `buddy runs`), or a backbone folder for the dense model")],
-    budget: Annotated[float, typer.Option(help="fraction of blocks to execute, in (0, 1]")] = 1.0,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="fraction of blocks to execute, in (0, 1]; auto leaves it to the run's budget predictor, auto:PRICE at "
+            "that price, from 0 (only quality counts) to 1 (only depth counts)"
+        ),
+    ] = "1",
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate at most")] = 64,
     decode: Annotated[
         str, typer.Option(help="recompute (a new path at every step), reuse, or a number of steps")
@@ -34,6 +40,7 @@ def generate(
     Examples:
       buddy generate --run results/demo/runs/.../seed~0 --budget 0.75 "The capital of France is"
       buddy generate --run RUN --budget 0.5 --decode reuse --chat "How do magnets work?"
+      buddy generate --run RUN --budget auto:0.3 "The capital of France is"
       buddy generate --run results/demo/backbones/smollm2-135m "Once upon a time"
     """
     import time
@@ -63,7 +70,7 @@ def generate(
     ids = model.generate(
         inputs.input_ids,
         inputs.attention_mask,
-        budget=budget,
+        budget=_budget(budget),
         decode=int(decode) if decode.isdigit() else decode,
         engine=engine,
         max_new_tokens=max_new_tokens,
@@ -75,6 +82,14 @@ def generate(
     seconds = time.perf_counter() - start
     if trace:
         print(strip(model.trace, ids.shape[1] - inputs.input_ids.shape[1], seconds))
+
+
+def _budget(text: str) -> float | str:
+    """A fraction, or what asks the predictor; anything else is left to the model to refuse."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def strip(trace: Any, new_tokens: int, seconds: float) -> str:

@@ -18,7 +18,12 @@ def report(
     study: Annotated[str, typer.Option(help="study: its name, or its folder")],
     results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
     table: Annotated[list[str] | None, typer.Option(help="table to build, 2 or table2; repeat for more")] = None,
-    figure: Annotated[list[str] | None, typer.Option(help="figure to draw, by name; repeat for more")] = None,
+    figure: Annotated[
+        list[str] | None, typer.Option(help="figure to draw, 4, figure4 or another name; repeat for more")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="the study beside the paper, and BUDDY against each peer, as tables")
+    ] = False,
     all_: Annotated[bool, typer.Option("--all", help="every table and figure that the study measures")] = False,
     track: Annotated[bool, typer.Option("--track", help="log each table and figure as a W&B run")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="print accuracy, speed and where the plots are")] = False,
@@ -28,7 +33,10 @@ def report(
     Reads study.json and records/ in the study's folder, or the folder of records that the study names (study.records),
     and nothing else: no GPU, no model, no network. Tables go to tables/ as CSV (one row per cell, with standard error
     and the paper's figure), Markdown and LaTeX; figures go to figures/ as PDF and PNG. What has not been measured yet
-    shows as a dash.
+    shows as a dash, or as a panel with the reason in it.
+
+    --compare writes tables/compare (every cell that the study and the paper both have) and tables/significance (BUDDY
+    minus each peer at equal depth, by a paired bootstrap).
 
     Examples:
 
@@ -36,7 +44,9 @@ def report(
 
       buddy report --study demo --table 4
 
-      buddy report --study demo --table 2 --table table6 --figure latency
+      buddy report --study demo --table 2 --table table6 --figure latency --figure 12
+
+      buddy report --study demo --compare
 
       buddy report --study /data/results/paper --all
     """
@@ -48,11 +58,11 @@ def report(
 
     folder = _folder(study, results)
     found = load(folder)
-    if not (table or figure or all_ or summary):
+    if not (table or figure or all_ or compare or summary):
         measured = ", ".join(tables.names(found)) or "it measures none"
-        drawn = ", ".join(figures.names(found))
         raise UserError(
-            f"nothing asked of {found.name}: give --summary, --all, --table ({measured}) or --figure ({drawn})"
+            f"nothing asked of {found.name}: give --summary, --all, --compare, --table ({measured}) or --figure "
+            f"({', '.join(figures.NAMES)})"
         )
     # Every name is checked before the first file is written.
     asked_tables = list(dict.fromkeys(tables.resolve(found, name) for name in table or []))
@@ -64,14 +74,15 @@ def report(
                 job.table(name, pd.read_csv(paths[0]))
         _announce(paths)
     for name in figures.names(found) if all_ else asked_figures:
-        try:
-            with _tracked(track, "figure", found.name, name):
-                paths = write.figure(found, name)
-            _announce(paths)
-        except UserError as error:
-            if name in asked_figures:
-                raise
-            log.warning("%s left out: %s", name, error)  # --all of an unfinished study gives what there is
+        with _tracked(track, "figure", found.name, name):
+            paths = write.figure(found, name)
+        _announce(paths)
+    if compare or all_:
+        with _tracked(track, "table", found.name, "compare") as job:
+            for name, paths in write.comparison(found).items():
+                if job is not None:
+                    job.table(name, pd.read_csv(paths[0]))
+                _announce(paths)
     if summary:
         typer.echo(summarise(folder))
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from buddy.errors import UserError
 from buddy.evaluation.latency import spread, wait
 from buddy.routing.budget import Budget
-from buddy.routing.marks import CACHE, DECISION, GATHER, PREFIX, mark, marking
+from buddy.routing.marks import CACHE, DECISION, GATHER, PREDICTOR, PREFIX, mark, marking
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
@@ -49,6 +49,7 @@ from buddy.settings import Breakdown
 
 BACKBONE, OTHER = "backbone", "other"
 COMPONENTS = (BACKBONE, DECISION, GATHER, CACHE, OTHER)
+"""Of every pass; where a budget predictor is asked, there is one more (`buddy.routing.marks.PREDICTOR`)."""
 PHASES = ("prefill", "decode")
 ITERATIONS = 50
 """Routing steps behind one timing: one alone is too short for the clock."""
@@ -105,7 +106,7 @@ def stretches(ranges: Iterable[Range]) -> list[Range]:
 
 def _within(ranges: Iterable[Range], root: Range) -> list[Range]:
     """The stretches of a pass; what no range inside it covers is called ``other``."""
-    inside = [item for item in ranges if root.start <= item.start < root.end and item.name in COMPONENTS]
+    inside = [item for item in ranges if root.start <= item.start < root.end and item.name in (*COMPONENTS, PREDICTOR)]
     return stretches([Range(OTHER, root.start, root.end), *inside])
 
 
@@ -121,7 +122,7 @@ def on_host(ranges: Iterable[Range], root: Range) -> dict[str, float]:
     """
     spent = dict.fromkeys(COMPONENTS, 0.0)
     for item in _within(ranges, root):
-        spent[item.name] += item.end - item.start
+        spent[item.name] = spent.get(item.name, 0.0) + item.end - item.start
     return spent
 
 
@@ -150,7 +151,7 @@ def on_device(ranges: Iterable[Range], root: Range, kernels: Iterable[Kernel]) -
         if not root.start <= asked < root.end:
             continue
         name = OTHER if kernel.launched is None else owners[bisect_right(starts, asked) - 1].name
-        spent[name] += max(0.0, kernel.end - max(kernel.start, cursor))
+        spent[name] = spent.get(name, 0.0) + max(0.0, kernel.end - max(kernel.start, cursor))
         cursor = max(cursor, kernel.end)
     spent[OTHER] += max(root.end, cursor) - root.start - sum(spent.values())
     return spent
@@ -308,27 +309,43 @@ def breakdown(
         settings: the section `breakdown` of the study.
 
     Yields:
-        A number of removed blocks and the ``metrics`` of its breakdown record.
+        A number of removed blocks and the ``metrics`` of its breakdown record. A run with a budget predictor has its
+        phases at the predictor's own depths besides, as ``auto``, in every one.
     """
     ids = joined(model.tokenizer, prompts, settings.batch_size, settings.tokens).to(model.device)
-    with tqdm(total=len(removed) * (settings.repeats + 1) + settings.repeats, desc="breakdown", unit="pass") as bar:
+    asks = getattr(model.policy, "predictor", None) is not None
+    turns = (len(removed) + asks) * (settings.repeats + 1) + settings.repeats
+    with tqdm(total=turns, desc="breakdown", unit="pass") as bar:
         contexts = routing_cost(model, settings.contexts, settings.repeats, bar.update)
+        chosen = {"auto": _of_predictor(model, ids, settings, bar.update)} if asks else {}
         for count in removed:
-            budget = (model.blocks - count) / model.blocks
-            plain, profiled = [], []
-            for repeat in range(settings.repeats + 1):  # the first one warms up
-                seconds = run_pass(model, ids, budget, settings.steps)
-                spent = profile_pass(model, ids, budget, settings.steps)
-                if repeat:
-                    plain.append(seconds)
-                    profiled.append(spent)
-                bar.update()
+            phases = _phases(model, ids, (model.blocks - count) / model.blocks, settings, bar.update)
             sizes = {"batch_size": settings.batch_size, "tokens": settings.tokens, "steps": settings.steps}
-            phases = {
-                phase: _summary([item[phase] for item in plain], [item[phase] for item in profiled], passes)
-                for phase, passes in (("prefill", 1), ("decode", settings.steps))
-            }
-            yield count, {**sizes, "phases": phases, "contexts": contexts}
+            yield count, {**sizes, "phases": phases, "contexts": contexts, **chosen}
+
+
+def _phases(
+    model: RoutedModel, ids: Tensor, budget: Budget, settings: Breakdown, tick: Callable[[], Any]
+) -> dict[str, Any]:
+    """Both phases of a pass at one budget, plain and profiled in turns."""
+    plain, profiled = [], []
+    for repeat in range(settings.repeats + 1):  # the first one warms up
+        seconds = run_pass(model, ids, budget, settings.steps)
+        spent = profile_pass(model, ids, budget, settings.steps)
+        if repeat:
+            plain.append(seconds)
+            profiled.append(spent)
+        tick()
+    return {
+        phase: _summary([item[phase] for item in plain], [item[phase] for item in profiled], passes)
+        for phase, passes in (("prefill", 1), ("decode", settings.steps))
+    }
+
+
+def _of_predictor(model: RoutedModel, ids: Tensor, settings: Breakdown, tick: Callable[[], Any]) -> dict[str, Any]:
+    """The same where the run's predictor chooses the depths: ``executed_mean`` blocks, and its own component."""
+    phases = _phases(model, ids, "auto", settings, tick)
+    return {"executed_mean": float(model.trace.executed().float().mean()), "phases": phases}
 
 
 def _summary(plain: Sequence[float], profiled: Sequence[dict[str, float]], passes: int) -> dict[str, Any]:
@@ -339,7 +356,7 @@ def _summary(plain: Sequence[float], profiled: Sequence[dict[str, float]], passe
         "total_ms": total / 1e3 / passes,
         "unprofiled_ms": statistics.median(plain) * 1e3 / passes,
         "components": {
-            name: {"ms": spent[name] / 1e3 / passes, "percent": 100 * spent[name] / total} for name in COMPONENTS
+            name: {"ms": part / 1e3 / passes, "percent": 100 * part / total} for name, part in spent.items()
         },
     }
 

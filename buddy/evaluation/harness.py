@@ -31,7 +31,7 @@ class BuddyLM(TemplateLM):
 
     Args:
         run: a `RoutedModel`, or the path of a run or a backbone.
-        budget: fraction of blocks; 1 runs them all.
+        budget: fraction of blocks; 1 runs them all; ``auto`` and ``auto:PRICE`` leave it to the run's budget predictor.
         decode: ``recompute`` or ``reuse``, for tasks that generate.
         routing: how answers and texts are scored. ``sequence``: the context's route holds for the answer too. ``causal``:
             each token of the answer has the route that decoding it would have had.
@@ -43,7 +43,7 @@ class BuddyLM(TemplateLM):
     def __init__(
         self,
         run: RoutedModel | str,
-        budget: float = 1.0,
+        budget: float | str = 1.0,
         decode: str = "recompute",
         routing: str = "sequence",
         batch_size: int | str = 16,
@@ -54,12 +54,16 @@ class BuddyLM(TemplateLM):
         load_settings.pop("max_batch_size", None)
         self.model = run if isinstance(run, RoutedModel) else load(run, **load_settings)
         self.tokenizer = self.model.tokenizer
-        self.budget = float(budget)
+        self.budget = budget if str(budget).startswith("auto") else float(budget)
         self.decode = decode
         self.routing = routing
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
         self.max_length = int(max_length or min(self.model.config.max_position_embeddings, 4096))
         self.reset_count()
+
+    @property
+    def _depth(self) -> str:
+        return self.budget if isinstance(self.budget, str) else f"{self.budget:.3g}"
 
     def reset_count(self) -> None:
         """Forget the blocks counted so far."""
@@ -105,7 +109,7 @@ class BuddyLM(TemplateLM):
             shared.setdefault((len(context), *context, *answer[:-1]), []).append(i)
         groups = list(shared.values())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with tqdm(total=len(requests), desc=f"scoring at {self.budget:.3g}", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc=f"scoring at {self._depth}", disable=disable_tqdm) as bar:
             for batch in self._batches([sum(map(len, requests[group[0]][1:])) for group in groups]):
                 members = [groups[i] for i in batch]
                 scores = self._score([[requests[i][1:] for i in group] for group in members])
@@ -171,7 +175,7 @@ class BuddyLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
-        with tqdm(total=len(requests), desc=f"generating at {self.budget:.3g}", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc=f"generating at {self._depth}", disable=disable_tqdm) as bar:
             for members in groups.values():
                 settings = dict(requests[members[0]].args[1])
                 for batch in self._batches([len(requests[i].args[0]) for i in members]):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from buddy.errors import UserError
-from buddy.routing.budget import Budget, executed_per_sequence
+from buddy.policies.predictor import Asked, BudgetPredictor
+from buddy.routing.budget import Budget, executed_per_sequence, price_of
 from buddy.routing.decision import (
     DecisionModule,
     RunningMean,
@@ -19,6 +20,7 @@ from buddy.routing.decision import (
     source_feature,
     straight_through,
 )
+from buddy.routing.marks import PREDICTOR, mark
 from buddy.routing.policy import Policy
 
 
@@ -31,12 +33,14 @@ class BuddyState:
         every: (B, L) boolean, all true: the route before anything is left out.
         bias: (candidates,) float64, omega times the prior.
         pooled: running mean of token scores.
+        asked: what the budget predictor has been shown; None where the budget is settled.
     """
 
     first: Tensor
     every: Tensor
     bias: Tensor
     pooled: RunningMean
+    asked: Asked | None = None
 
 
 class BuddyPolicy(Policy):
@@ -50,6 +54,7 @@ class BuddyPolicy(Policy):
         omega: weight of the prior.
         rank: hidden width of the Decision Module.
         prior: standardised prior of the candidate blocks, (candidates,); None means no prior.
+        predictor: settings of the budget predictor (`BudgetPredictor.settings`); None leaves every budget to the caller.
     """
 
     prior: Tensor
@@ -64,6 +69,7 @@ class BuddyPolicy(Policy):
         omega: float = 0.1,
         rank: int = 32,
         prior: Tensor | None = None,
+        predictor: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         candidates = blocks - source_block - 1
@@ -80,6 +86,7 @@ class BuddyPolicy(Policy):
         if prior.shape != (candidates,):
             raise UserError(f"prior: {tuple(prior.shape)} values for {candidates} candidate blocks")
         self.register_buffer("prior", prior.float())
+        self.predictor = None if predictor is None else BudgetPredictor(width, **predictor)
 
     def settings(self) -> dict[str, Any]:
         """Arguments that build this policy again; weights and prior come from its state dict."""
@@ -90,6 +97,7 @@ class BuddyPolicy(Policy):
             "source_block": self.source_block,
             "omega": self.omega,
             "rank": self.rank,
+            **({} if self.predictor is None else {"predictor": self.predictor.settings()}),
         }
 
     @property
@@ -98,21 +106,48 @@ class BuddyPolicy(Policy):
         return slice(self.source_block, self.blocks - 1)
 
     def begin(self, budget: Budget | None, batch: int, device: torch.device) -> BuddyState:
-        """Resolve the budget and start an empty running mean."""
-        if budget is None:
-            raise UserError("budget: None asks the budget predictor, and this run has none; give a budget in (0, 1]")
-        executed = executed_per_sequence(budget, batch, self.blocks, self.always, device)
+        """Resolve the budget and start an empty running mean.
+
+        None, ``auto`` and ``auto:PRICE`` leave the budget to the predictor, which is asked once per sequence, at the
+        first decision; what it chooses holds from then on.
+        """
+        asked = self._asked(budget, batch, device) if budget is None or isinstance(budget, str) else None
+        executed = executed_per_sequence(1.0 if asked else budget, batch, self.blocks, self.always, device)  # type: ignore[arg-type]
         candidates = self.prior.shape[0]
         return BuddyState(
             first=first_places(executed - self.always, candidates),
             every=torch.ones(batch, self.blocks, dtype=torch.bool, device=device),
             bias=(self.omega * self.prior.double()).to(device),
             pooled=RunningMean.empty(batch, candidates, device),
+            asked=asked,
         )
+
+    def _asked(self, budget: str | None, batch: int, device: torch.device) -> Asked:
+        """A question to the predictor, before it has been shown anything."""
+        price = None if budget is None else price_of(budget)
+        if self.predictor is None:
+            raise UserError(
+                f"budget: {budget} asks the budget predictor, and this run has none; give a budget in (0, 1], or train one "
+                "(buddy predictor --run RUN --data DIR --out RUN2)"
+            )
+        return Asked(self.predictor.accepted(price), RunningMean.empty(batch, self.width, device))
+
+    def _settle(self, state: BuddyState) -> None:
+        """Let the predictor choose the depth of every sequence, if that was left to it."""
+        if state.asked is None:
+            return
+        assert self.predictor is not None
+        with mark(PREDICTOR):
+            depths = self.predictor.choose(state.asked.pooled.mean().float(), state.asked.price)
+            state.first = first_places(depths - self.always, self.prior.shape[0])
+            state.asked = None
 
     def observe(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
         """Score the new tokens and add them to the running mean."""
-        state.pooled.add(self.decision(source_feature(keys, values, self.feature)), mask)
+        features = source_feature(keys, values, self.feature)
+        state.pooled.add(self.decision(features), mask)
+        if state.asked is not None:
+            state.asked.pooled.add(features.float(), mask)
 
     def scores(self, state: BuddyState) -> Tensor:
         """Fused scores ``s + omega * prior`` of the candidate blocks, (B, candidates) float64, before softmax."""
@@ -120,6 +155,7 @@ class BuddyPolicy(Policy):
 
     def decide(self, state: BuddyState) -> Tensor:
         """Exactly ``executed`` blocks per sequence; softmax is monotone, so the choice needs only the scores."""
+        self._settle(state)
         return state.every.scatter(1, ranking(self.scores(state)) + self.source_block, state.first)
 
     def decide_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
@@ -134,6 +170,7 @@ class BuddyPolicy(Policy):
 
     def gates(self, state: BuddyState) -> Tensor:
         """Straight-through gates of the chosen route, 1 for the blocks that always run."""
+        self._settle(state)
         return self._gates(state, self.scores(state))
 
     def gates_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
@@ -141,7 +178,11 @@ class BuddyPolicy(Policy):
         return self._gates(state, self._scores_each(state, keys, values, mask, prompt))
 
     def _scores_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
-        scores = self.decision(source_feature(keys, values, self.feature))
+        features = source_feature(keys, values, self.feature)
+        scores = self.decision(features)
+        if state.asked is not None:
+            state.asked.pooled.add(features.float(), mask & prompt)
+            self._settle(state)
         return state.pooled.add_each(scores, mask, prompt) + state.bias
 
     def _gates(self, state: BuddyState, scores: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 
 from buddy.reporting import measures, published
 from buddy.reporting.cells import coordinates, number, provenance
-from buddy.reporting.grid import Cell, Grid, Row, ran, rank
+from buddy.reporting.grid import NEAR, Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import TASK_LABELS, series_labels
+from buddy.reporting.render import NEAR_SIGN
+from buddy.reporting.significance import difference
 from buddy.reporting.study import Series, Study
 from buddy.settings import Ablation, Table, Variant
 
@@ -96,8 +98,9 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
             at = coordinates(study, name, backbone, series, removed)
             cells.append(Cell({**at, "task": "average", "unit": "%"}, found, beside))
         rows.append(Row(tuple(_axis_label(axis, series.variant) for axis in axes), cells))
-    for column in range(len(depths)):
+    for column, removed in enumerate(depths):
         rank((row.cells[column] for row in rows), second=False)
+        _mark_noise(study, backbone, removed, [row.cells[column] for row in rows], study.ablation_rows(ablation.name))
     what = " and ".join(axis.replace("_", " ") for axis in axes)
     return Grid(
         name=name,
@@ -109,10 +112,29 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
         latex_errors=frozenset(range(len(depths))),
         notes=[
             f"Average accuracy over {len(study.tasks)} tasks in percent, best of each column bold.",
+            *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
             *_held(study, axes, ablation),
             *provenance(study, "accuracy", backbone),
         ],
     )
+
+
+NOISE_NOTE = (
+    f"{NEAR_SIGN} {NEAR}: the 95 % interval of the difference from the best of the column, by a paired bootstrap over the "
+    "items, holds 0. Not corrected for the number of rows; another training would add noise of its own."
+)
+
+
+def _mark_noise(
+    study: Study, backbone: str, removed: int, cells: Sequence[Cell | None], series: Sequence[Series]
+) -> None:
+    """Mark the cells of a column that are no worse than its best for all that the items say."""
+    best = next((one for cell, one in zip(cells, series, strict=True) if cell is not None and cell.rank == 1), None)
+    for cell, one in zip(cells, series, strict=True):
+        if best is None or cell is None or cell.rank == 1 or cell.measure.value is None or cell.measure.off_depth:
+            continue
+        found = difference(study, backbone, best, one, removed)
+        cell.near = found.value is not None and found.low <= 0 <= found.high
 
 
 def _axes(ablation: Ablation) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
 COLUMNS = (
     *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
     *("dataset", "batch_size", "engine", "execution", "removed_per_sequence"),
-    *("phase", "component", "context", "task", "filter"),
-    *("metric", "value", "stderr", "low", "high", "values", "n"),
+    *("phase", "component", "context", "task", "filter", "indicator", "corpus", "length", "preset"),
+    *("metric", "value", "stderr", "low", "high", "values", "items", "detail", "n"),
     *("limit", "few_shot", "executed_mean", "prompts", "new_tokens", "tokens", "steps"),
     *(*ENVIRONMENT, "commit", "wall_s", "gpu_s"),
 )
@@ -28,9 +28,14 @@ COLUMNS = (
 
 ``series`` is the run without its backbone, its seed and (of a peer) its depth, as in its path; ``value`` is in the unit that ``metric`` names
 (accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes, or
-prompts, where the record has them. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
+prompts, where the record has them; ``items`` has one digit per item of a task, 1 where it was right, and ``detail`` what a
+figure needs and fits no row (`_importance`, `_curve`, `_budget`). ``corpus`` and ``length`` of an importance are those
+that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
-_NOT_SERIES = ("backbone", "seed", "dataset", "batch", "engine", "execution", "removed", "indicator")
+_NOT_SERIES = (
+    *("backbone", "seed", "dataset", "batch", "engine", "execution", "removed"),
+    *("indicator", "corpus", "length", "decode", "preset"),
+)
 _RATES = ("prefill_tok_s", "decode_tok_s")
 _RATIOS = (
     *(f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode")),
@@ -54,7 +59,8 @@ def load(folder: str | Path) -> pd.DataFrame:
     for path in find(folder):
         try:
             record = Record.read(path)
-            measured = list(_rows(record))
+            levels = dict(part.split("~", 1) for part in path.relative_to(folder).with_suffix("").parts if "~" in part)
+            measured = list(_rows(record, levels))
         except UserError as error:
             text = str(error)
             log.warning("skipped %s", text if str(path) in text else f"{path}: {text}")
@@ -91,7 +97,8 @@ def _head(record: Record) -> dict[str, Any]:
     }
 
 
-def _rows(record: Record) -> Iterator[dict[str, Any]]:
+def _rows(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of one record; ``levels`` are the ``axis~value`` of its path."""
     if record.kind == "accuracy":
         yield from _accuracy(record)
     elif record.kind == "generation":
@@ -102,10 +109,81 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
         yield from _latency(record)
     elif record.kind == "breakdown":
         yield from _breakdown(record)
+    elif record.kind == "importance":
+        yield from _importance(record, levels)
+    elif record.kind == "rouge":
+        yield from _rouge(record, levels)
+    elif record.kind == "budget":
+        yield from _budget(record, levels)
+    elif record.kind == "training":
+        yield from _training(record)
     else:
-        for name, value in record.metrics.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                yield {"metric": name, "value": float(value)}
+        yield from _scalars(record)
+
+
+def _scalars(record: Record) -> Iterator[dict[str, Any]]:
+    for name, value in record.metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield {"metric": name, "value": float(value)}
+
+
+def _training(record: Record) -> Iterator[dict[str, Any]]:
+    """One row per scalar; of a budget predictor, another with its curve."""
+    preset = record.metrics.get("preset")
+    for row in _scalars(record):
+        yield {**row, "preset": preset}
+    if preset is not None:
+        uniform = float(record.metrics["entropy_uniform"])
+        yield {"metric": "curve", "value": uniform, "detail": _curve(record.metrics["curve"]), "preset": preset}
+
+
+def _curve(points: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Every logged figure as its (step, value) pairs."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, value in point.items():
+            if name != "step" and isinstance(value, int | float):
+                found.setdefault(name, []).append((float(point["step"]), float(value)))
+    return {name: tuple(pairs) for name, pairs in found.items()}
+
+
+def _importance(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """One row; its detail is the importance of each block in each window, (N, L)."""
+    windows = tuple(tuple(map(float, window)) for window in record.metrics["per_sample"])
+    if not windows or len({len(window) for window in windows}) != 1:
+        raise ValueError("per_sample is not (windows, blocks)")
+    at = {"indicator": record.metrics["indicator"], "corpus": levels.get("corpus")}
+    length = int(levels["length"]) if "length" in levels else None
+    yield {**at, "length": length, "metric": "importance", "detail": windows, "n": len(windows)}
+
+
+def _rouge(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """One row per ROUGE figure, with its interval."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    common = {"dataset": record.metrics.get("dataset", levels.get("dataset"))}
+    common["decode"] = record.metrics.get("decode", levels.get("decode"))
+    for name in ("rouge1", "rougeL"):
+        found = record.metrics[name]
+        yield {**common, "metric": name, **{at: float(found[key]) for at, key in _INTERVAL.items()}}
+
+
+_INTERVAL = {"value": "mean", "low": "low", "high": "high"}
+
+
+_PREDICTED = ("blocks", "choices", "histogram", "price", "constants", "hull", "predictor", "oracle", "gain")
+
+
+def _budget(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """One row per scalar, and one whose detail is all that was measured of a budget predictor on a data set."""
+    absent = [name for name in _PREDICTED if name not in record.metrics]
+    if absent:
+        raise ValueError(f"no {', '.join(absent)}")
+    at = {"preset": record.metrics.get("preset", levels.get("preset"))}
+    at["dataset"] = record.metrics.get("dataset", levels.get("dataset"))
+    for row in _scalars(record):
+        yield {**row, **at}
+    yield {**at, "metric": "budget", "detail": record.metrics}
 
 
 def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
@@ -119,6 +197,7 @@ def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
             "metric": metric,
             "value": float(scores[metric]),
             "stderr": _number(scores.get(f"{metric}_stderr")),
+            "items": (scores.get("items") or {}).get(metric),
             "n": int(scores["n"]),
             "limit": record.metrics.get("limit"),
             "few_shot": record.metrics.get("few_shot"),
@@ -157,6 +236,8 @@ def _trace(record: Record) -> Iterator[dict[str, Any]]:
             yield {**common, "metric": name, "value": float(metrics[name])}
     paths = metrics["distinct_paths_per_generation"]
     yield {**common, "metric": "distinct_paths_per_generation", **_spread(paths), "value": float(paths["mean"])}
+    frequency = tuple(map(float, metrics["block_frequency"]))
+    yield {**common, "metric": "block_frequency", "value": sum(frequency) / len(frequency), "values": frequency}
 
 
 def _latency(record: Record) -> Iterator[dict[str, Any]]:

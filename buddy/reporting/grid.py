@@ -15,6 +15,9 @@ FIGURES = (
 """Columns of a tidy CSV after the coordinates of the cell (see `buddy.reporting.measures.Measure`)."""
 
 
+NEAR = "inside the noise of the best"
+
+
 @dataclass
 class Cell:
     """One cell.
@@ -25,6 +28,8 @@ class Cell:
         published: the paper's figure for the same cell, in the same unit.
         decimals: shown digits after the point.
         rank: 1 best (bold), 2 second (underlined), 0 neither.
+        near: whether its difference from the best is inside the noise.
+        text: shown in place of the number.
     """
 
     at: Mapping[str, Any]
@@ -32,6 +37,8 @@ class Cell:
     published: float | None = None
     decimals: int = 2
     rank: int = 0
+    near: bool = False
+    text: str = ""
 
     def record(self) -> dict[str, Any]:
         """The cell as one row of the CSV; the difference is ours minus the paper's."""
@@ -47,7 +54,7 @@ class Cell:
             "p90": measure.high,
             "published": self.published,
             "difference": difference,
-            "note": "; ".join(filter(None, [measure.note, limited])),
+            "note": "; ".join(filter(None, [measure.note, limited, NEAR if self.near else ""])),
         }
 
 
@@ -86,6 +93,7 @@ class Grid:
         latex_errors: indices of the columns whose standard error LaTeX shows (Markdown shows all).
         notes: lines under the table.
         below: a second table in the same files, with columns of its own.
+        tidy: rows of its CSV, where one row is not one cell.
     """
 
     name: str
@@ -97,6 +105,7 @@ class Grid:
     latex_errors: frozenset[int] = frozenset()
     notes: list[str] = field(default_factory=list)
     below: Grid | None = None
+    tidy: list[dict[str, Any]] | None = None
 
     @property
     def has_published(self) -> bool:
@@ -104,7 +113,9 @@ class Grid:
         return any(cell is not None and cell.published is not None for row in self.rows for cell in row.cells)
 
     def records(self) -> list[dict[str, Any]]:
-        """The tidy table: one dictionary per cell."""
+        """The tidy table: one dictionary per cell, or what ``tidy`` has."""
+        if self.tidy is not None:
+            return self.tidy
         own = [cell.record() for row in self.rows for cell in [*row.cells, *row.unshown] if cell is not None]
         return own + (self.below.records() if self.below else [])
 
@@ -151,7 +162,7 @@ def limit_text(limits: Iterable[int | None]) -> str:
 
 def add_notes(grid: Grid) -> Grid:
     """Append the notes that its cells call for: other depths, limited rows, missing cells, missing seeds."""
-    cells = [cell for row in grid.rows for cell in row.cells if cell is not None]
+    cells = [cell for row in grid.rows for cell in row.cells if cell is not None and not cell.text]
     if any(cell.measure.off_depth for cell in cells):
         grid.notes.append(OFF_DEPTH_NOTE)
     limits = {cell.measure.limit for cell in cells} - {None}
@@ -159,7 +170,7 @@ def add_notes(grid: Grid) -> Grid:
         grid.notes.append(f"† {limit_text(limits)}.")
     if any(cell.measure.value is None for cell in cells):
         grid.notes.append("\N{EN DASH} not measured.")
-    partial = {cell.measure.note for cell in cells if cell.measure.note.endswith(("seeds", "depths"))}
+    partial = {cell.measure.note for cell in cells if cell.measure.note.endswith(("seeds", "depths", "runs"))}
     if partial:
         grid.notes.append(f"Incomplete: some cells have {' or '.join(sorted(partial))}.")
     if grid.below is not None:

@@ -34,6 +34,12 @@ EXECUTIONS = {
     "mixed": "BUDDY (mixed budgets)",
 }
 _CRITERIA = {"block_influence": "block influence", "ppl": "PPL", "taylor": "Taylor"}
+INDICATORS = {
+    "delta_ppl": "\N{GREEK CAPITAL LETTER DELTA} PPL",
+    "taylor": "Taylor",
+    "cosine": "Cosine",
+    "block_influence": "Block influence",
+}
 COMPONENTS = {
     "backbone": "Backbone compute",
     "decision": "Decision Module",
@@ -44,7 +50,7 @@ COMPONENTS = {
     "unprofiled": "Without the profiler",
 }
 """Parts of a routed pass (the paper's Table 8 has the first three), all of it, and all of it when nobody looks."""
-DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum"}
+DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum", "gsm8k": "GSM8K"}
 
 
 def fraction(executed: int, blocks: int) -> str:

@@ -39,6 +39,9 @@ _REPOSITORIES = {
     "qwen/qwen2.5-7b-instruct": "qwen2.5-7b-instruct",
 }
 
+FIGURE_BACKBONE = "llama2-7b"
+"""Backbone of Figures 4 and 5, which the paper does not name: that of its other analyses."""
+
 MAIN_VARIANT = {"feature": "value", "prior": "taylor", "omega": 0.1, "source_block": 1}
 """The variant behind the paper's BUDDY rows."""
 
@@ -169,6 +172,30 @@ def latency(table: int, backbone: str | None, method: str, removed: int, dataset
         return {}
     columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
     return {column: float(found.iloc[0][column]) for column in columns}
+
+
+def figure(number: int, backbone: str | None, series: str) -> dict[int, float]:
+    """Published points of a line of Figure 4 or 5, by number of removed blocks; {} if none.
+
+    Args:
+        number: of the figure.
+        backbone: the paper's backbone (`backbone`).
+        series: the line: a data set (4), or a measure and a decode mode such as ``rouge1_reuse`` (5).
+    """
+    frame = load("figures")
+    found = frame[(frame.figure == number) & (frame.series == series)]
+    if backbone != FIGURE_BACKBONE or number not in (4, 5):
+        return {}
+    return {int(row["x"]): float(row["value"]) for row in found.to_dict("records")}
+
+
+def training_cost(table: int, backbone: str | None) -> dict[str, float]:
+    """Published hours of training of one row of Table 9 (on an A100), ``sft`` and ``grpo``; {} if none."""
+    frame = load("training_cost")
+    found = frame[(frame.table == table) & (frame.backbone == backbone)]
+    if found.empty:
+        return {}
+    return {name: float(found.iloc[0][f"{name}_hours"]) for name in ("sft", "grpo")}
 
 
 def breakdown(table: int, backbone: str | None, batch_size: int, tokens: int) -> dict[str, dict[str, float]]:

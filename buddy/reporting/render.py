@@ -11,6 +11,7 @@ from buddy.reporting.grid import FIGURES, Cell, Grid, Row
 
 MISSING = "\N{EN DASH}"
 DAGGER = "†"
+NEAR_SIGN = "\N{ALMOST EQUAL TO}"
 PAGE_ROWS = 48
 """Rows of a LaTeX table that fit on a page under its caption and above its notes."""
 
@@ -20,7 +21,8 @@ def to_csv(grid: Grid) -> str:
     records = grid.records()
     at = list(dict.fromkeys(key for cell in records for key in cell if key not in FIGURES))
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*at, *FIGURES], lineterminator="\n")
+    figures = [name for name in FIGURES if not records or any(name in cell for cell in records)]
+    writer = csv.DictWriter(stream, [*at, *figures], lineterminator="\n")
     writer.writeheader()
     for cell in records:
         writer.writerow({key: _plain(value) for key, value in cell.items()})
@@ -52,10 +54,14 @@ def to_markdown(grid: Grid) -> str:
 def _markdown_cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
+    if cell.text:
+        return cell.text
     text = _number(cell.measure.value, cell.decimals)
     text = {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(cell.rank, text)
     if cell.measure.value is not None and cell.measure.stderr is not None:
         text += f" ± {cell.measure.stderr:.{cell.decimals}f}"
+    if cell.near:
+        text += f" {NEAR_SIGN}"
     if cell.published is not None:
         text += f" ({cell.published:.{cell.decimals}f})"
     return text
@@ -149,16 +155,21 @@ def _latex_row(grid: Grid, row: Row, previous: Row | None) -> str:
 def _latex_cell(cell: Cell | None, with_error: bool) -> str:
     if cell is None:
         return ""
+    if cell.text:
+        return escape(cell.text)
     text = escape(_number(cell.measure.value, cell.decimals))
     text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(cell.rank, text)
     if with_error and cell.measure.value is not None and cell.measure.stderr is not None:
         text += rf" {{\scriptsize$\pm$ {cell.measure.stderr:.{cell.decimals}f}}}"
+    if cell.near:
+        text += f" {escape(NEAR_SIGN)}"
     return text
 
 
 _LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    NEAR_SIGN: r"$\approx$",
     **{MISSING: "--", "±": r"$\pm$", "†": r"$^\dagger$", "<": r"\textless{}", ">": r"\textgreater{}"},
 }
 

@@ -105,6 +105,26 @@ class Study:
         """Rows of the frame by backbone, series and number of removed blocks."""
         return _grouped(self.frame, "breakdown", ("backbone", "series", "removed"))
 
+    @cached_property
+    def importance_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Rows of the frame by backbone and indicator."""
+        return _grouped(self.frame, "importance", ("backbone", "indicator"))
+
+    @cached_property
+    def rouge_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+        """Rows of the frame by backbone, series and number of removed blocks."""
+        return _grouped(self.frame, "rouge", ("backbone", "series", "removed"))
+
+    @cached_property
+    def training_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Rows of the frame by backbone and series: of runs, and of the budget predictors trained on them."""
+        return _grouped(self.frame, "training", ("backbone", "series"))
+
+    @cached_property
+    def budget_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Rows of the frame by backbone and series, of evaluated budget predictors."""
+        return _grouped(self.frame, "budget", ("backbone", "series"))
+
     def blocks(self, backbone: str) -> int:
         """Number of blocks L of a backbone."""
         return self.config.backbones[backbone].blocks

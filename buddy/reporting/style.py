@@ -20,6 +20,8 @@ COLUMN_IN = 3.4
 PAGE_IN = 7.0
 DPI = 200
 INK = "#222222"
+HEAT = "cividis"
+"""Colour map of heat maps: even in lightness, so it prints in grey."""
 GREY = "#767676"
 DASHED = (0, (3.6, 1.6))
 DOTTED = (0, (1, 1.6))
@@ -52,6 +54,12 @@ MARKS = {
     "sleb": Mark("#CC79A7", "^", (0, (2, 1.2))),
     "pudding": Mark("#882255", "v", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "first": Mark("#56B4E9", "P", (0, (1, 1.2))),
+    # The budget predictor's presets, and what it is held against.
+    "paper": Mark("#D55E00", "s", (0, (4, 1.5))),
+    "tuned": Mark("#0072B2", "o"),
+    "constant": Mark("#555555", "^", (0, (5, 1.5, 1, 1.5))),
+    "random": Mark("#E69F00", "X", (0, (2, 1.2))),
+    "oracle": Mark("#009E73", "D", (0, (1, 1.2))),
 }
 FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
     *("full", "none", "left", "right", "bottom", "top"),

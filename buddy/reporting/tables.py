@@ -12,6 +12,7 @@ from buddy.reporting.peer_latency_table import peer_latency
 from buddy.reporting.properties_table import properties
 from buddy.reporting.speed_tables import breakdown, latency
 from buddy.reporting.study import Study
+from buddy.reporting.training_cost_table import training_cost
 from buddy.settings import Table
 
 
@@ -49,5 +50,6 @@ def build(study: Study, name: str) -> Grid:
         "generation": generation,
         "peer_latency": peer_latency,
         "properties": properties,
+        "training_cost": training_cost,
     }
     return add_notes(builders[table.kind](study, name, table))

@@ -6,14 +6,26 @@ from pathlib import Path
 
 from buddy.records import write_bytes
 from buddy.reporting import figures, render, tables
+from buddy.reporting.compare import compare
+from buddy.reporting.grid import Grid
+from buddy.reporting.significance import significance
 from buddy.reporting.study import Study
 
 
 def table(study: Study, name: str) -> list[Path]:
     """Build one table and write it as ``tables/<name>.csv``, ``.md`` and ``.tex``."""
-    grid = tables.build(study, name)
-    texts = {"csv": render.to_csv(grid), "md": render.to_markdown(grid), "tex": render.to_latex(grid)}
     stem = name if name.startswith("table") else f"table{name}"
+    return _written(study, tables.build(study, name), stem)
+
+
+def comparison(study: Study) -> dict[str, list[Path]]:
+    """The study beside the paper (``tables/compare``), and BUDDY against its peers (``tables/significance``)."""
+    built = (compare(study), significance(study))
+    return {grid.name: _written(study, grid, grid.name) for grid in built}
+
+
+def _written(study: Study, grid: Grid, stem: str) -> list[Path]:
+    texts = {"csv": render.to_csv(grid), "md": render.to_markdown(grid), "tex": render.to_latex(grid)}
     return [write_bytes(study.folder / "tables" / f"{stem}.{kind}", text.encode()) for kind, text in texts.items()]
 
 

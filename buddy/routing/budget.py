@@ -8,14 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from buddy.errors import BudgetError
 
-Budget = float | Sequence[float] | Tensor
-"""One fraction for the whole batch, or one per sequence."""
+Budget = float | Sequence[float] | Tensor | str
+"""One fraction for the whole batch, or one per sequence; ``auto`` or ``auto:PRICE`` leaves it to a budget predictor."""
+
+
+def price_of(budget: str) -> float | None:
+    """The price in ``auto:0.3``, in [0, 1]; None where ``auto`` leaves it to the predictor.
+
+    Raises:
+        BudgetError: another string, or a price outside [0, 1].
+    """
+    word, colon, text = budget.partition(":")
+    if word == "auto" and not colon:
+        return None
+    try:
+        price = float(text) if word == "auto" else math.nan
+    except ValueError:
+        price = math.nan
+    if not 0 <= price <= 1:
+        raise BudgetError(
+            f"budget: {budget!r} is neither a number in (0, 1] nor auto nor auto:PRICE with a price in [0, 1]"
+        )
+    return price
 
 
 def round_half_up(x: float) -> int:
@@ -67,11 +88,15 @@ def executed_per_sequence(budget: Budget, batch: int, blocks: int, always: int, 
     Raises:
         BudgetError: an illegal fraction, or a number of fractions that does not fit the batch.
     """
+    if isinstance(budget, str):
+        price_of(budget)
+        raise BudgetError(f"budget: {budget!r} asks a budget predictor, and this run has none; give a number in (0, 1]")
     if isinstance(budget, Tensor):
         budget = budget.tolist()
     if not isinstance(budget, Sequence):
         return torch.full((batch,), executed_blocks(budget, blocks, always), device=device)
     if len(budget) == 0 or batch % len(budget):
         raise BudgetError(f"budget: {len(budget)} fractions do not fit a batch of {batch} sequences")
-    counts = torch.tensor([executed_blocks(b, blocks, always) for b in budget], device=device)
+    fractions: Sequence[Any] = budget
+    counts = torch.tensor([executed_blocks(b, blocks, always) for b in fractions], device=device)
     return counts.repeat_interleave(batch // len(budget))

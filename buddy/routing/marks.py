@@ -10,6 +10,9 @@ PREFIX = "buddy."
 DECISION, GATHER, CACHE = "decision", "gather_scatter", "cache"
 """Reading the source block and choosing routes; moving rows in and out of sub-batches; writing keys and values."""
 
+PREDICTOR = "predictor"
+"""Choosing the budget, where that is left to a predictor: a part of the decision, and of the prefill alone."""
+
 _off: AbstractContextManager[Any] = nullcontext()
 _on = False
 

@@ -134,8 +134,8 @@ class RoutedModel(nn.Module):
         Args:
             input_ids: (B, S) new tokens.
             attention_mask: (B, past + S), 1 for real tokens.
-            budget: fraction of blocks, one or one per sequence; None lets the policy choose. A cache keeps the budget
-                it was started with.
+            budget: fraction of blocks, one or one per sequence; None lets the policy choose (the budget predictor), and
+                so do ``auto`` and, at a price in [0, 1], ``auto:0.3``. A cache keeps the budget it was started with.
             decode: ``recompute`` chooses a new path at every step, ``reuse`` keeps the prefill's, an integer n chooses at
                 every n-th step.
             routing: ``sequence``: the tokens of this pass share their sequence's route. ``causal``: each token has the
@@ -183,7 +183,8 @@ class RoutedModel(nn.Module):
         Args:
             input_ids: (B, S) prompts, padded left.
             attention_mask: (B, S), 1 for real tokens.
-            budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor).
+            budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor, once per
+                sequence, at the prompt), and so do ``auto`` and, at a price in [0, 1], ``auto:0.3``.
             decode: ``recompute``, ``reuse`` or an integer, as in `forward`.
             engine: ``eager``; ``graph``, which decodes by captured CUDA graphs; ``auto``, which takes graphs on a GPU if
                 the generation is long enough to pay for their capture. What keeps graphs from being used is logged.

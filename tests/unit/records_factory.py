@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import random
 from collections.abc import Sequence
@@ -101,6 +102,7 @@ def paper(seeds: int = 1, methods: Sequence[str] = ("dense", "buddy")) -> dict[s
                 **{table: {"kind": "accuracy", "backbone": backbone} for table, backbone in accuracy.items()},
                 "table4": {"kind": "latency", "backbone": "llama2-7b"},
                 "table8": {"kind": "breakdown", "backbone": "llama2-7b"},
+                "table9": {"kind": "training_cost"},
                 **{table: {"kind": "ablation", "ablation": name} for table, name in ablation.items()},
                 **(compared if len(methods) > 2 else {}),
             },
@@ -175,6 +177,7 @@ class Maker:
         per_generation: list[int],
         executed: tuple[int, int, float] | None = None,
         dataset: str = "alpaca",
+        frequency: list[float] | None = None,
     ) -> Path:
         """Write a trace record: distinct prefill paths, distinct paths of each generation; ``executed`` is the least,
         the most and the mean number of blocks that ran, if not those asked for."""
@@ -190,11 +193,78 @@ class Maker:
                 "mean": sum(per_generation) / len(per_generation),
                 **rate(list(map(float, per_generation))),
             },
-            **{"block_frequency": [mean / blocks] * blocks, "block_frequency_prefill": [mean / blocks] * blocks},
+            **{"block_frequency": frequency or [mean / blocks] * blocks},
+            "block_frequency_prefill": [mean / blocks] * blocks,
             "changed_steps_mean": 0.25,
         }
         path = self.records / "trace" / run.path / f"dataset~{dataset}" / f"removed~{removed}.json"
         return self.record("trace", run, removed, metrics, n=len(per_generation)).write(path)
+
+    def importance(
+        self, backbone: str, indicator: str, windows: list[list[float]], corpus: str = "", length: int = 0
+    ) -> Path:
+        """Write an importance record, (windows, blocks), of the study's corpus or of another corpus or length."""
+        levels = [f"corpus~{corpus}"] * bool(corpus) + [f"length~{length}"] * bool(length)
+        metrics = {
+            **{"indicator": indicator, "corpus": corpus or "wikitext2", "samples": len(windows)},
+            **{"length": length or 512, "values": [sum(column) for column in zip(*windows, strict=True)]},
+            "per_sample": windows,
+        }
+        folder = self.records / "importance" / f"backbone~{backbone}"
+        path = folder.joinpath(f"indicator~{indicator}", *levels)
+        run = Run(backbone, "dense", (), 0)
+        return self.record("importance", run, 0, metrics, n=len(windows)).write(path.parent / f"{path.name}.json")
+
+    def training(self, run: Run, wall_s: float, gpu_s: float = 0.0, preset: str = "", **metrics: Any) -> Path:
+        """Write the record of a training that took that long; with a preset, of the run's budget predictor."""
+        folder = self.records / "training"
+        path = folder / run.path / f"preset~{preset}.json" if preset else folder / f"{run.path}.json"
+        kept = {"preset": preset, **metrics} if preset else metrics
+        return self.record("training", run, 0, {"steps": 10, **kept}, wall_s=wall_s, gpu_s=gpu_s).write(path)
+
+    def rouge(self, run: Run, removed: int, decode: str, rouge1: list[float], rouge_l: list[float]) -> Path:
+        """Write a ROUGE record with these means, lower and upper ends."""
+        names = ("mean", "low", "high")
+        metrics = {
+            "rouge1": dict(zip(names, rouge1, strict=True)),
+            "rougeL": dict(zip(names, rouge_l, strict=True)),
+        }
+        path = self.records / "rouge" / run.path / "dataset~samsum" / f"decode~{decode}" / f"removed~{removed}.json"
+        return self.record("rouge", run, removed, metrics, n=100).write(path)
+
+    def budget(self, run: Run, preset: str, dataset: str = "alpaca", gain: float = 0.02) -> Path:
+        """Write the record of an evaluated budget predictor whose points are that far below constant depths."""
+        blocks = self.config.backbones[run.backbone].blocks
+        choices = list(range(3, blocks + 1)) if preset == "paper" else list(range(blocks // 2, blocks + 1, 2))
+        loss = {depth: 1.5 + 3 * (1 - depth / blocks) ** 2 for depth in range(choices[0], blocks + 1)}
+        prices = [None] if preset == "paper" else [0.0, 0.25, 0.5, 0.75, 1.0]
+        chosen = [blocks - 9] if preset == "paper" else [blocks, blocks - 3, blocks - 6, blocks - 9, choices[0]]
+
+        def point(depth: int, below: float) -> dict[str, Any]:
+            ce = loss[depth] - below
+            return {"depth_mean": float(depth), "ce_mean": ce, "low": ce - 0.03, "high": ce + 0.03}
+
+        metrics = {
+            **{"preset": preset, "dataset": dataset, "blocks": blocks, "choices": choices},
+            **{"depths": list(loss), "price": None if preset == "paper" else 0.5},
+            "constants": [point(depth, 0.0) for depth in loss],
+            "hull": [{"depth_mean": float(depth), "ce_mean": ce} for depth, ce in loss.items()],
+            "oracle": [{"price": 0.5, **point(depth, 0.1)} for depth in chosen],
+            "predictor": [
+                {
+                    **{"price": price, **point(depth, gain), "random": loss[depth] + 0.02, "constant": loss[depth]},
+                    **{"gain": gain, "gain_low": gain - 0.01, "gain_high": gain + 0.01},
+                }
+                for price, depth in zip(prices, chosen, strict=True)
+            ],
+            **{"histogram": [self.random.randint(0, 9) for _ in choices], "beats_constant": gain > 0},
+            **{
+                "gain": {"value": gain, "low": gain - 0.01, "high": gain + 0.01},
+                "entropy_uniform": math.log(len(choices)),
+            },
+        }
+        path = self.records / "budget" / run.path / f"preset~{preset}" / f"dataset~{dataset}.json"
+        return self.record("budget", run, 0, metrics, n=200).write(path)
 
     def _executed(self, run: Run, removed: int, executed: float | None) -> float:
         return float(self.config.backbones[run.backbone].blocks - removed) if executed is None else executed
@@ -279,7 +349,42 @@ class Maker:
                         count += self._latencies(backbone, (dataset, size, engine))
         for backbone in self.config.profiled_backbones():
             count += self._breakdowns(backbone)
-        return count
+        return count + self._of_figures()
+
+    def _of_figures(self) -> int:
+        """Importance, trainings and predictors; returns their number."""
+        runs = self.config.runs()
+        fused = {(run.backbone, run.variant["prior"]) for run in runs if run.variant.get("prior", "none") != "none"}
+        for backbone, indicator in sorted(fused):
+            blocks = self.config.backbones[backbone].blocks
+            self.importance(backbone, indicator, [self._window(blocks) for _ in range(16)])
+        trained = [run for run in runs if run.method != "dense"]
+        for run in trained:
+            self.training(run, 3600.0 * self.random.uniform(8, 12), final_loss=1.5)
+        predicting = [
+            (run, preset) for run in self.config.predicting_runs() for preset in self.config.predictor.presets
+        ]
+        for run, preset in predicting:
+            self._predictor(run, preset)
+        return len(fused) + len(trained) + 2 * len(predicting)
+
+    def _window(self, blocks: int) -> list[float]:
+        """Importance of blocks in one window: ends matter, the middle less, all with noise."""
+        return [abs(block - 0.6 * blocks) / blocks + self.random.gauss(0, 0.08) for block in range(blocks)]
+
+    def _predictor(self, run: Run, preset: str) -> None:
+        choices = self.config.backbones[run.backbone].blocks - 2 if preset == "paper" else 9
+        top = math.log(choices)
+        curve = [
+            {
+                **{"step": step, "loss": 0.2 - step / 2000, "reward": -8 + step / 200, "ce": 1.6, "mean_budget": 0.8},
+                "entropy": top - (1e-6 * step if preset == "paper" else 0.015 * step),
+                "histogram": [1] * choices,
+            }
+            for step in range(10, 101, 10)
+        ]
+        self.training(run, 3000.0, preset=preset, curve=curve, entropy_uniform=top)
+        self.budget(run, preset)
 
     def _has(self, kind: str) -> bool:
         return kind in {table.kind for table in self.config.measured_tables().values()}
@@ -298,8 +403,16 @@ class Maker:
             for task in TASKS:
                 probability = CHANCE[task] + (0.78 - CHANCE[task]) * kept + self.random.gauss(0, 0.008)
                 tasks[task] = scores(probability, items, task in NORMALISED)
+                metric = "acc_norm" if task in NORMALISED else "acc"
+                tasks[task]["items"] = {metric: self._digits(tasks[task][metric], items)}
             self.accuracy(run, removed, tasks)
         return len(depths)
+
+    def _digits(self, share: float, items: int) -> str:
+        """Which items were right: for every method mostly the same easy ones."""
+        hardness = sorted(range(items), key=lambda item: item / items + self.random.uniform(0, 0.3))
+        right = set(hardness[: round(share * items)])
+        return "".join("1" if item in right else "0" for item in range(items))
 
     def _answers(self, run: Run) -> int:
         for removed in self.config.depths(run):
@@ -410,3 +523,22 @@ def percentile(values: list[float], share: float) -> float:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def uniform(value: float, error: float = 0.02, n: int = 60) -> dict[str, dict[str, object]]:
+    """The same score on every task."""
+    return {task: {"acc": value, "acc_stderr": error, "n": n} for task in TASKS}
+
+
+def cells(path: Path, **wanted: object) -> list[dict[str, str]]:
+    """Rows of a tidy CSV whose columns have these values."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def cell(path: Path, **wanted: object) -> dict[str, str]:
+    """The one such row."""
+    found = cells(path, **wanted)
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from records_factory import ENVIRONMENT, EVERY_METHOD, Maker, demo, methods, paper, scores
+from records_factory import ENVIRONMENT, EVERY_METHOD, Maker, cell, cells, demo, methods, paper, scores, uniform
 
 from buddy.commands.report import report
 from buddy.errors import UserError
@@ -24,23 +23,9 @@ from buddy.reporting.figures import CHANCE
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
-from buddy.settings import METHODS, TASKS
+from buddy.settings import TASKS
 
 MAIN = "method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1"
-
-
-def cells(path: Path, **wanted: object) -> list[dict[str, str]]:
-    """Rows of a tidy CSV whose columns have these values."""
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
-
-
-def cell(path: Path, **wanted: object) -> dict[str, str]:
-    """The one such row."""
-    found = cells(path, **wanted)
-    assert len(found) == 1, (wanted, len(found))
-    return found[0]
 
 
 def markdown_rows(path: Path) -> list[list[str]]:
@@ -52,11 +37,6 @@ def markdown_rows(path: Path) -> list[list[str]]:
 @pytest.fixture
 def small(tmp_path: Path) -> Maker:
     return Maker(tmp_path, demo())
-
-
-def uniform(value: float, error: float = 0.02, n: int = 60) -> dict[str, dict[str, object]]:
-    """The same score on every task."""
-    return {task: {"acc": value, "acc_stderr": error, "n": n} for task in TASKS}
 
 
 # Frame
@@ -1064,86 +1044,6 @@ def test_a_long_latex_table_takes_several_pages(tmp_path: Path) -> None:
     for page in pages:
         first = page[page.index(r"\midrule") :].splitlines()[1]
         assert " & 0 & Dense & " in first
-
-
-# Figures
-
-
-def test_figures_are_one_column_wide_and_the_same_bytes_each_time(small: Maker) -> None:
-    small.everything()
-    for name in ("accuracy_vs_budget", "latency"):
-        first = figures.build(study.load(small.folder), name)
-        again = figures.build(study.load(small.folder), name)
-        assert first == again
-        assert first["pdf"].startswith(b"%PDF")
-        assert b"CreationDate" not in first["pdf"]
-        width = int.from_bytes(first["png"][16:20], "big")  # IHDR
-        assert width == round(3.4 * 200)
-        assert b"tEXt" not in first["png"]
-
-
-def test_accuracy_figure_draws_the_records(small: Maker) -> None:
-    dense, buddy = small.config.runs()[:2]
-    small.accuracy(dense, 0, uniform(0.7))
-    small.accuracy(buddy, 4, uniform(0.6))
-    small.accuracy(buddy, 12, uniform(0.5))
-    with style.applied():
-        axes = figures.accuracy_vs_budget(study.load(small.folder)).axes[0]
-    curve = next(line for line in axes.lines if line.get_marker() == style.mark("buddy").marker)
-    assert list(curve.get_xdata()) == [4, 12]
-    assert list(curve.get_ydata()) == pytest.approx([60.0, 50.0])
-    segments = axes.containers[-1].lines[2][0].get_segments()
-    error = 100 * 0.02 / math.sqrt(8)
-    assert [list(segment[:, 1]) for segment in segments] == [
-        pytest.approx([60 - error, 60 + error]),
-        pytest.approx([50 - error, 50 + error]),
-    ]
-    levels = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
-    chance = 100 * (4 * 0.25 + 3 * 0.5 + 1 / 3) / 8
-    assert any(level == pytest.approx(chance) for level in levels)
-    assert any(level == pytest.approx(70.0) for level in levels)
-    assert [label.get_text() for label in axes.child_axes[0].get_xticklabels()] == ["1.00", "0.87", "0.73", "0.60"]
-
-
-def test_one_panel_per_backbone(papers: Maker) -> None:
-    with style.applied():
-        figure = figures.accuracy_vs_budget(study.load(papers.folder))
-    assert [axes.get_title() for axes in figure.axes] == [
-        "llama3-8b (32 blocks)",
-        "qwen2.5-7b (28 blocks)",
-        "llama2-7b (32 blocks)",
-        "llama1-13b (40 blocks)",
-    ]
-    entries = [text.get_text() for text in figure.legends[0].get_texts()]
-    methods = {"Dense", "Dense (LoRA)", "Shortened LLaMA", "ShortGPT", "SLEB", "PuDDing", "FiRST", "BUDDY"}
-    assert len(entries) == len(set(entries))
-    assert set(entries) == {*methods, "Chance"}
-
-
-def test_legends_stay_inside_the_figure_and_below_the_panels(tmp_path: Path) -> None:
-    content = methods(peers={"criteria": {"shortened_llama": ["ppl", "taylor"]}})
-    content["study"]["lora"] = ["trained", "none"]
-    small = Maker(tmp_path, content)
-    small.everything()
-    opened = study.load(small.folder)
-    for draw in (figures.accuracy_vs_budget, figures.latency):
-        with style.applied():
-            figure = draw(opened)
-            figure.draw_without_rendering()
-            legend = figure.legends[0].get_window_extent()
-            assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
-            assert all(axes.get_tightbbox().y0 >= legend.y1 for axes in figure.axes)
-
-
-def test_marks_differ_in_colour_marker_and_grey() -> None:
-    for names in (METHODS, ("dense", "sliced", "reuse", "recompute")):
-        marks = [style.mark(name) for name in names]
-        assert len({mark.color for mark in marks}) == len(names)
-        assert len({(mark.marker, str(mark.dash)) for mark in marks}) == len(names)
-    assert style.mark("buddy") == style.mark("recompute")
-    again = style.mark("sleb", 1)
-    assert (again.color, again.marker) == (style.mark("sleb").color, style.mark("sleb").marker)
-    assert again.line() != style.mark("sleb").line()
 
 
 def test_fraction_rounds_halves_up() -> None:

@@ -1,0 +1,107 @@
+"""``buddy predictor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from buddy.commands._options import with_settings
+from buddy.settings import PREDICTOR_PRESETS, READ_BY_PRESET, Predictor
+
+
+@with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit"))
+def predictor(
+    run: Annotated[Path, typer.Option(help="run folder of BUDDY, from `buddy train`")],
+    data: Annotated[
+        list[Path], typer.Option(help="data set folder to learn from, from `buddy data`; may be given several times")
+    ],
+    preset: Annotated[str, typer.Option(help="paper (GRPO, as published) or tuned (learns, and takes a price)")],
+    out: Annotated[Path, typer.Option(help="run folder to write: the same adapter and router, and the predictor")],
+    settings: Predictor,
+    record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of weights, order and draws; the run's own by default")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+) -> None:
+    """Train a budget predictor on a finished run, whose adapter and router stay as they are.
+
+    What it makes is a run: `buddy generate --budget auto` then leaves the budget to the predictor, and so does
+    budget=None in Python. Killed, it goes on from its last checkpoint when run again.
+
+    \b
+    Examples:
+      buddy predictor --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --preset tuned --out my-run
+      buddy predictor --run RUN --data results/demo/data/alpaca --preset paper --steps 200 --out paper-run
+      buddy predictor --run RUN --data DIR/alpaca --data DIR/boolq --preset tuned --price 0.3 --out RUN2
+    """
+    import os
+
+    # A task's questions are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+    import dataclasses
+
+    from buddy import runs
+    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
+    from buddy.commands._options import choice
+    from buddy.commands._trained import keep
+    from buddy.errors import UserError
+    from buddy.policies.buddy import BuddyPolicy
+    from buddy.records import Stopwatch, commit
+    from buddy.training import predictor as training
+    from buddy.training import responses, sft
+
+    choice("--preset", preset, PREDICTOR_PRESETS)
+    if run.resolve() == out.resolve():
+        raise UserError(f"--out: {out} is the run itself; name another folder")
+    kept_back = responses.fingerprints(data)
+    model = runs.load(run, device=device, dtype=dtype)
+    check_one_gpu(model.device.type)
+    origin, policy = model.origin, model.policy
+    if not isinstance(policy, BuddyPolicy):
+        raise UserError(f"--run: {run} is a run of method {origin.info.method}; a budget predictor needs one of buddy")
+    count = settings.examples if preset == "paper" else settings.examples or training.TUNED_EXAMPLES
+    rows = [
+        row for folder in data for row in responses.training_rows(folder, model.tokenizer, count, settings.max_length)
+    ]
+    read = settings.model_dump(include=set(READ_BY_PRESET[preset]))  # type: ignore[index]
+    said = {**read, "preset": preset, "data": [folder.name for folder in data]}
+    info = dataclasses.replace(
+        origin.info,
+        backbone_path=runs.relative(origin.backbone, out),
+        variant={**origin.info.variant, "preset": preset},
+        seed=origin.info.seed if seed is None else seed,
+        training={**origin.info.training, "predictor": {**said, "kept_back": kept_back}},
+        commit=commit(),
+    )
+    most_removed = info.training.get("most_removed", policy.blocks - policy.always)
+    with tracked("predictor", info.study, run_of(info), info.training["predictor"]) as tracker:
+        watch = Stopwatch(str(model.device))
+        fitted = training.train(
+            model.backbone,
+            policy,
+            rows,
+            preset,
+            settings,
+            most_removed,
+            out / sft.CHECKPOINTS,
+            info.seed,
+            on_log=lambda step, values: tracker.log(values, step=step),
+        )
+        info.policy_settings = policy.settings()
+        assert policy.predictor is not None
+        trained = sft.Trained(
+            adapted=origin.adapter,
+            curve=fitted.curve,
+            steps=fitted.steps,
+            tokens=sum(len(row["input_ids"]) for row in rows),
+            trainable=sum(parameter.numel() for parameter in policy.predictor.parameters()),
+        )
+        facts = training.facts(policy.predictor, fitted)
+        keep(out, info, policy, trained, len(rows), record, tracker, provenance(model, watch), facts)
+    typer.echo(
+        f"{preset}: entropy {facts['final_entropy']:.4f} of {facts['entropy_uniform']:.4f} nats (uniform), "
+        f"mean budget {facts['final_mean_budget']:.3f}, {len(rows)} examples"
+    )

@@ -1,0 +1,158 @@
+"""The budget predictor: how many blocks a prompt is worth (paper sec. 4.4), asked once per sequence.
+
+It reads what the router reads, the source block's states of the prompt, as one mean vector. There are two forms.
+
+Without a price (the paper's) it is a categorical policy over depths: Linear, SiLU, Linear, the Decision Module's shape
+and hidden width, since the paper gives none. It begins as the uniform policy.
+
+With a price it estimates what each depth loses on this prompt, on a scale on which the shallowest depth
+loses about 1 and full depth nothing, and weighs that against what the depth costs, on a scale from 0 to 1, too:
+
+    logits = -sharpness * ((1 - price) * loss(prompt) + price * cost)
+
+The price is an input, so one predictor serves all of them. It begins with the same loss for every prompt, which is the
+best constant depth at each price; what it learns is how prompts differ from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from buddy.errors import BudgetError, UserError
+from buddy.routing.decision import RunningMean, source_feature
+
+SHARPNESS = 10.0
+"""Where the sharpness of a priced policy begins: it grows as far as the depths can be told apart."""
+
+
+def mean_feature(keys: Tensor, values: Tensor, feature: str, mask: Tensor | None) -> Tensor:
+    """What a predictor is given of a prompt: the mean of what the router reads of its tokens.
+
+    Args:
+        keys, values: (B, KV heads, S, head size), the source block's.
+        feature: ``key``, ``value`` or ``key+value``.
+        mask: boolean (B, S), True where a token may be read; None means all.
+
+    Returns:
+        (B, KV heads * head size) float32.
+    """
+    tokens = source_feature(keys, values, feature).float()
+    pooled = RunningMean.empty(len(tokens), tokens.shape[-1], tokens.device)
+    pooled.add(tokens, mask)
+    return pooled.mean().float()
+
+
+@dataclass
+class Asked:
+    """A question to the predictor: at which price, and what of the prompts it has been shown, (B, width) pooled."""
+
+    price: float | None
+    pooled: RunningMean
+
+
+class BudgetPredictor(nn.Module):
+    """Chooses a depth for each prompt.
+
+    Args:
+        width: size of a context, KV heads x head size.
+        depths: numbers K of executed blocks to choose from, ascending.
+        preset: name of the recipe it is trained by, for messages.
+        hidden: hidden width of the network.
+        price: the price taken where none is given, in [0, 1]; None makes a policy without a price.
+
+    Attributes:
+        mean, scale: (width,), what contexts are standardised by; zeros and ones until they are set.
+        rise: (K,) mean loss of each depth over the training prompts; priced policies only, like the next two.
+        nats: (), the cross-entropy, nats per token, that is a loss of 1.
+        cost: (K,) what each depth costs, from 0 to 1.
+    """
+
+    depths: Tensor
+    mean: Tensor
+    scale: Tensor
+    rise: Tensor
+    nats: Tensor
+    cost: Tensor
+
+    def __init__(
+        self, width: int, depths: Sequence[int], preset: str, hidden: int = 32, price: float | None = None
+    ) -> None:
+        super().__init__()
+        if len(depths) < 2 or sorted(set(depths)) != list(depths):
+            raise UserError(f"depths: {list(depths)} are not two or more depths in ascending order")
+        self.preset = preset
+        self.hidden = hidden
+        self.price = price
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, len(depths))
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        self.register_buffer("depths", torch.tensor(depths), persistent=False)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        if self.priced:
+            cost = torch.tensor(depths, dtype=torch.float32)
+            self.register_buffer("cost", (cost - cost[0]) / (cost[-1] - cost[0]), persistent=False)
+            self.register_buffer("rise", 1 - self.cost)
+            self.register_buffer("nats", torch.ones(()))
+            self.log_sharpness = nn.Parameter(torch.tensor(SHARPNESS).log())
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments, besides the width, that build it again; what is learnt comes from its state dict."""
+        return {"depths": self.depths.tolist(), "preset": self.preset, "hidden": self.hidden, "price": self.price}
+
+    @property
+    def priced(self) -> bool:
+        """Whether it takes a price."""
+        return self.price is not None
+
+    def accepted(self, price: float | None) -> float | None:
+        """The price in force where this one is asked for; None asks for the predictor's own.
+
+        Raises:
+            BudgetError: a price, and this predictor takes none.
+        """
+        if price is not None and not self.priced:
+            raise BudgetError(
+                f"budget: auto:{price:g} names a price, and this run's predictor (preset {self.preset}) takes none; "
+                "say auto, or train one of preset tuned"
+            )
+        return self.price if price is None else price
+
+    def losses(self, contexts: Tensor, dropout: float = 0.0) -> Tensor:
+        """Estimated loss of each depth on each prompt, (B, K); of a priced policy. Dropout is for training."""
+        return self.rise + self._read(contexts, dropout)
+
+    def weighed(self, losses: Tensor, price: float | Tensor) -> Tensor:
+        """Logits (..., B, K) from losses (B, K) and a price, or prices (..., B); of a priced policy."""
+        price = price.unsqueeze(-1) if isinstance(price, Tensor) else price
+        return -self.log_sharpness.exp() * ((1 - price) * losses + price * self.cost)
+
+    def forward(self, contexts: Tensor, price: float | Tensor | None = None) -> Tensor:
+        """Logits of the depths.
+
+        Args:
+            contexts: (B, width) float32, from `mean_feature`.
+            price: of a priced policy; one for all, or (..., B).
+
+        Returns:
+            (B, K), or (..., B, K) for a tensor of prices.
+        """
+        if not self.priced:
+            return self._read(contexts)
+        assert price is not None
+        return self.weighed(self.losses(contexts), price)
+
+    def choose(self, contexts: Tensor, price: float | None = None) -> Tensor:
+        """The depth of every prompt, (B,) int64: the likeliest one."""
+        with torch.autocast(contexts.device.type, enabled=False):
+            return self.depths[self(contexts, price).argmax(-1)]
+
+    def _read(self, contexts: Tensor, dropout: float = 0.0) -> Tensor:
+        inputs = nn.functional.dropout((contexts - self.mean) / self.scale, dropout)
+        return self.up(nn.functional.dropout(nn.functional.silu(self.down(inputs)), dropout))

@@ -1,0 +1,117 @@
+"""Accuracy against budget: every method of a study on every backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from buddy.reporting import measures, style
+from buddy.reporting.grid import limit_text
+from buddy.reporting.labels import series_labels
+from buddy.reporting.measures import Measure
+from buddy.reporting.panels import budget_axis, empty, finish, line, panels, shifts
+from buddy.reporting.study import Series, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CHANCE = {
+    "openbookqa": 1 / 4,
+    "piqa": 1 / 2,
+    "boolq": 1 / 2,
+    "siqa": 1 / 3,
+    "hellaswag": 1 / 4,
+    "arc_easy": 1 / 4,
+    "arc_challenge": 1 / 4,
+    "winogrande": 1 / 2,
+}
+"""Accuracy of a blind guess: one over the number of choices."""
+CHANCE_LABEL = "Chance"
+
+
+def accuracy_vs_budget(study: Study) -> Figure:
+    """Average accuracy in percent against blocks removed: a panel per backbone, a line per method, bars ± one
+    standard error; dense dashed in its band, dense with LoRA dash-dotted, chance dotted.
+
+    A point stands at the depth that really ran, which is not always the one asked for.
+    """
+    backbones = [name for name in study.config.study.backbones if _any_accuracy(study, name)]
+    if not backbones:
+        return empty("Accuracy against budget", "not measured: no accuracy records of the study's backbones")
+    columns = min(len(backbones), 4 if len(backbones) != 5 else 3)
+    figure, every = panels(
+        math.ceil(len(backbones) / columns), columns, style.PAGE_IN if columns > 1 else style.COLUMN_IN, 2.35
+    )
+    drawn: list[Measure] = []
+    for place, (backbone, axes) in enumerate(zip(backbones, every, strict=False)):
+        drawn += _accuracy_panel(study, backbone, axes)
+        if len(backbones) > 1:
+            axes.set_title(f"{backbone} ({study.blocks(backbone)} blocks)")
+        if place % columns == 0:
+            axes.set_ylabel(f"Average accuracy of {len(study.tasks)} tasks (%)")
+    for spare in every[len(backbones) :]:
+        spare.remove()
+    limits = {measure.limit for measure in drawn if measure.limit is not None}
+    told = [limit_text(limits)] if limits else []
+    told += ["points at the mean depth that ran"] if any(measure.off_depth for measure in drawn) else []
+    return finish(figure, every[: len(backbones)], "; ".join(told).capitalize() or None)
+
+
+def _any_accuracy(study: Study, backbone: str) -> bool:
+    return any((backbone, one.path, x) in study.accuracy_rows for one in study.compared(backbone) for x in one.depths)
+
+
+def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
+    """Draw one backbone; returns what it shows."""
+    depths = [0, *study.removed(backbone)]
+    blocks = study.blocks(backbone)
+    compared = study.compared(backbone)
+    labels = series_labels(compared)
+    lines = [one.path for one in compared if one.depths != (0,)]
+    shift = dict(zip(lines, shifts(len(lines), depths[-1]), strict=True))
+    shown: list[Measure] = []
+    for one, mark in zip(compared, _marks(compared), strict=True):
+        found = [(removed, measures.accuracy(study, backbone, one, removed)["average"]) for removed in one.depths]
+        points = [
+            (_removed(removed, blocks, point) + shift.get(one.path, 0.0), point)
+            for removed, point in found
+            if point.value is not None
+        ]
+        shown += [point for _, point in points]
+        if one.depths == (0,) and points:
+            _reference_level(axes, points[0][1], mark, band=one.method == "dense")
+        line(axes, points, [point.stderr or 0.0 for _, point in points], mark, labels[one.path])
+    chance = 100 * sum(CHANCE[task] for task in study.tasks) / len(study.tasks)
+    axes.axhline(chance, color=style.GREY, linewidth=0.9, linestyle=style.DOTTED, zorder=1, label=CHANCE_LABEL)
+    budget_axis(axes, depths, blocks)
+    _reach(axes, depths[-1], [_removed(depths[-1], blocks, point) for point in shown])
+    return shown
+
+
+def _marks(series: Sequence[Series]) -> list[style.Mark]:
+    """The mark of each: that of its method, the marker filled otherwise where the method has several."""
+    before = [[other.method for other in series[:place]] for place in range(len(series))]
+    return [style.mark(one.method, others.count(one.method)) for one, others in zip(series, before, strict=True)]
+
+
+def _removed(removed: int, blocks: int, point: Measure) -> float:
+    """Blocks that a measurement left out on average."""
+    return blocks - point.executed_mean if point.off_depth and point.executed_mean is not None else removed
+
+
+def _reference_level(axes: Axes, dense: Measure, mark: style.Mark, band: bool) -> None:
+    """The level of an unpruned model across all depths; ``band``: within one standard error."""
+    if dense.value is None:
+        return
+    if band:
+        error = dense.stderr or 0.0
+        axes.axhspan(dense.value - error, dense.value + error, color="#E8E8E8", linewidth=0, zorder=0)
+    axes.axhline(dense.value, color=mark.color, linewidth=0.9, linestyle=mark.dash, zorder=1)
+
+
+def _reach(axes: Axes, deepest: int, xs: Sequence[float]) -> None:
+    """Widen the axis for methods that ran fewer blocks than the deepest pruning leaves."""
+    if max(xs, default=0.0) > deepest:
+        axes.set_xlim(right=1.06 * max(xs))

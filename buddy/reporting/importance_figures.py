@@ -1,0 +1,156 @@
+"""In which order blocks would be removed: from window to window (Figures 1, 7 and 8) and by context length (Figure 2).
+
+The order of a window ranks its blocks by importance: the least important would be removed first. Where the boxes are
+long, or the rows differ, no fixed order suits every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from buddy.reporting import style
+from buddy.reporting.figure_names import ORDERS, subjects
+from buddy.reporting.labels import INDICATORS
+from buddy.reporting.panels import empty, panels, reason
+from buddy.reporting.study import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PTB = "ptb"
+COLOURS = {"delta_ppl": "#0072B2", "taylor": "#D55E00", "cosine": "#009E73", "block_influence": "#CC79A7"}
+
+
+def removal_orders(windows: Sequence[Sequence[float]]) -> np.ndarray:
+    """The place of each block in each window's order of removal.
+
+    Args:
+        windows: (N, L) importance of each block in each window; larger is more important.
+
+    Returns:
+        (N, L) float64, 1 for the block removed first to L for the last; equal blocks share the mean of their places.
+    """
+    return pd.DataFrame(windows).rank(axis=1, method="average").to_numpy()
+
+
+def own_corpus(study: Study) -> Figure:
+    """Figure 1: box plots of the removal order over windows of the study's calibration corpus."""
+    return _boxes(study, "figure1", [None])
+
+
+def other_corpus(study: Study) -> Figure:
+    """Figure 7: the same on another corpus, PTB where it was measured."""
+    return _boxes(study, "figure7", [_other(study)])
+
+
+def other_indicators(study: Study) -> Figure:
+    """Figure 8: the same by further indicators, on both corpora where they were measured."""
+    other = _other(study)
+    found = any(row["corpus"] == other and row["indicator"] in ORDERS["figure8"] for row in _rows(study))
+    return _boxes(study, "figure8", [None, other] if found else [None])
+
+
+def _rows(study: Study) -> list[dict[str, Any]]:
+    return [row for rows in study.importance_rows.values() for row in rows]
+
+
+def _other(study: Study) -> str:
+    """Another corpus than the study's own: PTB unless only a third one was measured."""
+    found = {row["corpus"] for row in _rows(study) if isinstance(row["corpus"], str)}
+    return PTB if PTB in found or not found else min(found)
+
+
+def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
+    """A row per indicator and corpus, of the first backbone that has any of them."""
+    wanted = [(indicator, corpus) for corpus in corpora for indicator in ORDERS[name]]
+    measured = {
+        backbone: {pair: row for pair in wanted if (row := _find(study, backbone, *pair)) is not None}
+        for backbone in subjects(study.config, study.config.study.backbones)
+    }
+    backbone, found = max(measured.items(), key=lambda item: len(item[1]))
+    figure, every = panels(len(wanted), 1, style.COLUMN_IN, 1.25, share=False)
+    for pair, axes in zip(wanted, every, strict=True):
+        indicator, corpus = pair
+        axes.set_title(f"{INDICATORS[indicator]}, {corpus or study.config.importance.corpus}, {backbone}")
+        if pair in found:
+            _box_panel(axes, found[pair], COLOURS[indicator])
+        else:
+            reason(axes, f"not measured: no importance record of {indicator} on {corpus or 'the calibration corpus'}")
+    return figure
+
+
+def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Mapping[str, Any] | None:
+    """The row of an indicator on a corpus (None: the study's own) with windows of the study's length."""
+    for row in study.importance_rows.get((backbone, indicator), []):
+        same = row["corpus"] == corpus if corpus else not isinstance(row["corpus"], str)
+        if same and pd.isna(row["length"]):
+            return row
+    return None
+
+
+def _box_panel(axes: Axes, row: Mapping[str, Any], colour: str) -> None:
+    """Median, quartiles, and the 5th and 95th percentile of each block's place."""
+    orders = removal_orders(row["detail"])
+    count, blocks = orders.shape
+    axes.boxplot(
+        orders,
+        positions=range(1, blocks + 1),
+        whis=(5, 95),
+        widths=0.65,
+        showfliers=False,
+        patch_artist=True,
+        boxprops={"facecolor": colour, "alpha": 0.55, "linewidth": 0.5},
+        medianprops={"color": style.INK, "linewidth": 1.1},
+        whiskerprops={"linewidth": 0.6},
+        capprops={"linewidth": 0.6},
+    )
+    _block_axis(axes, blocks, range(1, blocks + 1))
+    axes.set_xlabel("Block")
+    axes.set_ylim(0, blocks + 1)
+    axes.set_ylabel("Removed as number")
+    axes.text(0.995, 0.02, f"{count} windows", transform=axes.transAxes, ha="right", va="bottom", color=style.GREY)
+
+
+def _block_axis(axes: Axes, blocks: int, positions: Sequence[int]) -> None:
+    """A tick at the first block and at every fifth one; blocks count from 1."""
+    shown = [block for block in range(1, blocks + 1) if block == 1 or block % 5 == 0]
+    axes.set_xticks([positions[block - 1] for block in shown], [str(block) for block in shown])
+
+
+def by_length(study: Study) -> Figure:
+    """Figure 2: mean removal order of each block, by the length of the context; a panel per indicator."""
+    for backbone in subjects(study.config, study.config.study.backbones):
+        found = {name: _lengths(study, backbone, name) for name in ORDERS["figure1"]}
+        found = {name: rows for name, rows in found.items() if len(rows) > 1}
+        if found:
+            return _length_maps(study, backbone, found)
+    return empty("Removal order by context length", "not measured: no importance records at several context lengths")
+
+
+def _lengths(study: Study, backbone: str, indicator: str) -> dict[int, np.ndarray]:
+    """Mean place of each block (L,) by context length in tokens, ascending."""
+    rows = [row for row in study.importance_rows.get((backbone, indicator), []) if not pd.isna(row["length"])]
+    own = [row for row in rows if not isinstance(row["corpus"], str)] or rows
+    found = {int(row["length"]): removal_orders(row["detail"]).mean(0) for row in own}
+    return dict(sorted(found.items()))
+
+
+def _length_maps(study: Study, backbone: str, found: Mapping[str, Mapping[int, np.ndarray]]) -> Figure:
+    figure, every = panels(len(found), 1, style.COLUMN_IN, 1.5, share=False)
+    blocks = study.blocks(backbone)
+    for (indicator, rows), axes in zip(found.items(), every, strict=True):
+        image = axes.imshow(np.stack(list(rows.values())), cmap=style.HEAT, vmin=1, vmax=blocks, aspect="auto")
+        axes.set_title(f"{INDICATORS[indicator]}, {backbone}")
+        lengths = list(rows)
+        ticks = range(0, len(lengths), max(1, len(lengths) // 5))
+        axes.set_yticks(ticks, [str(lengths[place]) for place in ticks])
+        axes.set_ylabel("Context (tokens)")
+        _block_axis(axes, blocks, range(blocks))
+    every[-1].set_xlabel("Block")
+    figure.colorbar(image, ax=every, label="Removed as number, mean over windows", shrink=0.9)
+    return figure

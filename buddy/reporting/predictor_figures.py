@@ -1,0 +1,247 @@
+"""The budget predictor: how it learned (Figure 12) and what it is worth (Figure 13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from buddy.reporting import style
+from buddy.reporting.figure_names import subjects
+from buddy.reporting.labels import DATASETS, TASK_LABELS
+from buddy.reporting.panels import empty, finish, gap, panels, reason, whole_numbers
+from buddy.reporting.study import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES = {"loss": "Loss", "reward": "Reward", "entropy": "Entropy (nats)"}
+UNIFORM = "Uniform policy"
+RANDOM = "Same depths, random inputs"
+COLUMNS = 4
+"""Panels side by side in Figure 13."""
+PRESETS = {"paper": "Paper's recipe", "tuned": "Tuned recipe"}
+
+Curve = Mapping[str, tuple[tuple[float, float], ...]]
+
+
+def training_curves(study: Study) -> Figure:
+    """Figure 12: loss, reward and entropy while the predictor is trained, a column per preset.
+
+    The dashed line is the entropy of the policy that picks every depth equally often: one that stays there has learned
+    nothing. Several seeds are thin lines of one colour.
+    """
+    presets = list(study.config.predictor.presets)
+    found = {preset: _curves(study, preset) for preset in presets}
+    figure, every = panels(len(CURVES), len(presets), style.COLUMN_IN, 1.1, share=False)
+    for place, axes in enumerate(every):
+        name, preset = list(CURVES)[place // len(presets)], presets[place % len(presets)]
+        if place < len(presets):
+            axes.set_title(PRESETS[preset])
+        _curve_panel(axes, name, preset, found[preset])
+        if place % len(presets) == 0:
+            axes.set_ylabel(CURVES[name])
+        if place >= len(every) - len(presets) and found[preset]:
+            axes.set_xlabel("Update" if preset == "paper" else "Pass")
+    figure.align_ylabels(every[:: len(presets)])
+    return finish(figure, every)
+
+
+def _curves(study: Study, preset: str) -> list[Mapping[str, Any]]:
+    """Rows of the curves of a preset's predictors, one per seed, of the first backbone that has any."""
+    for backbone in subjects(study.config, study.config.predicting_backbones()):
+        main = study.main(backbone)
+        rows = study.training_rows.get((backbone, main.path), [])
+        found = [
+            row for row in rows if row["metric"] == "curve" and row["preset"] == preset and row["seed"] in main.seeds
+        ]
+        if found:
+            return sorted(found, key=lambda row: row["seed"])
+    return []
+
+
+def _curve_panel(axes: Axes, name: str, preset: str, rows: list[Mapping[str, Any]]) -> None:
+    curves = [row["detail"].get(name, ()) for row in rows]
+    if not any(curves):
+        reason(axes, f"not measured: no {name} of a predictor by {PRESETS[preset].lower()}")
+        return
+    for curve in curves:
+        width = 1.0 if len(curves) == 1 else 0.6
+        axes.plot(*zip(*curve, strict=True), color=style.mark(preset).color, linewidth=width)
+    axes.ticklabel_format(useOffset=False)
+    if name == "entropy":
+        uniform = rows[0]["value"]
+        axes.axhline(uniform, color=style.GREY, linewidth=0.9, linestyle=style.DASHED, label=UNIFORM)
+        lowest = min(value for curve in curves for _, value in curve)
+        # From 0, unless the curve never leaves the neighbourhood of the line.
+        near = lowest > 0.9 * uniform
+        axes.set_ylim(lowest - 0.5 * (uniform - lowest) - 1e-4 if near else 0, None)
+
+
+def against_constant(study: Study) -> Figure:
+    """Figure 13: what the predictor is worth on held-out inputs, and the depths it chose, per data set.
+
+    First panel: cross-entropy against mean depth on the first data set. Then, per data set, how far each line is below
+    constant depths at the same mean depth (their lower hull, which mixing two constants at random reaches): above 0 it
+    pays to look at the input. The oracle knows every input's losses. Intervals of 95 % over inputs, paired for the gain.
+    """
+    found = _evaluated(study)
+    planned = study.config.predictor.datasets
+    datasets = sorted({name for _, name in found}, key=lambda name: (name not in planned, [*planned, name].index(name)))
+    if not datasets:
+        return empty("Predictor against constant depth", "not measured: no budget records of a predictor")
+    presets = list(dict.fromkeys(preset for preset, _ in found))
+    figure, above, below = _layout(len(datasets), len(presets))
+    for place, (dataset, axes) in enumerate(zip([datasets[0], *datasets], above, strict=True)):
+        shown = {preset: found[preset, dataset] for preset in presets if (preset, dataset) in found}
+        label = TASK_LABELS.get(dataset, DATASETS.get(dataset, dataset))
+        axes.set_title(f"{label}: gain" if place else f"{label}: nats per token")
+        (_gain_panel if place else _frontier_panel)(axes, shown)
+        if place >= len(above) - COLUMNS:
+            axes.set_xlabel("Mean depth (blocks)")
+    most = max(max(metrics["histogram"]) / max(1, sum(metrics["histogram"])) for metrics in found.values())
+    for preset, axes in zip(presets, below, strict=True):
+        chosen = {dataset: found[preset, dataset] for dataset in datasets if (preset, dataset) in found}
+        image = _choices_panel(axes, chosen, most)
+        axes.set_title(f"{PRESETS.get(preset, preset)}: depths chosen")
+    figure.colorbar(image, ax=below, label="Share of inputs", pad=0.02)
+    return finish(figure, above)
+
+
+def _layout(datasets: int, presets: int) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Panels of the data sets, and below them one per preset."""
+    from matplotlib.figure import Figure
+
+    count = datasets + 1
+    columns = 2 if datasets == 1 else min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    low = 0.75 + 0.15 * datasets
+    width = style.COLUMN_IN if datasets == 1 else style.PAGE_IN
+    stacked = presets if datasets == 1 else 1
+    figure = Figure(figsize=(width, 1.6 * rows + low * stacked + 0.35), layout="constrained")
+    heights = [1.6] * rows + [low] * stacked
+    grid = figure.add_gridspec(rows + stacked, columns * presets, height_ratios=heights)
+    above = [
+        figure.add_subplot(grid[place // columns, slice(presets * (place % columns), presets * (place % columns + 1))])
+        for place in range(count)
+    ]
+    if stacked > 1:
+        return figure, above, [figure.add_subplot(grid[rows + place, :]) for place in range(presets)]
+    return (
+        figure,
+        above,
+        [figure.add_subplot(grid[rows, columns * place : columns * (place + 1)]) for place in range(presets)],
+    )
+
+
+def _evaluated(study: Study) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Metrics by preset and data set, of the first seed, of the first backbone that has any."""
+    for backbone in subjects(study.config, study.config.predicting_backbones()):
+        main = study.main(backbone)
+        rows = [row for row in study.budget_rows.get((backbone, main.path), []) if row["metric"] == "budget"]
+        found = {(row["preset"], row["dataset"]): row["detail"] for row in rows if row["seed"] == main.seeds[0]}
+        if found:
+            return found
+    return {}
+
+
+def _frontier_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+    """Cross-entropy against mean depth: constants with their band, oracle, presets, and their depths on random inputs."""
+    _band(axes, _widest(shown)[0]["constants"])
+    _points(axes, _widest(shown)[0]["oracle"], "oracle", "Oracle")
+    for preset, metrics in shown.items():
+        random = [{**point, "ce_mean": point["random"]} for point in metrics["predictor"]]
+        _points(axes, random, "random", RANDOM)
+        _points(axes, metrics["predictor"], preset, PRESETS.get(preset, preset))
+    _limits(axes, shown)
+
+
+def _widest(shown: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records, that of a preset with prices first: its table of depths is the one that its points lie on."""
+    return sorted(shown.values(), key=lambda metrics: metrics["price"] is None)
+
+
+def _gain_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+    """Nats below constant depths at the same mean depth."""
+    axes.axhline(0, color=style.mark("constant").color, linewidth=0.9, zorder=1)
+    first = _widest(shown)[0]
+    depths, hull = (np.array([corner[of] for corner in first["hull"]]) for of in ("depth_mean", "ce_mean"))
+    oracle = [
+        {**point, "gain": float(np.interp(point["depth_mean"], depths, hull)) - point["ce_mean"]}
+        for point in first["oracle"]
+    ]
+    _points(axes, oracle, "oracle", "Oracle", "gain")
+    for preset, metrics in shown.items():
+        points = metrics["predictor"]
+        _points(
+            axes, [{**point, "gain": point["constant"] - point["random"]} for point in points], "random", RANDOM, "gain"
+        )
+        _points(axes, points, preset, PRESETS.get(preset, preset), "gain")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.2 * len(shown) * (high - low))
+    told = [f"{preset} {_gain(metrics)}" for preset, metrics in shown.items()]
+    axes.text(0.98, 0.98, "\n".join(told), transform=axes.transAxes, ha="right", va="top", fontsize=6)
+    whole_numbers(axes)
+
+
+def _gain(metrics: Mapping[str, Any]) -> str:
+    """How far a predictor is below constant depths, with its interval."""
+    gain = metrics["gain"]
+    return f"{gain['value']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+
+
+def _band(axes: Axes, points: list[Mapping[str, float]]) -> None:
+    depths, means, low, high = ([point[of] for point in points] for of in ("depth_mean", "ce_mean", "low", "high"))
+    mark = style.mark("constant")
+    axes.fill_between(depths, low, high, color=mark.color, alpha=0.15, linewidth=0)
+    axes.plot(depths, means, label="Constant depth", **mark.line())
+
+
+def _points(axes: Axes, points: list[Any], mark: str, label: str, of: str = "ce_mean") -> None:
+    """Points in the order of their depth, a preset's with intervals; prices that lead to the same point are one."""
+    once = [point for _, point in sorted({(point["depth_mean"], point[of]): point for point in points}.items())]
+    ends = ("gain_low", "gain_high") if of == "gain" else ("low", "high")
+    bars = (
+        [[gap(point[of], point[ends[0]]) for point in once], [gap(point[ends[1]], point[of]) for point in once]]
+        if mark in PRESETS
+        else None
+    )
+    depths, values = [point["depth_mean"] for point in once], [point[of] for point in once]
+    axes.errorbar(depths, values, yerr=bars, elinewidth=0.6, label=label, **style.mark(mark).line())
+
+
+def _limits(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show the depths that the predictors reach: constants far below them cost several times as much."""
+    blocks = max(metrics["blocks"] for metrics in shown.values())
+    points = [point for metrics in shown.values() for point in metrics["predictor"]]
+    least = min(point["depth_mean"] for point in points)
+    lowest = min(point["ce_mean"] for metrics in shown.values() for point in metrics["oracle"])
+    highest = max(max(point["high"], point["random"]) for point in points)
+    span = max(blocks - least, 1.0)
+    axes.set_xlim(least - 0.08 * span, blocks + 0.05 * span)
+    whole_numbers(axes)
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
+
+
+def _choices_panel(axes: Axes, found: Mapping[str, Mapping[str, Any]], most: float) -> Any:
+    """The depths chosen at a predictor's own price, a row per data set; returns the image."""
+    blocks = max(metrics["blocks"] for metrics in found.values())
+    shares = np.zeros((len(found), blocks))
+    for row, metrics in zip(shares, found.values(), strict=True):
+        row[np.array(metrics["choices"]) - 1] = np.array(metrics["histogram"]) / max(1, sum(metrics["histogram"]))
+    image = axes.imshow(
+        shares, cmap=style.HEAT, vmin=0, vmax=most, aspect="auto", extent=(0.5, blocks + 0.5, len(found), 0)
+    )
+    axes.set_yticks(
+        [place + 0.5 for place in range(len(found))],
+        [TASK_LABELS.get(name, DATASETS.get(name, name)) for name in found],
+    )
+    least = min(min(metrics["choices"]) for metrics in found.values())
+    axes.set_xlim(least - 0.5, blocks + 0.5)
+    axes.tick_params(length=0)
+    axes.set_xlabel("Depth (blocks)")
+    whole_numbers(axes)
+    return image

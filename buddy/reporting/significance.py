@@ -1,0 +1,195 @@
+"""Whether one method beats another: paired bootstrap over the items that both answered, at equal depth.
+
+A claim that A beats B carries an interval, and the number of comparisons made (Holm's correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from buddy.reporting import measures
+from buddy.reporting.grid import Cell, Grid, Row
+from buddy.reporting.labels import series_labels
+from buddy.reporting.measures import Measure
+from buddy.reporting.study import Series, Study
+
+RESAMPLES = 20_000
+LEVEL = 0.05
+BETTER, WORSE, UNCLEAR = "higher", "lower", "no difference shown"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two averages over the tasks, in percentage points.
+
+    Attributes:
+        value: ours minus theirs; None where they cannot be compared, and ``note`` says why.
+        low, high: its 95 % interval.
+        p: two-sided, by the share of resamples on the other side of 0.
+        items: number of items behind it.
+        note: why there is none.
+    """
+
+    value: float | None = None
+    low: float = 0.0
+    high: float = 0.0
+    p: float = 1.0
+    items: int = 0
+    note: str = ""
+
+
+def difference(study: Study, backbone: str, one: Series, other: Series, removed: int) -> Difference:
+    """``one`` minus ``other`` at a depth, by a bootstrap over the items of each task.
+
+    Both answered the same items, so the differences item by item are resampled. With several seeds an item counts with
+    its mean over them.
+    """
+    ours, theirs = (_items(study, backbone, series, removed) for series in (one, other))
+    absent = [task for task in study.tasks if task not in ours or task not in theirs]
+    if len(absent) == len(study.tasks):
+        return Difference(note="not measured item by item")
+    if absent:
+        return Difference(note=f"no items of {', '.join(absent)}")
+    if any(len(ours[task]) != len(theirs[task]) for task in study.tasks):
+        return Difference(note="not the same items")
+    return paired([ours[task] - theirs[task] for task in study.tasks])
+
+
+def _items(study: Study, backbone: str, series: Series, removed: int) -> dict[str, np.ndarray]:
+    """By task the share of seeds that got each item right; tasks that any seed lacks are left out."""
+    seeds: dict[str, list[np.ndarray]] = {}
+    for row in study.accuracy_rows.get((backbone, series.path, removed), []):
+        if row["seed"] in series.seeds and isinstance(row["items"], str):
+            seeds.setdefault(row["task"], []).append(np.frombuffer(row["items"].encode(), np.uint8) - ord("0"))
+    whole = {task: found for task, found in seeds.items() if len(found) == len(series.seeds)}
+    return {task: np.mean(found, axis=0) for task, found in whole.items() if len({len(one) for one in found}) == 1}
+
+
+def paired(tasks: Sequence[np.ndarray], resamples: int = RESAMPLES) -> Difference:
+    """The mean over tasks of mean differences, with interval and p.
+
+    Args:
+        tasks: per task the difference at each item, (n,).
+        resamples: of the items of every task.
+    """
+    random = np.random.default_rng(0)
+    means = np.zeros(resamples)
+    for found in tasks:
+        # Only few values occur: resampling n items with replacement draws how often each occurs.
+        values, counts = np.unique(found, return_counts=True)
+        drawn = random.multinomial(len(found), counts / len(found), size=resamples)
+        means += drawn @ values / len(found) / len(tasks)
+    low, high = np.percentile(means, (2.5, 97.5))
+    value = float(np.mean([found.mean() for found in tasks]))
+    beyond = min(np.sum(means <= 1e-12), np.sum(means >= -1e-12))
+    p = min(1.0, 2 * (1 + float(beyond)) / (1 + resamples))
+    return Difference(100 * value, 100 * float(low), 100 * float(high), p, sum(map(len, tasks)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """P values corrected for their number (Holm, 1979): the chance of any false claim among them stays below the level."""
+    adjusted = [1.0] * len(p)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - place) * p[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """BUDDY against one peer at a depth."""
+
+    backbone: str
+    removed: int
+    one: Series
+    other: Series
+    label: str
+    found: Difference
+
+
+def comparisons(study: Study) -> list[Comparison]:
+    """BUDDY against every other pruning method at every depth, with LoRA and without it apart."""
+    made = []
+    for backbone in study.config.study.backbones:
+        pruning = [one for one in study.compared(backbone) if one.depths != (0,)]
+        labels = series_labels(pruning)
+        ours = {one.lora: one for one in pruning if one.method == "buddy"}
+        for removed in study.removed(backbone):
+            for other in pruning:
+                if other.method == "buddy" or other.lora not in ours or removed not in other.depths:
+                    continue
+                one = ours[other.lora]
+                found = _at_depth(study, backbone, one, other, removed)
+                made.append(Comparison(backbone, removed, one, other, labels[other.path], found))
+    return made
+
+
+def _at_depth(study: Study, backbone: str, one: Series, other: Series, removed: int) -> Difference:
+    """No comparison where one of them ran another number of blocks."""
+    for series in (one, other):
+        average = measures.accuracy(study, backbone, series, removed)["average"]
+        if average.off_depth:
+            return Difference(note=f"ran {average.executed_mean or 0:.1f} of {study.blocks(backbone) - removed} blocks")
+    return difference(study, backbone, one, other, removed)
+
+
+def significance(study: Study) -> Grid:
+    """The table: BUDDY minus each peer at each depth, with 95 % interval, p, and p corrected for all comparisons."""
+    made = comparisons(study)
+    tested = [one for one in made if one.found.value is not None]
+    corrected = dict(zip(map(id, tested), holm([one.found.p for one in tested]), strict=True))
+    rows: list[Row] = []
+    tidy: list[dict[str, Any]] = []
+    for place, one in enumerate(made):
+        p = corrected.get(id(one))
+        starts = place == 0 or (made[place - 1].backbone, made[place - 1].removed) != (one.backbone, one.removed)
+        rows.append(Row((one.backbone, str(one.removed), one.label), _cells(one, p), starts_group=starts))
+        tidy.append(_record(study, one, p, len(tested)))
+    return Grid(
+        name="significance",
+        caption="BUDDY's average accuracy minus that of each method at equal depth.",
+        label_headers=("Backbone", "Removed", "BUDDY against"),
+        headers=("Difference", "Low", "High", "p", "Holm's p", "BUDDY is"),
+        rows=rows,
+        tidy=tidy,
+        notes=[
+            f"Percentage points, averaged over {len(study.tasks)} tasks; 95 % intervals by a paired bootstrap over the "
+            f"items that both answered ({RESAMPLES} resamples). They do not hold what another training would change.",
+            f"{len(tested)} comparisons were made: Holm's p corrects for all of them, and the verdict needs it below "
+            f"{LEVEL}.",
+        ],
+    )
+
+
+def _verdict(found: Difference, corrected: float | None) -> str:
+    if found.value is None or corrected is None:
+        return found.note
+    if corrected >= LEVEL or found.low <= 0 <= found.high:
+        return UNCLEAR
+    return BETTER if found.value > 0 else WORSE
+
+
+def _cells(one: Comparison, corrected: float | None) -> list[Cell | None]:
+    found = one.found
+    verdict = Cell({}, Measure(note=""), text=_verdict(found, corrected))
+    if found.value is None:
+        return [None] * 5 + [verdict]
+    numbers = [(found.value, 2), (found.low, 2), (found.high, 2), (found.p, 4), (corrected, 4)]
+    return [*(Cell({}, Measure(value=value, note=""), decimals=digits) for value, digits in numbers), verdict]
+
+
+def _record(study: Study, one: Comparison, corrected: float | None, tested: int) -> dict[str, Any]:
+    found = one.found
+    known = found.value is not None
+    return {
+        **{"table": "significance", "study": study.name, "backbone": one.backbone, "removed": one.removed},
+        **{"method": one.one.method, "against": one.other.method, "criterion": one.other.variant.get("criterion")},
+        **{"lora": one.other.lora, "unit": "percentage points", "value": found.value},
+        **{"low": found.low if known else None, "high": found.high if known else None, "p": found.p if known else None},
+        **{"holm_p": corrected, "comparisons": tested, "n": found.items, "verdict": _verdict(found, corrected)},
+    }

@@ -1,0 +1,207 @@
+"""What responses cost at several depths: cross-entropies under teacher forcing, shared work done once.
+
+The route of an example is read from its prompt alone and holds for the response, as a budget's choice at the prefill
+does. Routes of one example are nested: a deeper one keeps every block of a shallower one, because both keep the first
+places of the same ranking. So the depths of an example have their beginning in common, and each stretch of blocks is
+run once for all depths that take it, the stretches of all examples of a batch together. Tokens, the blocks up to the
+source block and the ranking are shared by all depths; the head is asked about the response alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from buddy.policies.buddy import BuddyPolicy
+from buddy.policies.predictor import mean_feature
+from buddy.records import write_bytes
+from buddy.routing.decision import ranking
+from buddy.routing.kv import Tap
+from buddy.routing.stack import Stack
+from buddy.routing.types import CausalLM
+
+Row = Mapping[str, Any]
+"""An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``."""
+
+HEAD_TOKENS = 512
+"""Tokens whose logits are held at once: a vocabulary is wide."""
+
+SHARD = 64
+"""Examples of a table that are written together."""
+
+
+class Rollouts:
+    """A batch of examples whose responses can be scored at any depth.
+
+    Args:
+        backbone: causal language model, with its adapter merged or in place.
+        policy: ranks the blocks; its predictor, if it has one, is not asked.
+        rows: B examples.
+
+    Attributes:
+        contexts: (B, width) float32, what a budget predictor is given.
+    """
+
+    @torch.no_grad()
+    def __init__(self, backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row]) -> None:
+        self.policy = policy
+        self._ids = [list(row["input_ids"]) for row in rows]
+        self._prompts = [int(row["prompt_length"]) for row in rows]
+        longest = max(map(len, self._ids))
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in self._ids], device=backbone.device)
+        # One row's masks and positions serve any number of rows: padding is on the right, where nobody looks.
+        self._stack = Stack(backbone, padded[:1])
+        lengths = torch.tensor(self._prompts, device=backbone.device)
+        prompt = torch.arange(longest, device=backbone.device) < lengths.unsqueeze(1)
+        self._read(self._stack.decoder.embed_tokens(padded), prompt)
+
+    def _read(self, hidden: Tensor, prompt: Tensor) -> None:
+        """Run the blocks up to the source block, and rank the others by what the prompt left there."""
+        policy, stack = self.policy, self._stack
+        tap = Tap()
+        for index in range(policy.source_block):
+            given = stack.arguments | ({"past_key_values": tap} if index == policy.source_block - 1 else {})
+            hidden = stack.decoder.layers[index](hidden, **given)
+        assert tap.keys is not None
+        assert tap.values is not None
+        state = policy.begin(1.0, len(hidden), hidden.device)
+        policy.observe(state, tap.keys, tap.values, prompt)
+        self._places = ranking(policy.scores(state)).argsort(-1).tolist()
+        self.contexts = mean_feature(tap.keys, tap.values, policy.feature, prompt)
+        self._hidden = hidden
+
+    @torch.no_grad()
+    def losses(self, depths: Sequence[Sequence[int]]) -> Tensor:
+        """Mean cross-entropy of each response at these depths.
+
+        Args:
+            depths: for each example the same number D of depths, executed blocks; one may occur twice.
+
+        Returns:
+            (B, D) float64 on the host, nats per token of the response.
+        """
+        found = {}
+        for example, depth, hidden in self._outputs([sorted(set(row)) for row in depths]):
+            found[example, depth] = self._loss(example, hidden)
+        values = [[found[example, depth] for depth in row] for example, row in enumerate(depths)]
+        return torch.stack([torch.stack(row) for row in values]).double().cpu()
+
+    def _outputs(self, depths: Sequence[Sequence[int]]) -> list[tuple[int, int, Tensor]]:
+        """(example, depth, last states (S, H)) of all: a tree of states that branches where routes part."""
+        policy, stack = self.policy, self._stack
+        ways = [(example, tuple(wanted)) for example, wanted in enumerate(depths)]
+        hidden = self._hidden
+        for block in range(policy.source_block, policy.blocks - 1):
+            skipping, running = [], []
+            for row, (example, wanted) in enumerate(ways):
+                place = self._places[example][block - policy.source_block]
+                runs = tuple(depth for depth in wanted if place < depth - policy.always)
+                skips = tuple(depth for depth in wanted if place >= depth - policy.always)
+                skipping += [(row, (example, skips))] if skips else []
+                running += [(row, (example, runs))] if runs else []
+            if not running:
+                continue
+            ran = stack.run(_rows(hidden, [row for row, _ in running]), [block])
+            hidden = torch.cat([_rows(hidden, [row for row, _ in skipping]), ran]) if skipping else ran
+            ways = [way for _, way in (*skipping, *running)]
+        hidden = stack.run(hidden, [policy.blocks - 1])
+        return [(example, depth, hidden[row]) for row, (example, (depth,)) in enumerate(ways)]
+
+    def _loss(self, example: int, hidden: Tensor) -> Tensor:
+        """Mean cross-entropy of one response, float64, from last states (S, H)."""
+        first, ids = self._prompts[example], self._ids[example]
+        targets = torch.tensor(ids[first:], device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        states = hidden[first - 1 : len(ids) - 1]
+        for part, goal in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True):
+            total += cross_entropy(self._stack.logits(part).float(), goal, reduction="sum").double()
+        return total / len(targets)
+
+
+def _rows(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows of (R, S, H), without a copy where they are all of it."""
+    return hidden if list(rows) == list(range(len(hidden))) else hidden[torch.tensor(rows, device=hidden.device)]
+
+
+def loss_table(
+    backbone: CausalLM,
+    policy: BuddyPolicy,
+    rows: Sequence[Row],
+    depths: Sequence[int],
+    batch_size: int = 8,
+    folder: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What every example costs at every depth.
+
+    Args:
+        backbone, policy: as for `Rollouts`.
+        rows: N examples.
+        depths: D numbers of executed blocks.
+        batch_size: examples per pass.
+        folder: what is done is kept here, and not done again; None keeps nothing.
+
+    Returns:
+        Contexts (N, width) float32, and cross-entropies (N, D) float64, nats per token of the response.
+    """
+    contexts, losses = [], []
+    with tqdm(total=len(rows), desc=f"losses at {len(depths)} depths", unit="example") as bar:
+        for number, start in enumerate(range(0, len(rows), SHARD)):
+            part = rows[start : start + SHARD]
+            path = folder / f"losses-{number:05d}.safetensors" if folder else None
+            of = _fingerprint(backbone, policy, part, depths, batch_size)
+            found = _stored(path, of)
+            if found is None:
+                found = _measured(backbone, policy, part, depths, batch_size, bar)
+                if path:
+                    from safetensors.torch import save
+
+                    write_bytes(path, save(found, metadata={"of": of}))
+            else:
+                bar.update(len(part))
+            contexts.append(found["contexts"])
+            losses.append(found["losses"])
+    return torch.cat(contexts), torch.cat(losses)
+
+
+def _measured(
+    backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], depths: Sequence[int], batch_size: int, bar: Any
+) -> dict[str, Tensor]:
+    contexts = torch.zeros(len(rows), policy.width)
+    losses = torch.zeros(len(rows), len(depths), dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        batch = Rollouts(backbone, policy, [rows[member] for member in members])
+        contexts[members] = batch.contexts.cpu()
+        losses[members] = batch.losses([depths] * len(members))
+        bar.update(len(members))
+    return {"contexts": contexts, "losses": losses}
+
+
+def _fingerprint(
+    backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], depths: Sequence[int], batch_size: int
+) -> str:
+    """What a stored part of a table is of; weights are told by the router's."""
+    router = [value.detach().cpu().double().sum().item() for value in policy.decision.state_dict().values()]
+    examples = [(list(row["input_ids"]), row["prompt_length"]) for row in rows]
+    said = repr((examples, list(depths), batch_size, router, str(backbone.dtype)))
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _stored(path: Path | None, of: str) -> dict[str, Tensor] | None:
+    """What an earlier attempt found, if it was about the same."""
+    if path is None or not path.exists():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as found:
+        if found.metadata()["of"] != of:
+            return None
+        return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  # no mapping

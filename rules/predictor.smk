@@ -1,0 +1,57 @@
+# The budget predictor: trained on a finished run, which it leaves as it is, and held against every constant budget.
+
+
+rule predictor:
+    input:
+        run=f"{RESULTS}/runs/{{routed}}/run.json",
+        data=predictor_data,
+    output:
+        run=f"{RESULTS}/predictors/{{routed}}/preset~{{preset}}/run.json",
+        record=f"{RESULTS}/records/training/{{routed}}/preset~{{preset}}.json",
+    log:
+        f"{RESULTS}/logs/predictor/{{routed}}/preset~{{preset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/predictor/{{routed}}/preset~{{preset}}.tsv"
+    retries: 2
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.5),
+    params:
+        run=lambda w, input: parent(input.run),
+        data=lambda w, input: folders_flag(input.data),
+        settings=predictor_flags,
+        folder=lambda w, output: parent(output.run),
+    shell:
+        "python -m buddy predictor --run {params.run} {params.data} --preset {wildcards.preset} {params.settings} "
+        "--out {params.folder} --record {output.record} > {log} 2>&1"
+
+
+rule budget_eval:
+    input:
+        run=f"{RESULTS}/predictors/{{routed}}/preset~{{preset}}/run.json",
+        data=f"{RESULTS}/data/{{dataset}}/data.json",
+    output:
+        f"{RESULTS}/records/budget/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.json",
+    log:
+        f"{RESULTS}/logs/budget_eval/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/budget_eval/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.tsv"
+    retries: 1
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.1),
+    params:
+        run=lambda w, input: parent(input.run),
+        data=lambda w, input: folders_flag([input.data]),
+        settings=section_of(STUDY.predictor, "max_length", "table_batch", "limit"),
+        folder=lambda w, output: parent(output[0]),
+    shell:
+        "python -m buddy budget-eval --run {params.run} {params.data} {params.settings} --out {params.folder} > {log} 2>&1"

@@ -1,0 +1,335 @@
+"""Figures: what is drawn is checked against the synthetic records; what was not measured is told in its panel."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
+
+from buddy.config import parse
+from buddy.errors import UserError
+from buddy.reporting import figure_names, figures, frame, study, style, write
+from buddy.reporting.importance_figures import removal_orders
+from buddy.settings import METHODS
+
+NAME = "smollm2-135m"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Maker:
+    return Maker(tmp_path, demo())
+
+
+# Figures
+
+
+def test_figures_are_one_column_wide_and_the_same_bytes_each_time(small: Maker) -> None:
+    small.everything()
+    for name in ("accuracy_vs_budget", "latency", "figure1", "figure4", "figure12", "figure13", "ablation"):
+        first = figures.build(study.load(small.folder), name)
+        again = figures.build(study.load(small.folder), name)
+        assert first == again
+        assert first["pdf"].startswith(b"%PDF")
+        assert b"CreationDate" not in first["pdf"]
+        width = int.from_bytes(first["png"][16:20], "big")  # IHDR
+        assert width == round(3.4 * 200)
+        assert b"tEXt" not in first["png"]
+
+
+def test_accuracy_figure_draws_the_records(small: Maker) -> None:
+    dense, buddy = small.config.runs()[:2]
+    small.accuracy(dense, 0, uniform(0.7))
+    small.accuracy(buddy, 4, uniform(0.6))
+    small.accuracy(buddy, 12, uniform(0.5))
+    with style.applied():
+        axes = figures.accuracy_vs_budget(study.load(small.folder)).axes[0]
+    curve = next(line for line in axes.lines if line.get_marker() == style.mark("buddy").marker)
+    assert list(curve.get_xdata()) == [4, 12]
+    assert list(curve.get_ydata()) == pytest.approx([60.0, 50.0])
+    segments = axes.containers[-1].lines[2][0].get_segments()
+    error = 100 * 0.02 / math.sqrt(8)
+    assert [list(segment[:, 1]) for segment in segments] == [
+        pytest.approx([60 - error, 60 + error]),
+        pytest.approx([50 - error, 50 + error]),
+    ]
+    levels = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
+    chance = 100 * (4 * 0.25 + 3 * 0.5 + 1 / 3) / 8
+    assert any(level == pytest.approx(chance) for level in levels)
+    assert any(level == pytest.approx(70.0) for level in levels)
+    assert [label.get_text() for label in axes.child_axes[0].get_xticklabels()] == ["1.00", "0.87", "0.73", "0.60"]
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """The paper's study, all measured."""
+    maker = Maker(tmp_path_factory.mktemp("papers"), paper(methods=EVERY_METHOD))
+    maker.everything(items=100)
+    return maker
+
+
+def test_one_panel_per_backbone(papers: Maker) -> None:
+    with style.applied():
+        figure = figures.accuracy_vs_budget(study.load(papers.folder))
+    assert [axes.get_title() for axes in figure.axes] == [
+        "llama3-8b (32 blocks)",
+        "qwen2.5-7b (28 blocks)",
+        "llama2-7b (32 blocks)",
+        "llama1-13b (40 blocks)",
+    ]
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    methods = {"Dense", "Dense (LoRA)", "Shortened LLaMA", "ShortGPT", "SLEB", "PuDDing", "FiRST", "BUDDY"}
+    assert len(entries) == len(set(entries))
+    assert set(entries) == {*methods, "Chance"}
+
+
+def test_legends_stay_inside_the_figure_and_below_the_panels(tmp_path: Path) -> None:
+    content = methods(peers={"criteria": {"shortened_llama": ["ppl", "taylor"]}})
+    content["study"]["lora"] = ["trained", "none"]
+    small = Maker(tmp_path, content)
+    small.everything()
+    opened = study.load(small.folder)
+    for draw in (figures.accuracy_vs_budget, figures.latency):
+        with style.applied():
+            figure = draw(opened)
+            figure.draw_without_rendering()
+            legend = figure.legends[0].get_window_extent()
+            assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+            assert all(axes.get_tightbbox().y0 >= legend.y1 for axes in figure.axes)
+
+
+def test_marks_differ_in_colour_marker_and_grey() -> None:
+    for names in (METHODS, ("dense", "sliced", "reuse", "recompute")):
+        marks = [style.mark(name) for name in names]
+        assert len({mark.color for mark in marks}) == len(names)
+        assert len({(mark.marker, str(mark.dash)) for mark in marks}) == len(names)
+    assert style.mark("buddy") == style.mark("recompute")
+    again = style.mark("sleb", 1)
+    assert (again.color, again.marker) == (style.mark("sleb").color, style.mark("sleb").marker)
+    assert again.line() != style.mark("sleb").line()
+
+
+def drawn(maker: Maker, name: str):
+    """The figure of a study as matplotlib has it."""
+    with style.applied():
+        return figures.DRAW[name](study.load(maker.folder))
+
+
+def words(figure) -> str:
+    """Every text in the panels of a figure."""
+    return " ".join(text.get_text() for axes in figure.axes for text in [axes.title, *axes.texts])
+
+
+@pytest.mark.parametrize("name", figure_names.NAMES)
+def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str) -> None:
+    assert "not measured" in words(drawn(small, name)).replace("\n", " ")
+    paths = write.figure(study.load(small.folder), name)
+    assert [path.read_bytes()[:4] for path in paths] == [b"%PDF", b"\x89PNG"]
+
+
+def test_planned_figures_need_what_they_show() -> None:
+    everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 6, 9, 10, 11, 12, 13)), "ablation"}
+    assert set(figure_names.planned(parse(paper(methods=EVERY_METHOD)))) == everything
+    content = demo(predictor={"backbones": []}, trace={"backbones": []}, latency={"backbones": []})
+    content["study"]["ablations"] = []
+    content["study"]["main"] = {"prior": "none"}
+    del content["study"]["tables"]["table6"]
+    assert figure_names.planned(parse(content)) == ["accuracy_vs_budget"]
+    # Three depths: there is no fourth to draw.
+    assert "figure11" not in figure_names.planned(parse(demo()))
+    assert "figure6" in figure_names.planned(parse(demo()))
+
+
+def test_figures_that_were_measured_unplanned_are_named_too(small: Maker) -> None:
+    assert "figure7" not in figures.names(study.load(small.folder))
+    small.importance(NAME, "taylor", [[float(block) for block in range(30)]], corpus="ptb")
+    small.importance(NAME, "taylor", [[float(block) for block in range(30)]], length=256)
+    small.importance(NAME, "cosine", [[float(block) for block in range(30)]])
+    small.rouge(small.main_run(NAME), 4, "reuse", [0.3, 0.2, 0.4], [0.2, 0.1, 0.3])
+    assert {"figure2", "figure5", "figure7", "figure8"} <= set(figures.names(study.load(small.folder)))
+
+
+def test_names_of_figures(small: Maker) -> None:
+    opened = study.load(small.folder)
+    assert figures.resolve(opened, "4") == figures.resolve(opened, "figure4") == "figure4"
+    with pytest.raises(UserError, match="'figure3' is not one of"):
+        figures.resolve(opened, "figure3")
+
+
+# Removal orders
+
+
+def test_removal_order_ranks_the_least_important_first() -> None:
+    # By hand: 0.1 < 0.4 = 0.4 < 2; equal blocks share places 2 and 3.
+    assert removal_orders([[0.4, 2.0, 0.1, 0.4]]).tolist() == [[2.5, 4.0, 1.0, 2.5]]
+
+
+def test_boxes_show_the_orders_of_the_windows(small: Maker) -> None:
+    windows = [[float((7 * block + 3 * window) % 30) for block in range(30)] for window in range(5)]
+    small.importance(NAME, "taylor", windows)
+    small.importance(NAME, "taylor", [window[::-1] for window in windows], corpus="ptb")  # another figure's
+    above, below = drawn(small, "figure1").axes
+    assert "no importance record of delta_ppl" in above.texts[0].get_text().replace("\n", " ")
+    medians = [
+        line.get_ydata()[0] for line in below.lines if len(set(line.get_ydata())) == 1 and line.get_linewidth() > 1
+    ]
+    # Values are whole numbers below 30 and differ within a window, so the order is the value plus one.
+    assert medians == pytest.approx(np.median(np.array(windows) + 1, axis=0).tolist())
+    medians = [
+        line.get_ydata()[0]
+        for line in drawn(small, "figure7").axes[1].lines
+        if len(set(line.get_ydata())) == 1 and line.get_linewidth() > 1
+    ]
+    assert medians == pytest.approx(np.median(np.array(windows)[:, ::-1] + 1, axis=0).tolist())
+
+
+def test_heat_map_of_orders_by_context_length(small: Maker) -> None:
+    rising = [float(block) for block in range(30)]
+    small.importance(NAME, "taylor", [rising, rising], length=512)
+    small.importance(NAME, "taylor", [rising, rising[::-1]], length=256)
+    small.importance(NAME, "taylor", [rising[::-1]])  # of the study's own length: not in this figure
+    (panel, _) = drawn(small, "figure2").axes
+    shown = panel.images[0].get_array()
+    assert shown.shape == (2, 30)
+    assert shown[0].tolist() == [15.5] * 30  # 256 tokens: both orders average out
+    assert shown[1].tolist() == list(range(1, 31))
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["256", "512"]
+
+
+# Paths
+
+
+def test_paths_per_generation_are_means_over_prompts(small: Maker) -> None:
+    run = small.main_run(NAME)
+    small.trace(run, 4, 3, [1, 2, 3, 6])
+    small.trace(run, 8, 3, [2, 2, 2, 2])
+    small.trace(run, 8, 3, [5, 5, 7, 7], dataset="piqa")  # a task is not generated after
+    (axes,) = drawn(small, "figure4").axes
+    (container,) = axes.containers
+    line = container.lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([4, 8], [3.0, 2.0])
+    low, high = container.lines[2][0].get_segments()[0][:, 1]
+    assert 1 <= low < 3 < high <= 6
+    assert [text.get_text() for text in drawn(small, "figure4").legends[0].get_texts()] == ["Alpaca"]
+
+
+def test_published_paths_stand_beside_the_papers_backbone(papers: Maker) -> None:
+    figure = drawn(papers, "figure4")
+    (axes,) = figure.axes
+    published = next(line for line in axes.lines if line.get_label() == "Alpaca, published")
+    assert dict(zip(published.get_xdata(), published.get_ydata(), strict=True)) == {4: 1.0, 8: 4.47, 12: 5.22, 16: 2.93}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Alpaca", "Alpaca, published"]
+
+
+def test_heat_maps_take_their_depth_of_the_study(small: Maker) -> None:
+    run = small.main_run(NAME)
+    for place, (name, removed) in enumerate((("figure9", 4), ("figure10", 8), ("figure6", 12))):
+        frequency = [1.0] + [0.1 * (place + 1)] * 28 + [1.0]
+        small.trace(run, removed, 2, [1, 2], dataset="piqa", frequency=frequency)
+        small.trace(run, removed, 2, [1, 2], dataset="openbookqa", frequency=frequency[::-1])
+        panel = drawn(small, name).axes[0]
+        shown = panel.collections[0].get_array().reshape(2, 30)
+        assert shown[1].tolist() == frequency
+        assert [label.get_text() for label in panel.get_yticklabels()] == ["OBQA", "PIQA"]  # the paper's order
+        assert f"{removed} of 30 blocks removed" in panel.get_title()
+    assert "no traced backbone has 4 depths" in words(drawn(small, "figure11")).replace("\n", " ")
+
+
+def test_rouge_shows_both_modes_with_their_intervals(small: Maker) -> None:
+    run = small.main_run(NAME)
+    small.rouge(run, 4, "reuse", [0.25, 0.2, 0.3], [0.15, 0.1, 0.2])
+    small.rouge(run, 4, "recompute", [0.35, 0.33, 0.4], [0.25, 0.2, 0.3])
+    one, longest = drawn(small, "figure5").axes
+    assert sorted(container.lines[0].get_ydata()[0] for container in one.containers) == [0.25, 0.35]
+    assert sorted(container.lines[0].get_ydata()[0] for container in longest.containers) == [0.15, 0.25]
+    ends = sorted(tuple(container.lines[2][0].get_segments()[0][:, 1]) for container in one.containers)
+    assert ends == [pytest.approx((0.2, 0.3)), pytest.approx((0.33, 0.4))]
+
+
+# The budget predictor
+
+
+def test_training_curves_stand_beside_the_uniform_policy(small: Maker) -> None:
+    run = small.main_run(NAME)
+    curve = [
+        {"step": step, "loss": 1 / step, "reward": -step, "entropy": 3.3 - step / 100, "histogram": [1]}
+        for step in (1, 2, 4)
+    ]
+    small.training(run, 60.0, preset="paper", curve=curve, entropy_uniform=math.log(28))
+    loss, absent, reward, _, entropy, _ = drawn(small, "figure12").axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[1, 0.5, 0.25]]
+    assert list(reward.lines[0].get_xdata()) == [1, 2, 4]
+    assert list(entropy.lines[0].get_ydata()) == pytest.approx([3.29, 3.28, 3.26])
+    assert entropy.lines[1].get_ydata()[0] == pytest.approx(math.log(28))
+    assert "not measured" in absent.texts[0].get_text()
+
+
+def test_predictor_is_held_against_constant_depths(small: Maker) -> None:
+    run = small.main_run(NAME)
+    small.budget(run, "tuned", gain=0.05)
+    quality, gain, chosen, _ = drawn(small, "figure13").axes
+    lines = {container.get_label(): container.lines[0] for container in gain.containers}
+    assert list(lines["Tuned recipe"].get_ydata()) == pytest.approx([0.05] * 5)
+    assert list(lines["Same depths, random inputs"].get_ydata()) == pytest.approx([-0.02] * 5)
+    assert list(lines["Oracle"].get_ydata()) == pytest.approx([0.1] * 5)
+    assert "tuned 0.050 [0.040, 0.060]" in words(drawn(small, "figure13"))
+    constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
+    expected = [1.5 + 3 * (1 - depth / 30) ** 2 for depth in range(15, 31)]
+    assert list(constants.get_ydata()) == pytest.approx(expected)
+    assert chosen.images[0].get_array().sum() == pytest.approx(1)
+
+
+def test_many_data_sets_have_a_panel_each(small: Maker) -> None:
+    run = small.main_run(NAME)
+    for dataset in ("alpaca", "piqa", "siqa", "hellaswag", "samsum"):
+        for preset in ("paper", "tuned"):
+            small.budget(run, preset, dataset)
+    titles = [axes.get_title() for axes in drawn(small, "figure13").axes]
+    assert titles[:2] == ["Alpaca: nats per token", "Alpaca: gain"]
+    assert sum(title.endswith(": gain") for title in titles) == 5
+    assert titles[-3:] == ["Paper's recipe: depths chosen", "Tuned recipe: depths chosen", ""]
+
+
+def test_incomplete_records_of_figures_are_named_and_left_out(small: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    run = small.main_run(NAME)
+    small.record("budget", run, 0, {"preset": "paper", "blocks": 30}).write(small.records / "budget/one.json")
+    small.record("importance", run, 0, {"indicator": "taylor", "per_sample": [[1.0], [1.0, 2.0]]}).write(
+        small.records / "importance/two.json"
+    )
+    small.record("training", run, 0, {"preset": "paper", "curve": []}).write(small.records / "training/three.json")
+    small.record("rouge", run, 4, {"rouge1": {"mean": 0.2}}).write(small.records / "rouge/four.json")
+    assert frame.load(small.records).empty
+    warned = caplog.text
+    assert all(f"{name}.json" in warned for name in ("one", "two", "three", "four"))
+
+
+# Ablations
+
+
+def test_one_axis_at_a_time_has_a_panel_per_ablation(papers: Maker) -> None:
+    panels = drawn(papers, "ablation").axes
+    assert [axes.get_title() for axes in panels] == ["Feature", "Prior", "Omega", "Source block"]
+    assert [label.get_text() for label in panels[2].get_xticklabels()] == ["0.01", "0.1", "0.3", "0.5", "0.7", "1"]
+    assert len(panels[0].containers) == 4  # depths
+
+
+def test_a_grid_has_a_panel_per_feature_and_source_block(tmp_path: Path) -> None:
+    content = demo()
+    axes = {"feature": ["key", "value"], "prior": ["none", "taylor"], "omega": [0.1, 0.5], "source_block": [1, 2]}
+    content["study"]["ablations"] = [{"name": "prior", "backbone": NAME, **axes}]
+    maker = Maker(tmp_path, content)
+    for place, run in enumerate(maker.config.ablation_runs(maker.config.ablation("prior"))):
+        for removed in (4, 8, 12):
+            maker.accuracy(run, removed, uniform(0.4 + 0.01 * place + 0.001 * removed))
+    panels = drawn(maker, "ablation").axes
+    assert [axes.get_title() for axes in panels] == [
+        f"feature {feature}, source block {source}" for source in (1, 2) for feature in ("key", "value")
+    ]
+    runs = maker.config.ablation_runs(maker.config.ablation("prior"))
+    wanted = {"feature": "value", "prior": "taylor", "source_block": 2}
+    places = [place for place, run in enumerate(runs) if wanted.items() <= run.variant.items()]
+    taylor = next(container for container in panels[3].containers if container.get_label() == "Taylor")
+    # The mean over the depths 4, 8 and 12.
+    assert list(taylor.lines[0].get_ydata()) == pytest.approx([100 * (0.4 + 0.01 * place + 0.008) for place in places])
