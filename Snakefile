@@ -17,6 +17,7 @@ include: "rules/generate.smk"
 include: "rules/latency.smk"
 include: "rules/breakdown.smk"
 include: "rules/report.smk"
+include: "rules/wandb.smk"
 
 
 localrules:
@@ -26,6 +27,8 @@ localrules:
     encoder,
     table,
     figure,
+    wandb_sync,
+    wandb_report,
 
 
 onstart:

@@ -32,6 +32,9 @@ COMMANDS = (
     "generate",
     "runs",
     "report",
+    "summary",
+    "wandb_sync",
+    "wandb_report",
     "config",
 )
 

@@ -426,7 +426,7 @@ class Predictor(Settings):
     table_batch: int = Field(
         8, description="tuned: examples per pass when the losses at these depths are measured", ge=1
     )
-    epochs: int = Field(200, description="tuned: passes over the measured losses, at most", ge=1)
+    epochs: int = Field(400, description="tuned: passes over the measured losses, at most", ge=1)
     price: float = Field(
         0.5,
         description="tuned: price where none is given, from 0 (only quality counts) to 1 (only depth counts)",

@@ -36,6 +36,9 @@ RUNS = {run.path: run for run in STUDY.runs()}
 ROUTED = [path for path, run in RUNS.items() if run.method == "buddy"]
 PEERS = [path for path, run in RUNS.items() if run.method not in ("dense", "buddy")]
 
+# What a budget predictor is evaluated on; several data sets have a record together, too.
+HELD_OUT = [*STUDY.predictor.datasets, *(["all"] if len(STUDY.predictor.datasets) > 1 else [])]
+
 # Jobs find the interpreter and the tools that Snakemake itself runs with; a conda environment brings its own.
 ENVIRONMENT = {"WANDB_PROJECT": STUDY.tracking.project, "WANDB_DIR": f"{RESULTS}/wandb"}
 if STUDY.tracking.entity:
@@ -290,7 +293,7 @@ def budget_records():
         f"{RECORDS}/budget/{run.path}/preset~{preset}/dataset~{name}.json"
         for run in STUDY.predicting_runs()
         for preset in STUDY.predictor.presets
-        for name in STUDY.predictor.datasets
+        for name in HELD_OUT
     )
 
 
@@ -323,7 +326,7 @@ def table_records(name):
     if table.kind == "properties":
         return trace_records(table.backbone)
     if table.kind == "training_cost":
-        return training_records()
+        return training_records() + predictor_records()
     return accuracy_records(STUDY.compared_runs(table.backbone))
 
 
@@ -352,7 +355,9 @@ def figure_records(name):
     if name == "figure13":
         return budget_records()
     if name == "ablation":
-        return accuracy_records({run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)})
+        return accuracy_records(
+            {run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)}
+        )
     if name in figure_names.NAMES[2:]:
         # No rule measures these: they show what is there.
         return [str(file) for file in find_records(f"{RECORDS}/{'rouge' if name == 'figure5' else 'importance'}")]
@@ -366,7 +371,9 @@ def measurements(kind):
         "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
         "generation": STUDY.generation.model_dump(),
-        **dict.fromkeys(("properties", "figure4", *figure_names.HEAT_MAPS), STUDY.trace.model_dump(exclude={"backbones"})),
+        **dict.fromkeys(
+            ("properties", "figure4", *figure_names.HEAT_MAPS), STUDY.trace.model_dump(exclude={"backbones"})
+        ),
         **dict.fromkeys(("figure12", "figure13"), [STUDY.predictor.presets, STUDY.predictor.datasets]),
         "figure1": STUDY.importance.corpus,
     }.get(kind, STUDY.evaluation.tasks)

@@ -33,13 +33,13 @@ rule predictor:
 rule budget_eval:
     input:
         run=f"{RESULTS}/predictors/{{routed}}/preset~{{preset}}/run.json",
-        data=f"{RESULTS}/data/{{dataset}}/data.json",
+        data=[f"{RESULTS}/data/{name}/data.json" for name in STUDY.predictor.datasets],
     output:
-        f"{RESULTS}/records/budget/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.json",
+        [f"{RESULTS}/records/budget/{{routed}}/preset~{{preset}}/dataset~{name}.json" for name in HELD_OUT],
     log:
-        f"{RESULTS}/logs/budget_eval/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.log",
+        f"{RESULTS}/logs/budget_eval/{{routed}}/preset~{{preset}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/budget_eval/{{routed}}/preset~{{preset}}/dataset~{{dataset}}.tsv"
+        f"{RESULTS}/benchmarks/budget_eval/{{routed}}/preset~{{preset}}.tsv"
     retries: 1
     conda:
         "../envs/buddy.yaml"
@@ -47,10 +47,10 @@ rule budget_eval:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.1),
+        runtime=minutes(0.5),
     params:
         run=lambda w, input: parent(input.run),
-        data=lambda w, input: folders_flag([input.data]),
+        data=lambda w, input: folders_flag(input.data),
         settings=section_of(STUDY.predictor, "max_length", "table_batch", "limit"),
         folder=lambda w, output: parent(output[0]),
     shell:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from buddy.commands._options import with_settings
 from buddy.settings import Predictor
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from buddy.records import Stopwatch
+    from buddy.routing.model import RoutedModel
+
 _READ = ("max_length", "table_batch", "limit")
+ALL = "all"
+"""Stands for all data sets together, where a predictor can also tell one from another."""
 
 
 @with_settings(Predictor, leave_out=tuple(name for name in Predictor.model_fields if name not in _READ))
 def budget_eval(
     run: Annotated[Path, typer.Option(help="run folder with a predictor, from `buddy predictor`")],
     data: Annotated[
-        list[Path], typer.Option(help="data set folder, from `buddy data`; may be given several times, a record each")
+        list[Path],
+        typer.Option(help="data set folder, from `buddy data`; several make a record each, and one together"),
     ],
-    out: Annotated[Path, typer.Option(help="folder for the records: dataset~NAME.json")],
+    out: Annotated[Path, typer.Option(help="folder for the records: dataset~NAME.json, dataset~all.json")],
     settings: Predictor,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
@@ -36,14 +46,15 @@ def budget_eval(
     # A task's questions are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
+    import copy
+
     from buddy import runs
     from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
     from buddy.errors import UserError
     from buddy.evaluation import budgets
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Record, Stopwatch
+    from buddy.records import Record
     from buddy.training import responses
-    from buddy.training.rewards import loss_table
 
     responses.fingerprints(data)  # refuses what is no data set, before anything is loaded
     model = runs.load(run, device=device, dtype=dtype)
@@ -51,36 +62,50 @@ def budget_eval(
     info, policy = model.origin.info, model.policy
     if not isinstance(policy, BuddyPolicy) or policy.predictor is None:
         raise UserError(f"--run: {run} has no budget predictor; train one with `buddy predictor --run {run}`")
-    trained = info.training.get("predictor", {})
-    for folder in data:
-        rows, which = responses.held_out_rows(
-            folder, model.tokenizer, settings.limit, settings.max_length, trained.get("kept_back", {})
-        )
-        config = {**settings.model_dump(include=set(_READ)), "dataset": folder.name, "training": trained}
-        with tracked("budget-eval", info.study, run_of(info), config, folder.name) as tracker:
-            watch = Stopwatch(str(model.device))
-            depths = budgets.table_depths(policy.predictor, policy.blocks)
-            contexts, losses = loss_table(model.backbone, policy, rows, depths, settings.table_batch)
-            metrics = {
-                "dataset": folder.name,
-                "rows": which,
-                **budgets.measure(policy.predictor.cpu(), contexts, losses, policy.blocks),
-            }
-            policy.to(model.device)
+    predictor = copy.deepcopy(policy.predictor).cpu()
+    config = {**settings.model_dump(include=set(_READ)), "training": info.training.get("predictor", {})}
+    with tracked("budget-eval", info.study, run_of(info), config, "+".join(folder.name for folder in data)) as tracker:
+        for name, which, contexts, losses, watch in _tables(model, data, settings):
+            found = budgets.measure(predictor, contexts, losses, policy.blocks)
             Record(
                 kind="budget",
                 study=info.study,
                 backbone=info.backbone,
                 method=info.method,
-                metrics=metrics,
-                n=len(rows),
+                metrics={"dataset": name, "rows": which, **found},
+                n=len(contexts),
                 variant=info.variant,
                 seed=info.seed,
                 **provenance(model, watch),
-            ).write(out / f"dataset~{folder.name}.json")
-            typer.echo(f"{folder.name}: {_line(metrics)}")
-            tracker.summary({key: metrics[key] for key in ("beats_constant", "entropy", "entropy_uniform")})
-            tracker.summary({f"gain/{key}": value for key, value in metrics["gain"].items()})
+            ).write(out / f"dataset~{name}.json")
+            typer.echo(f"{name}: {_line(found)}")
+            tracker.summary({f"{name}/{key}": found[key] for key in ("beats_constant", "entropy", "entropy_uniform")})
+            tracker.summary({f"{name}/gain/{key}": value for key, value in found["gain"].items()})
+
+
+def _tables(
+    model: RoutedModel, data: list[Path], settings: Predictor
+) -> Iterator[tuple[str, str, Tensor, Tensor, Stopwatch]]:
+    """Name, which rows, contexts and losses of every data set, and of all together where there are several."""
+    import torch
+
+    from buddy.evaluation.budgets import table_depths
+    from buddy.records import Stopwatch
+    from buddy.training import responses
+    from buddy.training.rewards import loss_table
+
+    kept_back = model.origin.info.training.get("predictor", {}).get("kept_back", {})
+    policy: Any = model.policy
+    depths = table_depths(policy.predictor, policy.blocks)
+    whole, tables = Stopwatch(str(model.device)), {}
+    for folder in data:
+        watch = Stopwatch(str(model.device))
+        rows, which = responses.held_out_rows(folder, model.tokenizer, settings.limit, settings.max_length, kept_back)
+        contexts, losses = tables[folder.name] = loss_table(model.backbone, policy, rows, depths, settings.table_batch)
+        yield folder.name, which, contexts, losses, watch
+    if len(tables) > 1:
+        contexts, losses = (torch.cat(part) for part in zip(*tables.values(), strict=True))
+        yield ALL, "the same of " + ", ".join(tables), contexts, losses, whole
 
 
 def _line(metrics: dict[str, Any]) -> str:

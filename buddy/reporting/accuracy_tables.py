@@ -119,6 +119,7 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
     )
 
 
+NOISE_RESAMPLES = 2000
 NOISE_NOTE = (
     f"{NEAR_SIGN} {NEAR}: the 95 % interval of the difference from the best of the column, by a paired bootstrap over the "
     "items, holds 0. Not corrected for the number of rows; another training would add noise of its own."
@@ -133,7 +134,7 @@ def _mark_noise(
     for cell, one in zip(cells, series, strict=True):
         if best is None or cell is None or cell.rank == 1 or cell.measure.value is None or cell.measure.off_depth:
             continue
-        found = difference(study, backbone, best, one, removed)
+        found = difference(study, backbone, best, one, removed, NOISE_RESAMPLES)
         cell.near = found.value is not None and found.low <= 0 <= found.high
 
 

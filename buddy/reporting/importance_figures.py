@@ -76,10 +76,12 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
     figure, every = panels(len(wanted), 1, style.COLUMN_IN, 1.25, share=False)
     for pair, axes in zip(wanted, every, strict=True):
         indicator, corpus = pair
-        axes.set_title(f"{INDICATORS[indicator]}, {corpus or study.config.importance.corpus}, {backbone}")
+        title = f"{INDICATORS[indicator]}, {corpus or study.config.importance.corpus}, {backbone}"
         if pair in found:
+            axes.set_title(f"{title}, {len(found[pair]['detail'])} windows")
             _box_panel(axes, found[pair], COLOURS[indicator])
         else:
+            axes.set_title(title)
             reason(axes, f"not measured: no importance record of {indicator} on {corpus or 'the calibration corpus'}")
     return figure
 
@@ -96,7 +98,7 @@ def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Ma
 def _box_panel(axes: Axes, row: Mapping[str, Any], colour: str) -> None:
     """Median, quartiles, and the 5th and 95th percentile of each block's place."""
     orders = removal_orders(row["detail"])
-    count, blocks = orders.shape
+    blocks = orders.shape[1]
     axes.boxplot(
         orders,
         positions=range(1, blocks + 1),
@@ -113,7 +115,6 @@ def _box_panel(axes: Axes, row: Mapping[str, Any], colour: str) -> None:
     axes.set_xlabel("Block")
     axes.set_ylim(0, blocks + 1)
     axes.set_ylabel("Removed as number")
-    axes.text(0.995, 0.02, f"{count} windows", transform=axes.transAxes, ha="right", va="bottom", color=style.GREY)
 
 
 def _block_axis(axes: Axes, blocks: int, positions: Sequence[int]) -> None:

@@ -98,7 +98,7 @@ def _latex_page(grid: Grid, rows: Sequence[Row], continued: bool) -> str:
     """One ``table`` environment; the first has the label that the text refers to, and the notes."""
     labels, columns = len(grid.label_headers), len(grid.headers)
     # The widest table has five labels and eleven figures a row: smaller type keeps it on the paper.
-    size, space = (r"\scriptsize", 2) if labels + columns > 12 else (r"\footnotesize", 3)
+    size, space = (r"\scriptsize", 2) if labels + columns > 12 or labels > 4 else (r"\footnotesize", 3)
     environment = "table*" if columns > 6 else "table"
     notes = " ".join([*grid.notes, *([grid.error_note] if grid.latex_errors else [])])
     caption = escape(grid.caption) + (" (Continued.)" if continued else "")

@@ -39,10 +39,10 @@ def buddy(folder, *arguments):
 
 def test_tables_and_figures_are_there(finished):
     study = finished / "results/tiny"
-    for table in ("table2", "table4", "table5", "table8"):
+    for table in ("table1", "table2", "table4", "table5", "table8", "table9", "table12", "table14"):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
-    for figure in ("accuracy_vs_budget", "latency"):
+    for figure in ("accuracy_vs_budget", "latency", "figure4", "figure12", "figure13"):
         assert (study / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         assert (study / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -50,29 +50,40 @@ def test_tables_and_figures_are_there(finished):
 def test_every_measurement_left_a_record(finished):
     records = [Record.read(path) for path in find(finished / "results/tiny/records")]
     kinds = [record.kind for record in records]
-    # two routed runs at two depths and one dense; per batch size dense and three executions at two depths, and for the
-    # batch of two a mixed one
-    assert kinds.count("accuracy") == 2 * 2 + 1
-    assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1
+    # two routed runs at two depths, one dense, and three peers, a run at each depth
+    assert kinds.count("accuracy") == 2 * 2 + 1 + 3 * 2
+    assert kinds.count("generation") == kinds.count("trace") == 2 + 1 + 3 * 2
+    # per batch size dense and three executions at two depths, and for the batch of two a mixed one; PuDDing's two runs
+    # beside dense
+    assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1 + 2 * 2 * 2
     assert kinds.count("breakdown") == 2
     assert kinds.count("importance") == 1
-    assert kinds.count("training") == 2
+    assert kinds.count("calibration") == 2
+    assert kinds.count("training") == 2 + 3 * 2 + 2  # and two presets of the budget predictor
+    assert kinds.count("budget") == 2
     for record in records:
         assert record.study == "tiny"
         assert record.backbone == "tiny"
         assert record.environment["torch"]
         assert record.wall_s > 0
         if record.kind == "accuracy":
-            assert record.metrics["executed_mean"] == record.budget.executed == 6 - record.budget.removed
+            assert record.budget.executed == 6 - record.budget.removed
+            if record.method != "first":  # FiRST has no strict budget
+                assert record.metrics["executed_mean"] == record.budget.executed
             assert record.metrics["limit"] == 4
             assert record.n == 2 * 4
 
 
 def test_every_job_logged_one_wandb_run(finished):
-    """One offline run per job, without a key: fetching (5), importance, training (2), evaluation (3), latency, breakdown, report (6)."""
+    """One offline run per job, without a key."""
     folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
-    assert len(ids) == 5 + 1 + 2 + 3 + 1 + 1 + 6
+    inputs = 6 + 1 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
+    made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
+    measured = 9 + 8 + 8 + 3 + 1 + 2  # accuracy, GSM8K, traces, latency, breakdown, budgets
+    study = finished / "results/tiny"
+    shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
+    assert len(ids) == inputs + made + measured + shown
 
 
 def test_a_second_run_finds_nothing_to_do(finished):
@@ -82,13 +93,21 @@ def test_a_second_run_finds_nothing_to_do(finished):
     assert time.monotonic() - start < 15
 
 
-SPEED = ("latency", "breakdown")
+SHOWN = ("table", "figure", "all")
+MEASURED = ("evaluate", "solve", "trace", *SHOWN)
+OF_BUDDY = ("train", "predictor", "budget_eval", "latency", "breakdown", *MEASURED)
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
+    ({"peers": {"length": 40}}, {"calibrate", "adapt", *MEASURED}),
+    ({"pudding": {"epochs": 3}}, {"adapt", "latency", *MEASURED}),
+    ({"first": {"epochs": 2}}, {"adapt", *MEASURED}),
+    ({"trace": {"prompts": 2}}, {"trace", *SHOWN}),
+    ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
+    ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
     ({"evaluation": {"limit": 5}}, {"evaluate", "table", "figure", "all"}),
-    ({"training": {"learning_rate": 0.01}}, {"train", "evaluate", *SPEED, "table", "figure", "all"}),
-    ({"importance": {"length": 40}}, {"importance", "train", "evaluate", *SPEED, "table", "figure", "all"}),
+    ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
+    ({"importance": {"length": 40}}, {"importance", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),
 ]
 
@@ -99,7 +118,7 @@ def test_one_knob_reruns_what_depends_on_it(finished, knob, expected):
     jobs = planned(finished, *TINY, "knob.yaml")
     assert set(jobs) == expected
     if "latency" in knob:
-        assert jobs["table"] == jobs["figure"] == 1  # table4 and its picture, not the accuracy ones
+        assert (jobs["table"], jobs["figure"]) == (2, 1)  # tables 4 and 14 and their picture, not the accuracy ones
 
 
 def test_adding_an_ablation_value_adds_its_runs_only(finished):

@@ -334,7 +334,7 @@ class Maker:
         return self.record("breakdown", run, removed, metrics, n=5).write(path)
 
     def everything(self, items: int = 400, engines: tuple[str, ...] = ("eager",)) -> int:
-        """Write every record that the study's tables show; returns their number."""
+        """Write every record that the study's tables show, but for `trainings`; returns their number."""
         count = 0
         for run in self.config.runs():
             count += self._accuracies(run, items)
@@ -349,10 +349,10 @@ class Maker:
                         count += self._latencies(backbone, (dataset, size, engine))
         for backbone in self.config.profiled_backbones():
             count += self._breakdowns(backbone)
-        return count + self._of_figures()
+        return count
 
-    def _of_figures(self) -> int:
-        """Importance, trainings and predictors; returns their number."""
+    def trainings(self) -> int:
+        """Write the records of importance, of every training, and of budget predictors; returns their number."""
         runs = self.config.runs()
         fused = {(run.backbone, run.variant["prior"]) for run in runs if run.variant.get("prior", "none") != "none"}
         for backbone, indicator in sorted(fused):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import random
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,7 @@ def test_without_items_nothing_is_marked(tmp_path: Path) -> None:
 def papers(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     maker = Maker(tmp_path_factory.mktemp("papers"), paper(methods=EVERY_METHOD))
     maker.everything(items=100)
+    maker.trainings()
     maker.rouge(maker.main_run("llama2-7b"), 12, "recompute", [0.18, 0.17, 0.19], [0.1, 0.09, 0.11])
     write.comparison(study.load(maker.folder))
     for name in ("table2", "table9"):
@@ -313,18 +314,20 @@ def test_hours_of_training(tmp_path: Path) -> None:
 
 def test_a_paper_size_study_is_rebuilt_in_thirty_seconds_without_torch(tmp_path: Path) -> None:
     maker = Maker(tmp_path, paper(seeds=3, methods=EVERY_METHOD))
-    count = maker.everything(items=1000)
+    count = maker.everything(items=1000) + maker.trainings()
     assert count >= 900
     code = (
         "import sys, pathlib; from buddy.commands.report import report; "
         f"report('paper', results=pathlib.Path({str(tmp_path)!r}), all_=True); assert 'torch' not in sys.modules"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    spent = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert {path.stem for path in (maker.folder / "tables").glob("*.csv")} == {
         *(f"table{number}" for number in range(1, 15)),
         *("compare", "significance"),
     }
-    assert spent < 30
+    # Seconds of one core: those on the clock depend on what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
+    assert ENVIRONMENT["device"] in (maker.folder / "tables/table2.md").read_text()

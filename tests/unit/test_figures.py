@@ -28,6 +28,7 @@ def small(tmp_path: Path) -> Maker:
 
 def test_figures_are_one_column_wide_and_the_same_bytes_each_time(small: Maker) -> None:
     small.everything()
+    small.trainings()
     for name in ("accuracy_vs_budget", "latency", "figure1", "figure4", "figure12", "figure13", "ablation"):
         first = figures.build(study.load(small.folder), name)
         again = figures.build(study.load(small.folder), name)
@@ -279,6 +280,31 @@ def test_predictor_is_held_against_constant_depths(small: Maker) -> None:
     expected = [1.5 + 3 * (1 - depth / 30) ** 2 for depth in range(15, 31)]
     assert list(constants.get_ydata()) == pytest.approx(expected)
     assert chosen.images[0].get_array().sum() == pytest.approx(1)
+
+
+def test_records_of_a_real_predictor_are_drawn(small: Maker) -> None:
+    torch = pytest.importorskip("torch")
+    from buddy.evaluation.budgets import measure, table_depths
+    from buddy.policies.predictor import BudgetPredictor
+
+    run = small.main_run(NAME)
+    random = torch.Generator().manual_seed(0)
+    contexts = torch.randn(40, 6, generator=random)
+    for preset, price in (("paper", None), ("tuned", 0.5)):
+        predictor = BudgetPredictor(6, list(range(15, 31, 3)), preset, price=price)
+        depths = torch.tensor(table_depths(predictor, 30))
+        losses = 1.5 + (30 - depths) * (0.05 + 0.05 * torch.rand(40, 1, generator=random, dtype=torch.float64))
+        metrics = {"dataset": "alpaca", **measure(predictor, contexts, losses, 30, resamples=50)}
+        path = small.records / "budget" / run.path / f"preset~{preset}" / "dataset~alpaca.json"
+        small.record("budget", run, 0, metrics, n=40).write(path)
+    quality, gain, *_ = drawn(small, "figure13").axes
+    lines = {container.get_label(): container.lines[0] for container in gain.containers}
+    # Untrained, the paper's preset picks the first of its depths for every input: a constant, so it gains nothing.
+    assert list(lines["Paper's recipe"].get_xdata()) == [15]
+    assert list(lines["Paper's recipe"].get_ydata()) == pytest.approx([0])
+    assert all(line.get_ydata().min() > -1e-9 for name, line in lines.items() if name == "Oracle")
+    constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
+    assert list(constants.get_ydata()) == pytest.approx(losses.mean(0).tolist())
 
 
 def test_many_data_sets_have_a_panel_each(small: Maker) -> None:

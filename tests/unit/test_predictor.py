@@ -361,11 +361,12 @@ def toy(count, seed):
 def test_it_learns_which_prompts_need_depth():
     torch.manual_seed(0)
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)
-    curve, kept = priced.fit(network, *toy(400, 0), 7, Predictor(epochs=150))
+    curve, kept = priced.fit(network, *toy(400, 0), 7, Predictor(epochs=100))
     contexts, losses = toy(300, 1)
     chosen = network.choose(contexts, 0.5)
     right = torch.where(contexts[:, 0] > 0, 7, 3)
-    assert (chosen == right).float().mean() > 0.93  # near-oracle
+    surely = contexts[:, 0].abs() > 0.3
+    assert (chosen == right)[surely].float().mean() > 0.9
     end = next(point for point in curve if point["step"] == kept)
     assert curve[0]["entropy"] > 3 * end["entropy"]
     assert end["entropy"] < 0.2 * math.log(3)
@@ -399,7 +400,7 @@ def test_a_price_is_from_quality_alone_to_depth_alone():
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)
     contexts, losses = toy(200, 0)
     losses += torch.tensor([0.6, 0.3, 0.0])  # depth is worth something to everybody
-    priced.fit(network, contexts, losses, 7, Predictor(epochs=100))
+    priced.fit(network, contexts, losses, 7, Predictor(epochs=40))
     means = [network.choose(contexts, price).double().mean().item() for price in (0.0, 0.3, 0.6, 1.0)]
     assert means == sorted(means, reverse=True)
     assert means[0] > 6.5
@@ -410,11 +411,14 @@ def test_losses_are_measured_from_full_depth_in_units_of_the_shallowest():
     network = BudgetPredictor(2, [3, 5, 7], "tuned", price=0.5)
     contexts = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
     scaled = priced.prepare(network, contexts, torch.tensor([[5.0, 3.0, 2.0], [9.0, 6.0, 5.0]]).double())
-    nats = math.sqrt((9 + 16) / 2)
+    nats = (3 + 4) / 2
     torch.testing.assert_close(scaled, torch.tensor([[3.0, 1.0, 0.0], [4.0, 1.0, 0.0]]) / nats)
     assert network.nats.item() == pytest.approx(nats)
     torch.testing.assert_close(network.rise, torch.tensor([3.5, 1.0, 0.0]) / nats)
     assert network.mean.tolist() == [2, 5]
+    flat = torch.tensor([[1.0, 3.0, 2.0], [6.0, 6.0, 5.0]]).double()  # depth is worth nothing on average
+    priced.prepare(network, contexts, flat)
+    assert network.nats.item() == pytest.approx(0.1)
     assert network.scale[0].item() == 1
 
 
@@ -652,7 +656,7 @@ def test_a_record_says_what_was_measured():
     (point,), (sampled,) = found["predictor"], found["sampled"]
     assert (point["depth_mean"], found["histogram"]) == (4, [0, 3])
     assert point["ce_mean"] == pytest.approx(2)
-    assert point["constant"] == point["interpolated"] == point["random"] == pytest.approx(2)
+    assert [point[name] for name in ("constant", "interpolated", "random")] == pytest.approx([2, 2, 2])
     assert sampled["depth_mean"] == pytest.approx(3.75)
     assert sampled["ce_mean"] == pytest.approx(0.25 * 3 + 0.75 * 2)
     assert found["spearman"] is None
@@ -742,9 +746,10 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
         *("budget-eval", "--run", out, "--data", study / "alpaca", "--data", study / "piqa", "--limit", 4),
         *("--out", tmp_path / "records", "--device", "cpu"),
     )
-    for name, which in (("alpaca", "held back"), ("piqa", "evaluation split")):
+    for name, which, n in (("alpaca", "held back", 4), ("piqa", "evaluation split", 4), ("all", "alpaca, piqa", 8)):
         found = Record.read(tmp_path / "records" / f"dataset~{name}.json")
-        assert (found.kind, found.n, found.metrics["rows"], found.metrics["preset"]) == ("budget", 4, which, preset)
+        assert (found.kind, found.n, found.metrics["preset"]) == ("budget", n, preset)
+        assert which in found.metrics["rows"]
         assert len(found.metrics["constants"]) == 5
     assert "constant frontier" in capsys.readouterr().out
     assert not command("generate", "--run", out, "--budget", "auto", "--max-new-tokens", 2, "--device", "cpu", "hello")

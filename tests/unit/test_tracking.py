@@ -20,11 +20,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import wandb
+from wandb_server import KEY, WandbServer
 
-from buddy import tracking
+from buddy import config, tracking
+from buddy.errors import UserError
 from buddy.settings import Tracking
+from buddy.tracking import job as jobs
+from buddy.tracking import lineage, modes, report, sync
 
-KEY = "0123456789abcdef" * 2 + "01234567"
+ROOT = Path(__file__).resolve().parents[2]
 JOB: dict[str, Any] = {
     "study": "demo",
     "run_path": "backbone~tiny/method~buddy/feature~value/seed~0",
@@ -40,7 +44,8 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.setattr(tracking, "_warned", set())
+    monkeypatch.setattr(modes, "_warned", set())
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
 
 
 def track(folder: Path, stage: str = "train", mode: str = "offline", **changed: Any) -> Any:
@@ -260,13 +265,15 @@ def test_a_client_that_breaks_in_the_middle(tmp_path: Path, caplog: pytest.LogCa
 def test_a_server_that_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, server: str
 ) -> None:
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(jobs, "INIT_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(jobs, "FINISH_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(jobs, "ARTIFACTS_TIMEOUT_S", 2.0)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     address, stop = serve(server)
     monkeypatch.setenv("WANDB_BASE_URL", address)
+    study = Study(tmp_path / "demo")
     started = time.monotonic()
-    with track(tmp_path / "wandb", mode="auto") as tracker:
+    with track(tmp_path / "wandb", mode="auto", reads=[study.backbone], writes=[study.run]) as tracker:
         tracker.log({"loss": 1.0}, step=0)
     assert time.monotonic() - started < 20
     stop()
@@ -274,7 +281,7 @@ def test_a_server_that_fails(
 
     (warning,) = warnings(caplog)
     if server == "hangs after the start":
-        assert "finish failed, this job goes on" in warning
+        assert "artifact failed, this job goes on" in warning
         kept = list((tmp_path / "wandb").glob("run-*/*.wandb"))
     else:
         assert "kept offline" in warning
@@ -329,6 +336,273 @@ def serve(kind: str) -> tuple[str, Any]:
 
 BUCKET = {"id": "1", "name": "x", "project": {"id": "1", "name": "buddy", "entity": {"id": "1", "name": "me"}}}
 ANSWERS = {"RunResumeStatus": {"model": None}, "UpsertBucket": {"upsertBucket": {"bucket": BUCKET, "inserted": True}}}
+
+
+class Study:
+    """A study's folder with a backbone, a run and its records, and the jobs that would have made them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wandb = folder / "wandb"
+        self.backbone = self._file("backbones/tiny/backbone.json", {"source": "random"}).parent
+        (self.backbone / "model.safetensors").write_bytes(b"0" * 1000)
+        self.run = self._file("runs/backbone~tiny/method~buddy/seed~0/run.json", {"method": "buddy"}).parent
+        records = "records/accuracy/backbone~tiny/method~buddy/seed~0"
+        self.records = self._file(f"{records}/removed~1.json", {"metrics": 1}).parent
+        self._file(f"{records}/removed~2.json", {"metrics": 2})
+        self.table = self._file("tables/table2.csv", {"cells": 1}).with_suffix("")
+
+    def _file(self, path: str, content: Any) -> Path:
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+        return file
+
+    def jobs(self, mode: str) -> None:
+        """Fetch, train, evaluate and tabulate, as far as W&B sees it."""
+        for stage, reads, writes in (
+            ("backbone", [], [self.backbone]),
+            ("train", [self.backbone], [self.run]),
+            ("evaluate", [self.run], [self.records]),
+            ("table", [self.records], [self.table]),
+        ):
+            with track(self.wandb, stage, mode, reads=reads, writes=writes) as tracker:
+                for step in range(3):
+                    tracker.log({"loss": 2.0 - step}, step=step)
+                tracker.summary({"final": stage})
+                tracker.table("accuracy", pd.DataFrame({"removed": [1, 2], "average": [0.5, 0.25]}))
+                if stage == "table":
+                    tracker.image("figure", picture(self.folder))
+        wandb.teardown()
+
+
+def picture(folder: Path) -> Path:
+    from PIL import Image
+
+    file = folder / "picture.png"
+    Image.new("RGB", (3, 2), "red").save(file)
+    return file
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with WandbServer() as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.address)
+        yield running
+    wandb.teardown()
+
+
+def check_what_arrived(server: WandbServer) -> None:
+    """Four runs with their settings and points, and table <- records <- run <- backbone."""
+    ids = {
+        stage: tracking.run_id("demo", stage, JOB["run_path"]) for stage in ("backbone", "train", "evaluate", "table")
+    }
+    assert set(server.runs) == set(ids.values())
+    for stage, id in ids.items():
+        run = server.runs[id]
+        assert run.project == "buddy"
+        assert (run.fields["groupName"], run.fields["jobType"]) == (JOB["group"], stage)
+        assert set(run.fields["tags"]) == {"demo", "smoke"}
+        assert run.config["learning_rate"] == 1e-4
+        assert run.config["variant"] == {"feature": "value"}
+        assert (run.config["study"], run.config["stage"], run.config["run"]) == ("demo", stage, JOB["run_path"])
+        assert run.history("loss") == [(0, {"loss": 2}), (1, {"loss": 1}), (2, {"loss": 0})]
+        assert run.summary["final"] == stage
+        assert run.exit_code == 0
+        (table,) = [content for name, content in run.files.items() if "media/table/accuracy" in name]
+        assert json.loads(table) == {"columns": ["removed", "average"], "data": [[1, 0.5], [2, 0.25]]}
+    assert any("media/images/figure" in name for name in server.runs[ids["table"]].files)
+
+    chain = [server.artifact(f"demo-{kind}-") for kind in ("backbone", "run", "records", "table")]
+    assert [one.type for one in chain] == ["backbone", "run", "records", "table"]
+    stages = list(ids)
+    for place, one in enumerate(chain):
+        assert one.made_by[0] == ids[stages[place]]
+        assert one.used_by == [ids[stage] for stage in stages[place + 1 : place + 2]]
+    backbone, run, found, table = chain
+    assert backbone.files == {"backbone.json": b'{"source": "random"}'}  # and no weights
+    assert backbone.metadata["weights"] == {"model.safetensors": 1000}
+    assert run.metadata["description"] == {"method": "buddy"}
+    assert set(found.manifest) == set(found.files) == {"removed~1.json", "removed~2.json"}
+    assert set(table.manifest) == {"table2.csv"}
+    assert server.runs[ids["evaluate"]].config["reads"] == [run.name]
+
+
+def check_no_key(server: WandbServer, folder: Path) -> None:
+    assert any(KEY[:8] not in key and key.startswith("Basic ") for key in server.keys), "no request was signed"
+    assert not any(KEY.encode() in body for body in server.bodies)
+    assert not any(KEY in path for path in server.paths)
+    for file in folder.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), f"{file} holds the key"
+
+
+def test_online_jobs_arrive_with_their_lineage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    study = Study(tmp_path / "demo")
+    study.jobs("auto")
+    assert warnings(caplog) == []
+    check_what_arrived(server)
+    check_no_key(server, tmp_path)
+    assert not list(study.wandb.glob("offline-run-*"))
+
+
+def buddy(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+    command = [sys.executable, "-m", "buddy", *arguments]
+    return subprocess.run(command, env={**kept, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_sync_sends_what_was_kept_offline_once(tmp_path: Path, server: WandbServer) -> None:
+    study = Study(tmp_path / "demo")
+    study.jobs("auto")  # no key: offline
+    assert server.runs == {}
+    refused = buddy("wandb-sync", "--study", str(study.folder))
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "WANDB_API_KEY" in refused.stderr
+    assert server.runs == {}
+
+    # Jobs of a study have WANDB_MODE=offline where it says so: the sync goes online all the same.
+    first = buddy("wandb-sync", "--study", str(study.folder), WANDB_API_KEY=KEY, WANDB_MODE="disabled")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.strip() == "4 sent, 0 sent before, 0 of jobs that are still running, 0 failed"
+    check_what_arrived(server)
+    check_no_key(server, tmp_path)
+    assert KEY not in first.stdout + first.stderr
+
+    asked = len(server.operations)
+    second = buddy("wandb-sync", "--study", str(study.folder), WANDB_API_KEY=KEY)
+    assert second.stdout.strip() == "0 sent, 4 sent before, 0 of jobs that are still running, 0 failed"
+    assert len(server.operations) == asked
+
+
+def test_a_run_that_goes_on_is_sent_on(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "demo" / "wandb"
+    with pytest.raises(RuntimeError):
+        log_losses(folder, 3.0, 2.0, fail=True)
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert sync.send(folder).sent == 1
+    monkeypatch.delenv("WANDB_API_KEY")
+    log_losses(folder, 3.0, 2.0, 1.0, 0.5)  # the second attempt: two steps are new
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    outcome = sync.send(folder)
+    assert (outcome.sent, outcome.already, outcome.failed) == (1, 1, [])
+    (run,) = server.runs.values()
+    assert [values["loss"] for _, values in run.history("loss")] == [3, 2, 1, 0.5]
+    assert (sync.send(folder).sent, run.exit_code) == (0, 0)
+
+
+def test_a_running_job_is_sent_when_it_has_ended(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo" / "wandb"
+    with track(folder) as tracker:
+        for step in range(3):
+            tracker.log({"loss": 1.0}, step=step)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        outcome = sync.send(folder)
+        assert (outcome.sent, outcome.running) == (0, 1)
+        assert server.runs == {}
+    wandb.teardown()
+    assert sync.send(folder).sent == 1
+    assert len(next(iter(server.runs.values())).history("loss")) == 3
+
+
+def test_a_killed_job_is_sent_when_it_has_been_silent(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo" / "wandb"
+    log_losses(folder, 1.0)
+    wandb.teardown()
+    progress = next(folder.glob("*.json"))
+    progress.write_text(json.dumps({**json.loads(progress.read_text()), "finished": False, "closed": False}))
+    target = {"server": server.address, "entity": None, "project": None}
+    (before,) = sync.attempts(folder, target)
+    os.utime(before.file, (time.time() - 2 * sync.SILENT_S,) * 2)
+    (after,) = sync.attempts(folder, target)
+    assert (before.state, after.state) == ("running", "unsent")
+
+
+def test_makers_go_before_users() -> None:
+    def attempt(run: str, reads: set[str], makes: set[str]) -> sync.Attempt:
+        return sync.Attempt(Path(run), run, "unsent", frozenset(reads), frozenset(makes))
+
+    table = attempt("table", {"records", "old"}, {"table"})
+    evaluate = attempt("evaluate", {"run"}, {"records"})
+    train = attempt("train", {"backbone"}, {"run", "cost"})
+    alone = attempt("alone", set(), set())
+    assert sync.waves([table, evaluate, train, alone]) == [[train, alone], [evaluate], [table]]
+    circle = [attempt("a", {"y"}, {"x"}), attempt("b", {"x"}, {"y"})]
+    assert sync.waves(circle) == [circle]
+
+
+def test_what_is_no_part_of_the_study_has_no_lineage(tmp_path: Path) -> None:
+    outside = [tmp_path / "somewhere" / "records", tmp_path / "demo" / "logs" / "x.log"]
+    assert lineage.things(outside, "demo") == []
+    inside = tmp_path / "demo" / "records" / "training" / "backbone~a" / "seed~0.json"
+    (thing,) = lineage.things([inside, inside], "demo")
+    assert (thing.kind, thing.path) == ("records", "records/training/backbone~a/seed~0.json")
+    other = lineage.thing(tmp_path / "demo" / "records" / "training" / "backbone~a-seed~0.json", "demo")
+    assert other is not None
+    assert thing.name != other.name
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", thing.name)
+
+
+@pytest.fixture
+def plan() -> config.Config:
+    return config.read(ROOT / "config.yaml", ROOT / "tests" / "tiny.yaml")
+
+
+def test_the_report_shows_the_sweep(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, plan: config.Config
+) -> None:
+    folder = tmp_path / "tiny"
+    (folder / "tables").mkdir(parents=True)
+    (folder / "tables" / "table2.md").write_text("| a | b |")
+    (folder / "study.json").write_text(plan.model_dump_json())
+    refused = buddy("wandb-report", "--study", str(folder))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "WANDB_API_KEY" in refused.stderr
+    empty = buddy("wandb-report", "--study", str(folder), WANDB_API_KEY=KEY)
+    assert (empty.returncode, empty.stderr.count("\n")) == (2, 1)
+    assert "buddy wandb-sync" in empty.stderr
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    log_losses(folder / "wandb", 1.0, mode="online", study="tiny")
+    wandb.teardown()
+    made = buddy("wandb-report", "--study", str(folder), WANDB_API_KEY=KEY)
+    assert made.returncode == 0, made.stderr
+    again = buddy("wandb-report", "--study", str(folder), WANDB_API_KEY=KEY)
+    assert made.stdout == again.stdout
+    assert made.stdout.startswith(f"{server.address}/somebody/buddy/reports/")
+    (page,) = server.reports.values()
+    spec = json.loads(page["spec"])
+    panels = [
+        (panel["viewType"], panel["config"])
+        for block in spec["blocks"]
+        if block["type"] == "panel-grid"
+        for panel in block["metadata"]["panelBankSectionConfig"]["panels"]
+    ]
+    lines = [entry for kind, entry in panels if kind == "Run History Line Plot"]
+    assert any(entry["metrics"] == ["average"] and entry["xAxis"] == "budget" for entry in lines)
+    assert any(entry["metrics"][0].endswith("decode_tok_s") for entry in lines)
+    (coordinates,) = [entry for kind, entry in panels if kind == "Parallel Coordinates Plot"]
+    assert [column["accessor"] for column in coordinates["columns"]] == [
+        "config:feature.value",
+        "summary:average_removed_1",
+        "summary:average_removed_2",
+    ]
+    assert "| a | b |" in page["spec"]
+
+
+def test_a_report_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: config.Config) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    with pytest.raises(UserError, match="pip install wandb-workspaces"):
+        report.save(plan, tmp_path, None, "buddy")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -243,6 +243,24 @@ class WandbServer:
         artifact.used_by.append(asked["runName"])
         return {"useArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
 
+    def _on_ProjectInternalId(self, given: dict[str, Any]) -> dict[str, Any]:
+        known = given["projectName"] in {run.project for run in self.runs.values()}
+        return {"project": {"id": "p", "internalId": "17"} if known else None}
+
+    def _on_GetProjects(self, given: dict[str, Any]) -> dict[str, Any]:
+        projects = sorted({run.project for run in self.runs.values()})
+        facts = {"__typename": "Project", "entityName": ENTITY, "createdAt": "2026", "isBenchmark": False, "user": None}
+        edges = [{"node": {**facts, "id": f"p-{name}", "name": name}} for name in projects]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"__typename": "ProjectConnection", "totalCount": 1, "pageInfo": page, "edges": edges}}
+
+    def _on_upsertView(self, given: dict[str, Any]) -> dict[str, Any]:
+        id = given.get("id") or f"page{len(self.reports)}"
+        self.reports[id] = given
+        project = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
+        view = {key: given.get(key) for key in ("type", "name", "displayName", "description", "spec")}
+        return {"upsertView": {"view": {**view, "id": id, "project": project, "updatedAt": None}, "inserted": True}}
+
     def _url(self, kind: str, owner: str, name: str) -> str:
         return f"{self.address}/upload/{kind}/{owner}/{name}"
 

@@ -1,53 +1,32 @@
-"""W&B as a view on the results: nothing waits for it, nothing fails with it, nothing reads it back.
-
-    with track("train", study="demo", run_path=run.path, group="smollm2-135m × buddy", config=settings,
-               folder=study_folder / "wandb", settings=study.tracking) as tracker:
-        tracker.log({"loss": 2.3}, step=10)
-        tracker.summary({"final_loss": 1.9})
-
-Records stay the one source of truth. Whatever goes wrong between here and W&B's server is told in one warning, and
-the job goes on without. W&B is imported only where a run is really opened.
-"""
+"""One job's W&B run: opened, fed and closed, whatever becomes of the connection."""
 
 from __future__ import annotations
 
 import json
 import logging
-import netrc
 import os
 import shutil
-import socket
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from buddy import records
 from buddy.config import digest
 from buddy.settings import Tracking
+from buddy.tracking.lineage import Thing, things
+from buddy.tracking.modes import Mode, check_reachable, choose_mode, in_one_line, warn
 
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("buddy.tracking")
 
-Mode = Literal["online", "offline", "disabled"]
-MODES: dict[str, Mode | Literal["auto"]] = {
-    "auto": "auto",
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
-"""What WANDB_MODE and the study may say, W&B's older names included."""
-
-CONNECT_TIMEOUT_S = 5.0
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
+ARTIFACTS_TIMEOUT_S = 20.0
 FLUSH_S = 1.0
 """How much of its last points a killed job may lose; W&B's own default is 15 s."""
 
@@ -58,12 +37,23 @@ class Progress:
 
     A killed job is run again with the settings it had: its run goes on, and steps that it has logged are not logged
     twice. A job that had finished, or has another setting, is made anew: so is its run, in place of the old one.
+
+    Attributes:
+        file: where it is kept.
+        settings: digest of the job's settings.
+        step: the last step logged, -1 before the first.
+        finished: whether the job is done.
+        closed: whether its last attempt has ended, done or failed; a killed one leaves it open.
+        reads, makes: names of the artifacts it uses and logs; who sends runs later sends makers first.
     """
 
     file: Path
     settings: str
     step: int = -1
     finished: bool = False
+    closed: bool = False
+    reads: list[str] = field(default_factory=list)
+    makes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, file: Path, settings: str) -> Progress:
@@ -72,7 +62,10 @@ class Progress:
             found = cls(file, **json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             return cls(file, settings)
-        return cls(file, settings) if found.finished or found.settings != settings else found
+        if found.finished or found.settings != settings:
+            return cls(file, settings)
+        found.closed = False
+        return found
 
     @property
     def fresh(self) -> bool:
@@ -83,7 +76,8 @@ class Progress:
         """Keep the last step logged, and whether the job is done."""
         self.step = self.step if step is None else step
         self.finished = finished
-        records.write_json(self.file, {"settings": self.settings, "step": self.step, "finished": self.finished})
+        content = {name: value for name, value in vars(self).items() if name != "file"}
+        records.write_json(self.file, content)
 
 
 class Tracker:
@@ -122,12 +116,50 @@ class Tracker:
 
                 self._run.summary[name] = wandb.Table(dataframe=frame)
 
+    def image(self, name: str, file: str | Path) -> None:
+        """Show a picture, PNG or JPEG."""
+        if self._run is not None:
+            with self._shielded("image"):
+                import wandb
+
+                self._run.summary[name] = wandb.Image(str(file))
+
+    def lineage(self, reads: Sequence[Thing], makes: Sequence[Thing]) -> None:
+        """Say what the job was made from and keep what it has made: artifacts, and names for who sends the run later.
+
+        W&B's own ``use_artifact`` waits for the server, and offline it refuses. So what the job has read is logged again,
+        as it lies there: content that the server has is no new version, and the run becomes its user once it is there.
+        The client asks the server about each artifact, and nobody waits long for the answer.
+        """
+        if self._run is None:
+            return
+        if self._progress is not None:
+            self._progress.reads = [thing.name for thing in reads]
+            self._progress.makes = [thing.name for thing in makes]
+        run = self._run
+
+        def log_all() -> None:
+            with self._shielded("artifact"):
+                for thing in reads:
+                    _log_artifact(run, thing, use_after_commit=True)
+                for thing in makes:
+                    _log_artifact(run, thing, use_after_commit=False)
+
+        # A thread that is left behind must not keep the process alive.
+        worker = threading.Thread(target=log_all, daemon=True)
+        worker.start()
+        worker.join(ARTIFACTS_TIMEOUT_S)
+        if worker.is_alive():
+            with self._shielded("artifact"):
+                raise TimeoutError(f"no answer within {ARTIFACTS_TIMEOUT_S:g} s")
+
     def finish(self, failed: bool = False) -> None:
         """Close the run; `track` calls this."""
         if self._run is not None:
             with self._shielded("finish"):
                 self._run.finish(exit_code=int(failed))
                 if self._progress is not None:
+                    self._progress.closed = True
                     self._progress.write(self._step, finished=not failed)
             self._run = None
 
@@ -137,8 +169,20 @@ class Tracker:
             yield
         except Exception as error:  # whatever W&B raises, its job is to watch ours and not to end it
             if not self._failed:
-                log.warning("W&B: %s failed, this job goes on (%s)", what, _in_one_line(error))
+                log.warning("W&B: %s failed, this job goes on (%s)", what, in_one_line(error))
             self._failed = True
+
+
+def _log_artifact(run: Any, thing: Thing, use_after_commit: bool) -> None:
+    files = thing.files()
+    if not files:
+        return
+    import wandb
+
+    artifact = wandb.Artifact(thing.name, type=thing.kind, metadata=thing.metadata())
+    for name, file in files.items():
+        artifact.add_file(str(file), name=name)
+    run._log_artifact(artifact, use_after_commit=use_after_commit)
 
 
 @contextmanager
@@ -152,6 +196,8 @@ def track(
     folder: Path,
     settings: Tracking,
     tags: Sequence[str] = (),
+    reads: Iterable[str | Path] = (),
+    writes: Iterable[str | Path] = (),
 ) -> Iterator[Tracker]:
     """Open the W&B run of one job for the time of the ``with`` body.
 
@@ -163,6 +209,7 @@ def track(
         folder: where W&B keeps its files, ``results/{study}/wandb``; a folder of another name gets one named wandb.
         settings: project, entity and mode; the variable WANDB_MODE goes before the mode.
         tags: further labels.
+        reads, writes: paths of the study that the job is made from and makes; a failed job has made nothing.
 
     Yields:
         The tracker. An exception of the body marks the run as failed and goes its way.
@@ -171,6 +218,7 @@ def track(
     if mode == "disabled":
         yield Tracker()
         return
+    made_from = things(reads, study)
     arguments = {
         "id": run_id(study, stage, run_path),
         "project": settings.project,
@@ -179,7 +227,11 @@ def track(
         "job_type": stage,
         "name": f"{stage} {'/'.join(part.partition('~')[2] or part for part in run_path.split('/'))}"[:128],
         "tags": [tag[:64] for tag in dict.fromkeys((study, *tags))],
-        "config": {**config, "study": study, "stage": stage, "run": run_path, "commit": records.commit()},
+        "config": {
+            **config,
+            **{"study": study, "stage": stage, "run": run_path, "commit": records.commit()},
+            "reads": [thing.name for thing in made_from],
+        },
     }
     tracker = _open(mode, arguments, folder, digest(dict(config)))
     try:
@@ -187,6 +239,7 @@ def track(
     except BaseException:
         tracker.finish(failed=True)
         raise
+    tracker.lineage(made_from, things(writes, study))
     tracker.finish()
 
 
@@ -195,74 +248,19 @@ def run_id(study: str, stage: str, run_path: str) -> str:
     return digest(study, stage, run_path)
 
 
-def choose_mode(settings: Tracking) -> Mode:
-    """Where this process's runs go: WANDB_MODE, else the study's mode; auto is online if there is a key."""
-    named = os.environ.get("WANDB_MODE") or settings.mode
-    mode = MODES.get(named)
-    if mode is None:
-        _warn(f"WANDB_MODE={named} is not one of {', '.join(MODES)}; runs are kept offline")
-        return "offline"
-    if mode == "auto":
-        return "online" if _has_key() else "offline"
-    if mode == "online" and not _has_key():
-        # W&B would ask for a key on the terminal, and wait.
-        _warn("online, but there is no key (WANDB_API_KEY or `wandb login`); runs are kept offline")
-        return "offline"
-    return mode
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    named = os.environ.get("NETRC")
-    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
-        try:
-            found = netrc.netrc(os.path.expanduser(file)).authenticators(urlsplit(_server()).netloc)
-        except (OSError, ValueError, netrc.NetrcParseError):  # absent, not text, not understood
-            continue
-        if found and found[2]:
-            return True
-    return False
-
-
-def _server() -> str:
-    """Address of the W&B server, from the environment or what ``wandb login`` wrote."""
-    if named := os.environ.get("WANDB_BASE_URL"):
-        return named
-    import configparser
-
-    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(os.path.join(os.path.expanduser(folder), "settings"))
-    except (OSError, ValueError, configparser.Error):
-        return "https://api.wandb.ai"
-    return parser.get("default", "base_url", fallback="https://api.wandb.ai")
-
-
 def _open(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) -> Tracker:
     """Open the run, offline where online fails, and not at all where that fails too."""
     if mode == "online":
         try:
-            _check_reachable(_server())
+            check_reachable()
             return _init("online", arguments, folder, settings)
         except Exception as error:  # no network, no access, a server that is down: none of the job's business
-            _warn(f"no run online, kept offline in {folder} for `wandb sync`", error)
+            warn(f"no run online, kept offline in {folder} for `wandb sync`", error)
     try:
         return _init("offline", arguments, folder, settings)
     except Exception as error:  # an unwritable folder, a broken installation: none of the job's business
-        _warn("no run, this job goes on without W&B", error)
+        warn("no run, this job goes on without W&B", error)
         return Tracker()
-
-
-def _check_reachable(server: str) -> None:
-    """Fail at once where no connection can be made, as on most compute nodes; W&B would try for long."""
-    address = urlsplit(server)
-    host = address.hostname or ""
-    if urllib.request.getproxies().get(address.scheme) and not urllib.request.proxy_bypass(host):
-        return
-    port = address.port or (443 if address.scheme == "https" else 80)
-    socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) -> Tracker:
@@ -277,6 +275,8 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) ->
         for stale in own.glob(f"offline-run-*-{arguments['id']}"):
             shutil.rmtree(stale, ignore_errors=True)
     progress.write()
+    # Artifacts wait here for who sends them; W&B's own place is in the home folder, one for all studies.
+    os.environ.setdefault("WANDB_DATA_DIR", str((own / "data").absolute()))
 
     import wandb
 
@@ -310,17 +310,3 @@ def _settings(mode: Mode) -> Any:
     }
     # Not every version knows every setting, and an unknown one is an error.
     return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-
-
-_warned: set[str] = set()
-
-
-def _warn(message: str, error: Exception | None = None) -> None:
-    """Say it once per process: a command may open many runs."""
-    if message not in _warned:
-        _warned.add(message)
-        log.warning("W&B: %s%s", message, f" ({_in_one_line(error)})" if error is not None else "")
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

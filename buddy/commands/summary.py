@@ -1,0 +1,77 @@
+"""``buddy summary``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from buddy.progress import Job, Stage
+
+SHOWN = 5
+
+
+def summary(
+    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
+    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    all_: Annotated[bool, typer.Option("--all", help="name every job that is not done")] = False,
+) -> None:
+    """Show how far a study has come: jobs done, running, failed and missing, and hours spent, stage by stage.
+
+    Reads study.json, the files that jobs leave, their logs, and Snakemake's markers; runs nothing. For accuracy and
+    speed: buddy report --summary.
+
+    \b
+    Examples:
+      buddy summary --study demo
+      buddy summary --study /data/results/paper --all
+    """
+    from buddy import config, progress
+    from buddy.commands._study import study_folder
+
+    folder = study_folder(study, results)
+    stages = progress.read(config.read(folder / "study.json"), folder)
+    for line in _lines(stages, folder, all_):
+        typer.echo(line)
+
+
+def _lines(stages: list[Stage], folder: Path, everything: bool) -> Iterator[str]:
+    from buddy.progress import STATES
+
+    width = max(len(stage.name) for stage in stages)
+    yield f"{'stage':{width}}" + "".join(f"{name:>9}" for name in STATES) + f"{'hours':>10}{'GPU hours':>11}"
+    for stage in stages:
+        counts = "".join(f"{stage.count(state) or '-':>9}" for state in STATES)
+        yield f"{stage.name:{width}}{counts}{_hours(stage.hours):>10}{_hours(stage.gpu_hours):>11}"
+    counts = "".join(f"{sum(stage.count(state) for stage in stages) or '-':>9}" for state in STATES)
+    hours, gpu_hours = (sum(getattr(stage, name) for stage in stages) for name in ("hours", "gpu_hours"))
+    yield f"{'all':{width}}{counts}{_hours(hours):>10}{_hours(gpu_hours):>11}"
+    for state in STATES[1:]:
+        jobs = [job for stage in stages for job, found in stage.jobs.items() if found == state]
+        if jobs and (everything or state != "missing"):
+            yield f"\n{state}:"
+            yield from (
+                f"  {job.stage} {job.name}{_reason(job, folder, state)}"
+                for job in jobs[: None if everything else SHOWN]
+            )
+            if len(jobs) > SHOWN and not everything:
+                yield f"  and {len(jobs) - SHOWN} more (--all names them)"
+
+
+def _hours(hours: float) -> str:
+    return "-" if hours == 0 else f"{hours:.2f}"
+
+
+def _reason(job: Job, folder: Path, state: str) -> str:
+    """The last line of a failed job's log."""
+    log = folder / "logs" / f"{job.place}.log"
+    if state != "failed":
+        return ""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return " (interrupted before it wrote a log)"
+    return f"\n    {lines[-1][:160] if lines else 'interrupted'}\n    {log}"

@@ -1,0 +1,36 @@
+"""``buddy wandb-report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def wandb_report(
+    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
+    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    entity: Annotated[str, typer.Option(help="W&B user or team; by default the study's, else the key's owner")] = "",
+    project: Annotated[str, typer.Option(help="W&B project; the study's by default")] = "",
+) -> None:
+    """Make a W&B Report of a study, or renew it, and print its link.
+
+    It shows accuracy against budget, the ablation axes as parallel coordinates, latency, training curves, the tables
+    and the figures, over the runs that the study's jobs have logged; `buddy wandb-sync` sends those kept offline.
+    Needs a key: WANDB_API_KEY, or `wandb login` once.
+
+    \b
+    Examples:
+      buddy wandb-report --study demo
+      buddy wandb-report --study paper --entity my-team --project buddy
+    """
+    from buddy import config
+    from buddy.commands._study import study_folder
+    from buddy.tracking import modes, report
+
+    folder = study_folder(study, results)
+    plan = config.read(folder / "study.json")
+    modes.require_server("report")
+    link = report.save(plan, folder, entity or plan.tracking.entity, project or plan.tracking.project)
+    typer.echo(link)

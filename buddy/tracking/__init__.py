@@ -1,0 +1,18 @@
+"""W&B as a view on the results: nothing waits for it, nothing fails with it, nothing reads it back.
+
+    with track("train", study="demo", run_path=run.path, group="smollm2-135m × buddy", config=settings,
+               folder=study_folder / "wandb", settings=study.tracking, reads=[backbone], writes=[out]) as tracker:
+        tracker.log({"loss": 2.3}, step=10)
+        tracker.summary({"final_loss": 1.9})
+
+Records stay the one source of truth. Whatever goes wrong between here and W&B's server is told in one warning, and
+the job goes on without. W&B is imported only where a run is really opened.
+
+`job` is one job's run, `modes` where it goes, `lineage` what it was made from, `sync` sends what was kept offline and
+`report` lays out a study's page.
+"""
+
+from buddy.tracking.job import Tracker, run_id, track
+from buddy.tracking.modes import choose_mode
+
+__all__ = ["Tracker", "choose_mode", "run_id", "track"]

@@ -1,0 +1,122 @@
+"""Where a run goes: to the server, to a folder, nowhere. No key is ever read into a variable that is kept."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import socket
+import urllib.request
+from typing import Literal
+from urllib.parse import urlsplit
+
+from buddy.errors import UserError
+from buddy.settings import Tracking
+
+log = logging.getLogger("buddy.tracking")
+
+Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode | Literal["auto"]] = {
+    "auto": "auto",
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What WANDB_MODE and the study may say, W&B's older names included."""
+
+CONNECT_TIMEOUT_S = 5.0
+KEY_HINT = "set WANDB_API_KEY, or run `wandb login` once"
+
+
+def choose_mode(settings: Tracking) -> Mode:
+    """Where this process's runs go: WANDB_MODE, else the study's mode; auto is online if there is a key."""
+    named = os.environ.get("WANDB_MODE") or settings.mode
+    mode = MODES.get(named)
+    if mode is None:
+        warn(f"WANDB_MODE={named} is not one of {', '.join(MODES)}; runs are kept offline")
+        return "offline"
+    if mode == "auto":
+        return "online" if has_key() else "offline"
+    if mode == "online" and not has_key():
+        # W&B would ask for a key on the terminal, and wait.
+        warn("online, but there is no key (WANDB_API_KEY or `wandb login`); runs are kept offline")
+        return "offline"
+    return mode
+
+
+def has_key() -> bool:
+    """Whether the environment or what ``wandb login`` wrote holds a key for the server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = os.environ.get("NETRC")
+    for file in [named] if named else ["~/.netrc", "~/_netrc"]:
+        try:
+            found = netrc.netrc(os.path.expanduser(file)).authenticators(urlsplit(server()).netloc)
+        except (OSError, ValueError, netrc.NetrcParseError):  # absent, not text, not understood
+            continue
+        if found and found[2]:
+            return True
+    return False
+
+
+def server() -> str:
+    """Address of the W&B server, from the environment or what ``wandb login`` wrote."""
+    if named := os.environ.get("WANDB_BASE_URL"):
+        return named
+    import configparser
+
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(os.path.join(os.path.expanduser(folder), "settings"))
+    except (OSError, ValueError, configparser.Error):
+        return "https://api.wandb.ai"
+    return parser.get("default", "base_url", fallback="https://api.wandb.ai")
+
+
+def check_reachable() -> None:
+    """Fail at once where no connection can be made, as on most compute nodes; W&B would try for long.
+
+    Raises:
+        OSError: the server does not answer within seconds.
+    """
+    address = urlsplit(server())
+    host = address.hostname or ""
+    if urllib.request.getproxies().get(address.scheme) and not urllib.request.proxy_bypass(host):
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def require_server(what: str) -> None:
+    """Make sure that something can be sent.
+
+    Args:
+        what: what is to be sent, for the message.
+
+    Raises:
+        UserError: no key, or no connection; says what is missing.
+    """
+    if not has_key():
+        raise UserError(f"W&B: no key for {server()}, so no {what} can be sent; {KEY_HINT}")
+    try:
+        check_reachable()
+    except OSError as error:
+        raise UserError(f"W&B: {server()} cannot be reached from here ({in_one_line(error)})") from None
+
+
+_warned: set[str] = set()
+
+
+def warn(message: str, error: Exception | None = None) -> None:
+    """Say it once per process: a command may open many runs."""
+    if message not in _warned:
+        _warned.add(message)
+        log.warning("W&B: %s%s", message, f" ({in_one_line(error)})" if error is not None else "")
+
+
+def in_one_line(error: Exception) -> str:
+    """An error of any kind, short."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

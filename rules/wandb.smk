@@ -1,0 +1,30 @@
+# W&B, on demand: both run where Snakemake runs, which has network and key, and neither is part of `all`.
+
+
+rule wandb_sync:
+    log:
+        f"{RESULTS}/logs/wandb_sync.log",
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        study=STUDY.study.name,
+    shell:
+        "set -o pipefail; python -m buddy wandb-sync --results results --study {params.study} --workers {threads} 2>&1 | tee {log}"
+
+
+rule wandb_report:
+    log:
+        f"{RESULTS}/logs/wandb_report.log",
+    conda:
+        "../envs/buddy.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=15,
+    params:
+        study=STUDY.study.name,
+    shell:
+        "set -o pipefail; python -m buddy wandb-report --results results --study {params.study} 2>&1 | tee {log}"

@@ -1,0 +1,64 @@
+"""`snakemake --report` and the jobs that `buddy summary` expects, against Snakemake itself."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import re
+from pathlib import Path
+
+import pytest
+from checkout import ROOT, clone, planned, snakemake
+
+from buddy import config, progress
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clone(tmp_path_factory.mktemp("clone"))
+
+
+REFERENCE = ("--configfile", "results/reference/epyc-2-cores/study.yaml")
+
+
+def test_the_report_is_one_file_with_everything_in_it(checkout: Path) -> None:
+    built = snakemake(checkout, "--cores", "1", *REFERENCE, WANDB_MODE="disabled")
+    assert built.returncode == 0, built.stderr[-3000:]
+    study = checkout / "results" / "epyc-2-cores"
+    written = snakemake(checkout, "--report", str(study / "report.html"), *REFERENCE, http_proxy="http://127.0.0.1:9")
+    assert written.returncode == 0, written.stderr[-3000:]
+    page = (study / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["']https?:""", page), "it needs the network"
+
+    results = json.loads(re.search(r"var results = (\{.*\})", page)[1])  # type: ignore[index]
+    assert {Path(path).name for path in results} == {"table4.html", "table8.html", "latency.png"}
+    table = next(found for path, found in results.items() if path.endswith("table4.html"))
+    content = base64.b64decode(table["data_uri"].partition("base64,")[2]).decode()
+    markdown = (study / "tables" / "table4.md").read_text()
+    shown = re.findall(r"^\|.*\|$", markdown, re.M)
+    assert content.count("<tr") == len(shown) - 1  # all rows of the Markdown, without its ruler
+    assert table["labels"]["removed blocks"] == "4, 8, 11, 15 of 30"
+    assert "as numbered in the paper" in table["caption"]
+    figure = next(found for path, found in results.items() if path.endswith(".png"))
+    assert base64.b64decode(figure["data_uri"].partition("base64,")[2]) == (study / "figures/latency.png").read_bytes()
+    assert "3 Speed" in page
+
+
+@pytest.mark.parametrize("overlay", [None, "workflow/demo.yaml", "tests/tiny.yaml"])
+def test_the_summary_expects_the_jobs_that_snakemake_plans(checkout: Path, overlay: str | None) -> None:
+    study = config.read(*[ROOT / name for name in ("config.yaml", overlay) if name])
+    expected = collections.Counter(job.stage for job in dict.fromkeys(progress.jobs(study)))
+    jobs = planned(checkout, *(["--configfile", overlay] if overlay else []))
+    jobs.pop("all")
+    assert expected == jobs
+
+
+def test_without_a_key_wandb_targets_say_what_is_missing(checkout: Path, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
+    study = checkout / "results" / "epyc-2-cores"
+    (study / "wandb").mkdir(parents=True, exist_ok=True)
+    for target in ("wandb_sync", "wandb_report"):
+        refused = snakemake(checkout, "--cores", "1", *REFERENCE, "--", target, **home)
+        assert refused.returncode != 0
+        assert "set WANDB_API_KEY" in (study / "logs" / f"{target}.log").read_text()
