@@ -359,7 +359,7 @@ def figure_records(name):
             {run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)}
         )
     if name in figure_names.NAMES[2:]:
-        # No rule measures these: they show what is there.
+        # These are measured by no rule; they show what is there.
         return [str(file) for file in find_records(f"{RECORDS}/{'rouge' if name == 'figure5' else 'importance'}")]
     return accuracy_records([run for backbone in STUDY.study.backbones for run in STUDY.compared_runs(backbone)])
 
@@ -401,3 +401,60 @@ def figure_settings(wildcards):
         "removed": {backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
         "measurements": measurements(wildcards.figure),
     }
+
+
+# What tables and figures are about, the parts of the report in the order of the paper.
+SECTIONS = {
+    "1 Properties of the method": ["properties", "figure4", "figure5", *figure_names.HEAT_MAPS],
+    "2 Accuracy against budget": ["accuracy", "generation", "accuracy_vs_budget"],
+    "3 Speed": ["latency", "peer_latency", "breakdown"],
+    "4 Ablations": ["ablation", "figure1", "figure2", "figure7", "figure8"],
+    "5 Budget predictor": ["figure12", "figure13"],
+    "6 Cost of training": ["training_cost"],
+}
+SECTION_OF = {kind: section for section, kinds in SECTIONS.items() for kind in kinds}
+
+
+def depths_text(backbones):
+    """Removed blocks of each backbone: `8, 16 of 32`."""
+    return "; ".join(
+        f"{', '.join(map(str, STUDY.removed(name)))} of {STUDY.backbones[name].blocks}" for name in backbones
+    )
+
+
+def table_section(wildcards):
+    return SECTION_OF[STUDY.study.tables[wildcards.table].kind]
+
+
+def figure_section(wildcards):
+    return SECTION_OF[wildcards.figure]
+
+
+def table_labels(wildcards):
+    """A table's parameters, as columns of the report's list."""
+    table = STUDY.study.tables[wildcards.table]
+    named = STUDY.ablation(table.ablation).backbone if table.ablation else table.backbone
+    several = STUDY.answering_backbones() if table.kind == "generation" else STUDY.study.backbones
+    backbones = [named] if named else several
+    return {
+        "result": wildcards.table.replace("table", "Table "),
+        "shows": table.ablation or table.kind.replace("_", " "),
+        "backbone": ", ".join(backbones),
+        "removed blocks": depths_text(backbones),
+    }
+
+
+def figure_labels(wildcards):
+    """A figure's parameters, as columns of the report's list."""
+    number = wildcards.figure.removeprefix("figure")
+    return {
+        "result": f"Figure {number}" if number.isdigit() else "Figure",
+        "shows": SECTION_OF[wildcards.figure][2:].lower() if number.isdigit() else number.replace("_", " "),
+        "backbone": ", ".join(STUDY.study.backbones),
+        "removed blocks": depths_text(STUDY.study.backbones),
+    }
+
+
+def reads(wildcards, input):
+    """The records behind a table or figure, for W&B's lineage; records given are not of this study."""
+    return " ".join(f"--reads {shlex.quote(path)}" for path in input) if MEASURES else ""

@@ -1,4 +1,9 @@
-# Tables and figures, from records alone: no GPU, no model, no network.
+# Tables and figures, from records alone: no GPU, no model, no network. `snakemake --report results/NAME/report.html`
+# puts them on one page that needs no other file.
+
+
+report: "../workflow/report/workflow.rst"
+
 
 # What `all` builds: all that the study measures, or of records given what they can show.
 TABLES = [name for name in STUDY.measured_tables() if table_records(name)]
@@ -14,6 +19,12 @@ rule table:
         lambda w: table_records(w.table),
     output:
         [f"{RESULTS}/tables/{{table}}.{kind}" for kind in ("csv", "md", "tex")],
+        report(
+            f"{RESULTS}/tables/{{table}}.html",
+            caption="../workflow/report/table.rst",
+            category=table_section,
+            labels=table_labels,
+        ),
     log:
         f"{RESULTS}/logs/table/{{table}}.log",
     conda:
@@ -24,15 +35,23 @@ rule table:
     params:
         study=STUDY.study.name,
         settings=table_settings,
+        reads=reads,
     shell:
-        "python -m buddy report --results results --study {params.study} --table {wildcards.table} --track > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --table {wildcards.table} --track {params.reads} "
+        "> {log} 2>&1"
 
 
 rule figure:
     input:
         lambda w: figure_records(w.figure),
     output:
-        [f"{RESULTS}/figures/{{figure}}.{kind}" for kind in ("pdf", "png")],
+        f"{RESULTS}/figures/{{figure}}.pdf",
+        report(
+            f"{RESULTS}/figures/{{figure}}.png",
+            caption="../workflow/report/figure.rst",
+            category=figure_section,
+            labels=figure_labels,
+        ),
     log:
         f"{RESULTS}/logs/figure/{{figure}}.log",
     conda:
@@ -43,8 +62,10 @@ rule figure:
     params:
         study=STUDY.study.name,
         settings=figure_settings,
+        reads=reads,
     shell:
-        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} --track > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} --track {params.reads} "
+        "> {log} 2>&1"
 
 
 # `snakemake table2` and so on: the paper's names as targets, for those that the study measures.

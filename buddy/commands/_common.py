@@ -25,7 +25,13 @@ def run_of(info: RunInfo) -> Run:
 
 
 def tracked(
-    stage: str, study: str, run: Run, config: dict[str, Any], part: str = ""
+    stage: str,
+    study: str,
+    run: Run,
+    config: dict[str, Any],
+    part: str = "",
+    reads: Iterable[str | Path | None] = (),
+    writes: Iterable[str | Path | None] = (),
 ) -> AbstractContextManager[Tracker]:
     """A W&B run for a job on one run of the study.
 
@@ -35,15 +41,24 @@ def tracked(
         run: what it works on; the group is backbone × method.
         config: every setting of the job.
         part: tells jobs of one stage on one run apart (a data set).
+        reads, writes: what of the study it is made from and makes, for W&B's lineage; None is nothing.
     """
     facts = {"backbone": run.backbone, "method": run.method, "seed": run.seed, **run.variant}
     path = f"{run.path}/{part}" if part else run.path
     group = f"{run.backbone} × {run.method}"
-    return tracked_job(stage, study, path, group, {**facts, **config}, (run.backbone, run.method))
+    tags = (run.backbone, run.method)
+    return tracked_job(stage, study, path, group, {**facts, **config}, tags, reads, writes)
 
 
 def tracked_job(
-    stage: str, study: str, path: str, group: str, config: dict[str, Any], tags: tuple[str, ...] = ()
+    stage: str,
+    study: str,
+    path: str,
+    group: str,
+    config: dict[str, Any],
+    tags: tuple[str, ...] = (),
+    reads: Iterable[str | Path | None] = (),
+    writes: Iterable[str | Path | None] = (),
 ) -> AbstractContextManager[Tracker]:
     """A W&B run for any job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
 
@@ -54,6 +69,7 @@ def tracked_job(
         group: runs shown together.
         config: every setting of the job.
         tags: besides the study's name.
+        reads, writes: what of the study it is made from and makes, for W&B's lineage; None is nothing.
     """
     from buddy.tracking import track
 
@@ -64,6 +80,8 @@ def tracked_job(
         group=group,
         config={"study": study, **config},
         tags=(study, *tags),
+        reads=[given for given in reads if given],
+        writes=[given for given in writes if given],
         folder=Path(os.environ.get("WANDB_DIR", ".")),
         settings=Tracking(
             project=os.environ.get("WANDB_PROJECT", "buddy"),

@@ -97,7 +97,8 @@ def adapt(
         },
         commit=commit(),
     )
-    with tracked("adapt", study, run_of(info), info.training) as tracker:
+    reads, writes = [backbone, data, calibration], [out, record]
+    with tracked("adapt", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
         on_log = lambda step, values: tracker.log(values, step=step)  # noqa: E731
         job = peers.Job(model, tokenizer, pairs, settings, removed, out, seed, on_log)

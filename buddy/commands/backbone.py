@@ -79,7 +79,7 @@ def backbone(
     from buddy.commands._common import tracked_job
 
     config = {**source.model_dump(), "backbone": name or out.name, "dtype": dtype}
-    with tracked_job("backbone", study, out.name, "backbones", config) if study else nullcontext() as job:
+    with tracked_job("backbone", study, out.name, "backbones", config, writes=[out]) if study else nullcontext() as job:
         found = backbones.prepare(source, out, name=name, blocks=blocks, dtype=dtype)
         if job is not None:
             job.summary({key: found[key] for key in ("architecture", "blocks", "parameters", "revision")})

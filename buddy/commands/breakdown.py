@@ -46,7 +46,7 @@ def breakdown(
         raise UserError(f"--run: {run} does not route by keys and values (method {info.method}); give a trained run")
     check_depths(model, depths)
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("breakdown", info.study, run_of(info), config, data.name) as tracker:
+    with tracked("breakdown", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
         watch = Stopwatch(str(model.device))
         for count, metrics in profiling.breakdown(model, prompts, depths, settings):
             Record(

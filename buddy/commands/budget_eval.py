@@ -64,7 +64,8 @@ def budget_eval(
         raise UserError(f"--run: {run} has no budget predictor; train one with `buddy predictor --run {run}`")
     predictor = copy.deepcopy(policy.predictor).cpu()
     config = {**settings.model_dump(include=set(_READ)), "training": info.training.get("predictor", {})}
-    with tracked("budget-eval", info.study, run_of(info), config, "+".join(folder.name for folder in data)) as tracker:
+    part = "/".join([run.name, *(folder.name for folder in data)])  # a predictor's folder is named by its preset
+    with tracked("budget-eval", info.study, run_of(info), config, part, [run, *data], [out]) as tracker:
         for name, which, contexts, losses, watch in _tables(model, data, settings):
             found = budgets.measure(predictor, contexts, losses, policy.blocks)
             Record(

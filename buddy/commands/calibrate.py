@@ -80,7 +80,7 @@ def calibrate(
         "window_seed": seed,
     }
     part = f"{criterion}/removed~{removed}"
-    with tracked("calibrate", study, run, facts, part) if out else nullcontext() as tracker:
+    with tracked("calibrate", study, run, facts, part, [backbone, corpus], [out]) if out else nullcontext() as tracker:
         watch = Stopwatch(str(model.device))
         found = peer.find(model, ids.to(model.device), removed, candidates, batch_size)
         facts |= {"removed": found.order, "score": peer.score, "scores": found.rounds, "ppl": found.ppl}

@@ -40,7 +40,8 @@ def data(
     from buddy.commands._common import tracked_job
     from buddy.data import materialise
 
-    with tracked_job("data", study, name, "data", {"data": name, "source": source}) if study else nullcontext() as job:
+    config = {"data": name, "source": source}
+    with tracked_job("data", study, name, "data", config, writes=[out]) if study else nullcontext() as job:
         content = materialise(name, source, out)
         if job is not None:
             job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})

@@ -42,6 +42,7 @@ def evaluate(
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
     from buddy.records import Budget, Record, Stopwatch
+    from buddy.tracking.report import average_name
 
     depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
     model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
@@ -51,7 +52,8 @@ def evaluate(
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("evaluate", info.study, run_of(info), config) as tracker:
+    reads = [run, *(data / task for task in settings.tasks)]
+    with tracked("evaluate", info.study, run_of(info), config, "", reads, [out]) as tracker:
         for count in depths:
             budget = Budget.of(model.blocks - count, model.blocks)
             watch = Stopwatch(str(model.device))
@@ -69,19 +71,27 @@ def evaluate(
                 **provenance(model, watch),
             ).write(out / f"removed~{count}.json")
             typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
-            tracker.log(
-                {
-                    f"{task}/{key}": value
-                    for task, found in metrics["tasks"].items()
-                    for key, value in found.items()
-                    if key != "items"
-                },
-                step=count,
-            )
+            average = _average(metrics)
+            scores = {
+                f"{task}/{key}": value
+                for task, found in metrics["tasks"].items()
+                for key, value in found.items()
+                if key != "items"
+            }
+            tracker.log({"budget": budget.fraction, "average": average, **scores}, step=count)
+            tracker.summary({average_name(count): average})
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, float]:
+    """Each task's score in percent: normalised accuracy where the task has one."""
+    return {name: 100 * found.get("acc_norm", found.get("acc", 0.0)) for name, found in metrics["tasks"].items()}
+
+
+def _average(metrics: dict[str, Any]) -> float:
+    scores = _scores(metrics)
+    return sum(scores.values()) / len(scores)
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    """Each task's score in percent: normalised accuracy where the task has one."""
-    scores = {name: 100 * found.get("acc_norm", found.get("acc", 0.0)) for name, found in metrics["tasks"].items()}
-    mean = sum(scores.values()) / len(scores)
+    scores, mean = _scores(metrics), _average(metrics)
     return ", ".join(f"{name} {score:.1f}" for name, score in scores.items()) + f"; mean {mean:.1f}"

@@ -55,7 +55,7 @@ def importance(
     run = Run(name or backbone.name, "dense", (), 0)
     variant = {"taylor": taylor} if indicator == "taylor" else {}
     config = {"indicator": indicator, **variant, "window_seed": seed, **settings.model_dump()}
-    with tracked("importance", study, run, config, indicator) as tracker:
+    with tracked("importance", study, run, config, indicator, [backbone, corpus], [out]) as tracker:
         watch = Stopwatch(str(model.device))
         ids = windows(tokenizer, text, settings.samples, settings.length, seed)
         found = estimate(model, ids, indicator, taylor=taylor)

@@ -54,7 +54,7 @@ def latency(
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
     info = model.origin.info
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("latency", info.study, run_of(info), config, data.name) as tracker:
+    with tracked("latency", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
         watch = Stopwatch(str(model.device))
         timings = benchmark(model, prompts, depths, settings, data.name)
         facts = {"study": info.study, "backbone": info.backbone, "seed": info.seed, **provenance(model, watch)}

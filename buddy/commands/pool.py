@@ -56,7 +56,7 @@ def pool(
         "criteria": settings.criteria,
         "items": settings.pool_items,
     }
-    with tracked("pool", study, run, facts) if out else nullcontext() as tracker:
+    with tracked("pool", study, run, facts, "", [backbone], [out]) if out else nullcontext() as tracker:
         watch = Stopwatch(str(model.device))
         found = find_pool(model, items, removed, settings.criteria, batch_size)
         facts["omissions"] = [omission.content() for omission in found]

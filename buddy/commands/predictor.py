@@ -77,7 +77,9 @@ def predictor(
         commit=commit(),
     )
     most_removed = info.training.get("most_removed", policy.blocks - policy.always)
-    with tracked("predictor", info.study, run_of(info), info.training["predictor"]) as tracker:
+    reads, writes = [run, *data], [out, record]
+    part = f"preset~{preset}"  # each preset is another job on the same run
+    with tracked("predictor", info.study, run_of(info), info.training["predictor"], part, reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
         fitted = training.train(
             model.backbone,

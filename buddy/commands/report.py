@@ -26,6 +26,9 @@ def report(
     ] = False,
     all_: Annotated[bool, typer.Option("--all", help="every table and figure that the study measures")] = False,
     track: Annotated[bool, typer.Option("--track", help="log each table and figure as a W&B run")] = False,
+    reads: Annotated[
+        list[Path] | None, typer.Option("--reads", help="records behind it, for W&B's lineage; repeat for more")
+    ] = None,
     summary: Annotated[bool, typer.Option("--summary", help="print accuracy, speed and where the plots are")] = False,
 ) -> None:
     """Build tables and figures from a study's records, or print its summary.
@@ -68,17 +71,19 @@ def report(
     asked_tables = list(dict.fromkeys(tables.resolve(found, name) for name in table or []))
     asked_figures = list(dict.fromkeys(figures.resolve(found, name) for name in figure or []))
     for name in tables.names(found) if all_ else asked_tables:
-        with _tracked(track, "table", found.name, name) as job:
+        with _tracked(track, "table", found.name, name, reads, folder) as job:
             paths = write.table(found, name)
             if job is not None:
                 job.table(name, pd.read_csv(paths[0]))
         _announce(paths)
     for name in figures.names(found) if all_ else asked_figures:
-        with _tracked(track, "figure", found.name, name):
+        with _tracked(track, "figure", found.name, name, reads, folder) as job:
             paths = write.figure(found, name)
+            if job is not None:
+                job.image(name, paths[-1])
         _announce(paths)
     if compare or all_:
-        with _tracked(track, "table", found.name, "compare") as job:
+        with _tracked(track, "table", found.name, "compare", reads, folder) as job:
             for name, paths in write.comparison(found).items():
                 if job is not None:
                     job.table(name, pd.read_csv(paths[0]))
@@ -87,12 +92,16 @@ def report(
         typer.echo(summarise(folder))
 
 
-def _tracked(wanted: bool, stage: str, study: str, name: str) -> AbstractContextManager[Any]:
+def _tracked(
+    wanted: bool, stage: str, study: str, name: str, reads: list[Path] | None, folder: Path
+) -> AbstractContextManager[Any]:
     if not wanted:
         return nullcontext()
     from buddy.commands._common import tracked_job
 
-    return tracked_job(stage, study, name, "report", {stage: name})
+    return tracked_job(
+        stage, study, name, "report", {stage: name}, reads=reads or [], writes=[folder / f"{stage}s" / name]
+    )
 
 
 def _folder(study: str, results: Path) -> Path:

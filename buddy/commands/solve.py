@@ -51,7 +51,8 @@ def solve(
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     lm = BuddyLM(model, decode=settings.decode, batch_size=settings.batch_size)
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("solve", info.study, run_of(info), config) as tracker:
+    reads = [run, *(data / task for task in settings.tasks)]
+    with tracked("solve", info.study, run_of(info), config, "", reads, [out]) as tracker:
         for count in depths:
             budget = Budget.of(model.blocks - count, model.blocks)
             watch = Stopwatch(str(model.device))

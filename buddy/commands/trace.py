@@ -49,7 +49,7 @@ def trace(
     info = model.origin.info
     info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
     config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("trace", info.study, run_of(info), config, data.name) as tracker:
+    with tracked("trace", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
         for count in depths:
             budget = Budget.of(model.blocks - count, model.blocks)
             watch = Stopwatch(str(model.device))

@@ -86,7 +86,8 @@ def train(
         training={**settings.model_dump(), "most_removed": most_removed, "data": data.name},
         commit=commit(),
     )
-    with tracked("train", study, run_of(info), info.training) as tracker:
+    reads, writes = [backbone, data, prior], [out, record]
+    with tracked("train", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
         result = sft.train(
             model,

@@ -8,12 +8,13 @@ from buddy.records import write_bytes
 from buddy.reporting import figures, render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
+from buddy.reporting.page import to_html
 from buddy.reporting.significance import significance
 from buddy.reporting.study import Study
 
 
 def table(study: Study, name: str) -> list[Path]:
-    """Build one table and write it as ``tables/<name>.csv``, ``.md`` and ``.tex``."""
+    """Build one table and write it as ``tables/<name>.csv``, ``.md``, ``.tex`` and ``.html``."""
     stem = name if name.startswith("table") else f"table{name}"
     return _written(study, tables.build(study, name), stem)
 
@@ -25,7 +26,12 @@ def comparison(study: Study) -> dict[str, list[Path]]:
 
 
 def _written(study: Study, grid: Grid, stem: str) -> list[Path]:
-    texts = {"csv": render.to_csv(grid), "md": render.to_markdown(grid), "tex": render.to_latex(grid)}
+    texts = {
+        "csv": render.to_csv(grid),
+        "md": render.to_markdown(grid),
+        "tex": render.to_latex(grid),
+        "html": to_html(grid),
+    }
     return [write_bytes(study.folder / "tables" / f"{stem}.{kind}", text.encode()) for kind, text in texts.items()]
 
 

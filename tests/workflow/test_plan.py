@@ -67,7 +67,11 @@ def test_the_papers_table_names_are_targets(checkout, table):
         ({"study": {"lora": ["trained", "none"]}}, 1 + 2 * 2, 1),
         ({"study": {"seeds": [0, 1], "lora": ["trained", "none"]}}, 2 + 2 * 2 + 2, 1),  # untrained, seeds do not differ
         ({"study": {"methods": ["dense", "first"]}}, 2, 0),
-        ({"study": {"methods": ["shortened_llama"]}, "peers": {"criteria": {"shortened_llama": ["ppl", "taylor"]}}}, 4, 2),
+        (
+            {"study": {"methods": ["shortened_llama"]}, "peers": {"criteria": {"shortened_llama": ["ppl", "taylor"]}}},
+            4,
+            2,
+        ),
     ],
 )
 def test_methods_lora_seeds_and_criteria_span_the_peers(checkout, overlay, adapted, calibrated):
@@ -142,7 +146,15 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
     """Resources, log, retries and environment, read from the rules as Snakemake prints them."""
     text = "".join(
         (checkout / "rules" / name).read_text()
-        for name in ("inputs.smk", "train.smk", "evaluate.smk", "latency.smk", "breakdown.smk", "peers.smk", "generate.smk")
+        for name in (
+            "inputs.smk",
+            "train.smk",
+            "evaluate.smk",
+            "latency.smk",
+            "breakdown.smk",
+            "peers.smk",
+            "generate.smk",
+        )
     )
     for rule in text.split("\nrule ")[1:]:
         name = rule.split(":")[0]
@@ -206,7 +218,7 @@ def test_a_table_is_built_from_records_given_and_nothing_else_is_done(given):
     assert result.returncode == 0, result.stdout + result.stderr
     after = tree(given)
     assert {name: after.get(name) for name in before} == before
-    made = {f"tables/table4.{kind}" for kind in ("csv", "md", "tex")} | {"logs/table/table4.log", "study.json"}
+    made = {f"tables/table4.{kind}" for kind in ("csv", "md", "tex", "html")} | {"logs/table/table4.log", "study.json"}
     assert set(after) - set(before) == {f"results/reference-machine/{name}" for name in made}
 
     records = sorted((given / MACHINE / "records/latency").rglob("*.json"))
