@@ -197,7 +197,7 @@ class Plan:
             "run": self._run_folder(run),
             "data": self.out / "data" / dataset,
             "removed": removed,
-            **self.study.latency.model_dump(exclude={"backbones", "datasets"}),
+            **self.study.latency.model_dump(exclude={"backbones", "methods", "datasets"}),
             "out": folder,
         }
         outputs = [folder / record for record in self._latency_records(removed)]

@@ -101,7 +101,8 @@ def predictor(
             tokens=sum(len(row["input_ids"]) for row in rows),
             trainable=sum(parameter.numel() for parameter in policy.predictor.parameters()),
         )
-        facts = training.facts(policy.predictor, fitted)
+        passes = fitted.steps * settings.batch_size / len(rows) if preset == "paper" else fitted.steps
+        facts = {**training.facts(policy.predictor, fitted), "epochs": passes}
         keep(out, info, policy, trained, len(rows), record, tracker, provenance(model, watch), facts)
     typer.echo(
         f"{preset}: entropy {facts['final_entropy']:.4f} of {facts['entropy_uniform']:.4f} nats (uniform), "

@@ -70,12 +70,19 @@ def training_items(
         documents = list(task.training_docs())
         if count is not None and len(documents) < count:
             raise UserError(f"task {name}: {count} training items asked for, the split has {len(documents)}")
-        found[name] = [_item(task, document, tokenizer, max_length) for document in documents[:count]]
+        found[name] = [item_of(task, document, tokenizer, max_length) for document in documents[:count]]
     return found
 
 
-def _item(task: Any, document: dict[str, Any], tokenizer: Any, max_length: int) -> Item:
-    """A document in the words of its evaluation, without solved examples, in tokens."""
+def item_of(task: Any, document: dict[str, Any], tokenizer: Any, max_length: int) -> Item:
+    """A document of any split in the words of its evaluation, without solved examples, in tokens.
+
+    Args:
+        task: lm-evaluation-harness's task.
+        document: one of its documents.
+        tokenizer: the backbone's.
+        max_length: longest context with its answer, tokens; a longer context loses its beginning.
+    """
     requests = task.construct_requests(document, task.fewshot_context(document, 0), metadata=(None, None, None))
     pairs = [_encoded(tokenizer, request.args[0], request.args[1], max_length) for request in requests]
     contexts, answers = zip(*pairs, strict=True)

@@ -15,8 +15,7 @@ from typing import Any
 
 from buddy.data import inputs
 from buddy.data.catalogue import CATALOGUE, CHOICE
-from buddy.data.choices import Item, training_items
-from buddy.data.choices import _item as item_of  # a document of any split, as `training_items` makes it
+from buddy.data.choices import Item, item_of, training_items
 from buddy.data.store import PROVENANCE
 from buddy.data.tasks import tasks
 from buddy.errors import UserError

@@ -735,6 +735,7 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     record = Record.read(tmp_path / "training.json")
     assert (record.kind, record.study, record.seed, record.variant["preset"]) == ("training", "small", 2, preset)
     assert record.metrics["entropy_uniform"] == pytest.approx(math.log(5 if preset == "paper" else 3))
+    assert record.metrics["epochs"] == (3 * 2 / 6 if preset == "paper" else 2)
     assert {"loss", "reward", "ce", "entropy", "mean_budget", "histogram"} <= set(record.metrics["curve"][0])
     assert not (out / "checkpoints").exists()
     model = buddy.load(out, device="cpu", dtype="float32")
