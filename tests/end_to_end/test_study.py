@@ -126,7 +126,8 @@ def test_adding_an_ablation_value_adds_its_runs_only(finished):
     overlay["study"]["ablations"][0]["feature"].append("key+value")
     (finished / "knob.yaml").write_text(yaml.safe_dump(overlay))
     jobs = planned(finished, "--configfile", "knob.yaml")
-    assert jobs == {"train": 1, "evaluate": 1, "table": 1, "all": 1}
+    # besides its own, the table of what training costs and the picture of the ablation
+    assert jobs == {"train": 1, "evaluate": 1, "table": 2, "figure": 1, "all": 1}
 
 
 def test_a_person_can_generate_with_the_trained_run(finished):

@@ -18,8 +18,8 @@ import slurmd
 
 TIMEOUT_S = 1500
 ON_GPU = {
-    *("importance", "train", "calibrate", "pool", "adapt"),
-    *("evaluate", "solve", "trace", "latency", "breakdown"),
+    *("importance", "train", "calibrate", "pool", "adapt", "predictor"),
+    *("evaluate", "solve", "trace", "latency", "breakdown", "budget_eval"),
 }
 """Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""
 NOTE = """\

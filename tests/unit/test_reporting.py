@@ -1063,7 +1063,7 @@ def test_report_writes_what_was_asked_and_leaves_no_temporary(small: Maker, caps
     assert made == [
         "figures/latency.pdf",
         "figures/latency.png",
-        *(f"tables/table{number}.{kind}" for number in (2, 4) for kind in ("csv", "md", "tex")),
+        *(f"tables/table{number}.{kind}" for number in (2, 4) for kind in ("csv", "html", "md", "tex")),
     ]
     text = capsys.readouterr().out
     assert "Accuracy of smollm2-135m, average of 8 tasks" in text
