@@ -230,6 +230,8 @@ def _measurements(study: Config) -> Iterator[Job]:
     for run in study.predicting_runs():
         for preset in study.predictor.presets:
             name = f"{run.path}/preset~{preset}"
+            if study.predictor.tasks:
+                yield Job("evaluate_auto", name, f"records/predicted/{name}/auto.json")
             yield Job("budget_eval", name, f"records/budget/{name}")
     tables = list(study.measured_tables().values())
     for table in tables:

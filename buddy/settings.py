@@ -437,6 +437,9 @@ class Predictor(Settings):
         ["alpaca", "gsm8k", *TASKS], description="data sets on whose held-out inputs it is evaluated", min_length=1
     )
     limit: int | None = Field(None, description="first N held-out inputs of each (all by default)", ge=1)
+    tasks: list[Task] = Field(
+        [*TASKS], description="tasks that are scored with each input's depth left to the predictor; [] for none"
+    )
 
 
 _GRPO = ("steps", "batch_size", "group", "learning_rate", "quality_weight", "cost_weight", "entropy_weight")

@@ -3,7 +3,7 @@
 
 rule breakdown:
     input:
-        model=lambda w: model_file(RUNS[w.run]),
+        model=profiled_model,
         data=f"{RESULTS}/data/{min(STUDY.latency.datasets)}/data.json",  # alpaca, as in the paper, where it is timed
     output:
         directory(f"{RESULTS}/records/breakdown/{{run}}"),

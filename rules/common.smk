@@ -132,6 +132,14 @@ def model_file(run):
     return f"{RESULTS}/runs/{run.path}/run.json"
 
 
+def profiled_model(wildcards):
+    """The run itself, or the one made of it that has a budget predictor, whose cost is then profiled, too."""
+    run = RUNS[wildcards.run]
+    if run in STUDY.predicting_runs() and STUDY.predictor.presets:
+        return f"{RESULTS}/predictors/{run.path}/preset~{STUDY.predictor.presets[-1]}/run.json"
+    return model_file(run)
+
+
 def depths_flag(wildcards):
     """Numbers of removed blocks at which a run is measured."""
     return ",".join(map(str, STUDY.depths(RUNS[wildcards.run])))
@@ -167,8 +175,7 @@ def generation_records():
 
 def training_records():
     """The records of every training, each a file."""
-    files = [f"{RECORDS}/training/{path}.json" for path in [*ROUTED, *PEERS]]
-    return files if MEASURES else [file for file in files if Path(file).is_file()]
+    return shown_files(f"{RECORDS}/training/{path}.json" for path in [*ROUTED, *PEERS])
 
 
 def trace_records(backbone):
@@ -297,6 +304,20 @@ def budget_records():
     )
 
 
+def predicted_records():
+    """Scores at the depths that the study's budget predictors choose, and those of the whole models beside them."""
+    if not STUDY.predictor.tasks:
+        return []
+    predicted = shown_files(
+        f"{RECORDS}/predicted/{run.path}/preset~{preset}/auto.json"
+        for run in STUDY.predicting_runs()
+        for preset in STUDY.predictor.presets
+    )
+    whole = ("dense", "dense_lora")
+    runs = [run for name in STUDY.predicting_backbones() for run in STUDY.compared_runs(name) if run.method in whole]
+    return predicted + accuracy_records(runs)
+
+
 def shown_files(files):
     """Records as inputs: as the rules promise them, or those that are there among records given."""
     return [file for file in files if MEASURES or Path(file).is_file()]
@@ -353,7 +374,7 @@ def figure_records(name):
     if name == "figure12":
         return predictor_records()
     if name == "figure13":
-        return budget_records()
+        return budget_records() + predicted_records()
     if name == "ablation":
         return accuracy_records(
             {run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)}
@@ -374,7 +395,8 @@ def measurements(kind):
         **dict.fromkeys(
             ("properties", "figure4", *figure_names.HEAT_MAPS), STUDY.trace.model_dump(exclude={"backbones"})
         ),
-        **dict.fromkeys(("figure12", "figure13"), [STUDY.predictor.presets, STUDY.predictor.datasets]),
+        "figure12": STUDY.predictor.presets,
+        "figure13": [STUDY.predictor.presets, STUDY.predictor.datasets, STUDY.predictor.tasks],
         "figure1": STUDY.importance.corpus,
     }.get(kind, STUDY.evaluation.tasks)
 

@@ -30,6 +30,35 @@ rule predictor:
         "--out {params.folder} --record {output.record} > {log} 2>&1"
 
 
+rule evaluate_auto:
+    input:
+        run=f"{RESULTS}/predictors/{{routed}}/preset~{{preset}}/run.json",
+        data=[f"{RESULTS}/data/{task}/data.json" for task in STUDY.predictor.tasks],
+    output:
+        f"{RESULTS}/records/predicted/{{routed}}/preset~{{preset}}/auto.json",
+    log:
+        f"{RESULTS}/logs/evaluate_auto/{{routed}}/preset~{{preset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/evaluate_auto/{{routed}}/preset~{{preset}}.tsv"
+    retries: 2
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.25),
+    params:
+        run=lambda w, input: parent(input.run),
+        data=lambda w, input: parent(parent(input.data[0])),
+        tasks=",".join(STUDY.predictor.tasks),
+        settings=section(STUDY.evaluation, "tasks"),
+        folder=lambda w, output: parent(output[0]),
+    shell:
+        "python -m buddy evaluate --run {params.run} --data {params.data} --budget auto --tasks {params.tasks} "
+        "{params.settings} --out {params.folder} > {log} 2>&1"
+
+
 rule budget_eval:
     input:
         run=f"{RESULTS}/predictors/{{routed}}/preset~{{preset}}/run.json",

@@ -112,6 +112,12 @@ def backbone_folder(given: Path, results: Path = Path("results")) -> Path:
     raise UserError(f"--backbone {given}: not a backbone (no config.json); make one with `buddy backbone`{there}")
 
 
+def keep_off_the_hub() -> None:
+    """Before lm-eval or `datasets` is imported: data sets are local files here, and looking for them on the Hub would
+    stall a node without network."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
 def check_one_gpu(device: str) -> None:
     """A job asks for one GPU and must see one: more would be wasted, and would change the batch size.
 
@@ -142,6 +148,24 @@ def check_depths(model: RoutedModel, depths: Iterable[int]) -> None:
 
     for removed in depths:
         model.policy.begin((model.blocks - removed) / model.blocks, 1, torch.device("cpu"))
+
+
+def check_auto(model: RoutedModel, budget: str) -> None:
+    """Refuse ``auto`` or ``auto:PRICE`` where it has no meaning, before anything is measured.
+
+    Args:
+        model: the run to measure.
+        budget: as the user gave it.
+
+    Raises:
+        UserError: it is something else.
+        BudgetError: the run has no budget predictor, or one that takes no price.
+    """
+    import torch
+
+    if budget.split(":")[0] != "auto":
+        raise UserError(f"--budget: {budget!r} is neither auto nor auto:PRICE; a depth is given as --removed")
+    model.policy.begin(budget, 1, torch.device("cpu"))
 
 
 def provenance(model: Any, watch: Stopwatch) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from buddy.settings import METHODS, NOT_OF_PEERS, STATIC_PEERS, First, Pudding, 
 if TYPE_CHECKING:
     from buddy.records import Record
     from buddy.training import peers
+    from buddy.training.job import Job
 
 ADAPTED = tuple(method for method in METHODS if method not in ("dense", "buddy"))
 
@@ -62,7 +63,7 @@ def adapt(
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.records import Stopwatch, commit
-    from buddy.training import peers
+    from buddy.training.job import Job
 
     choice("--method", method, ADAPTED)
     choice("--lora", lora, ("trained", "none"))
@@ -101,14 +102,14 @@ def adapt(
     with tracked("adapt", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
         on_log = lambda step, values: tracker.log(values, step=step)  # noqa: E731
-        job = peers.Job(model, tokenizer, pairs, settings, removed, out, seed, on_log)
+        job = Job(model, tokenizer, pairs, settings, removed, out, seed, on_log)
         made = _make(method, job, found, pudding, first, tasks)
         info.policy_settings = made.policy.settings()
         keep(out, info, made.policy, made.trained, len(pairs), record, tracker, provenance(model, watch), made.facts)
 
 
 def _make(
-    method: str, job: peers.Job, found: Record | None, pudding: Pudding, first: First, tasks: Path | None
+    method: str, job: Job, found: Record | None, pudding: Pudding, first: First, tasks: Path | None
 ) -> peers.Peer:
     """Make the peer that was asked for."""
     from buddy.peers.pudding import Omission

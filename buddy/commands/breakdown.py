@@ -29,38 +29,25 @@ def breakdown(
           --batch-size 2 --tokens 64 --steps 4 --out records
       buddy breakdown --run RUN --data DIR --removed 4,16 --contexts 128,1024,8192 --out records
     """
-    from buddy import runs
-    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import counts
+    from buddy.commands._measured import open_run
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.evaluation import breakdown as profiling
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Stopwatch
 
-    depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)]
-    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    info = model.origin.info
+    measured = open_run(run, removed, settings.kv, device, dtype)
+    model = measured.model
     if not model.policy.source_block:
-        raise UserError(f"--run: {run} does not route by keys and values (method {info.method}); give a trained run")
-    check_depths(model, depths)
-    config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("breakdown", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
+        raise UserError(
+            f"--run: {run} does not route by keys and values (method {measured.info.method}); give a trained run"
+        )
+    with measured.tracked("breakdown", settings, out, part=data.name) as tracker:
         watch = Stopwatch(str(model.device))
-        for count, metrics in profiling.breakdown(model, prompts, depths, settings):
-            Record(
-                kind="breakdown",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method,
-                metrics=metrics,
-                n=settings.repeats,
-                variant={**info.variant, "kv": settings.kv, "decode": "recompute"},
-                seed=info.seed,
-                budget=Budget.of(model.blocks - count, model.blocks),
-                **provenance(model, watch),
-            ).write(out / f"removed~{count}.json")
+        for count, metrics in profiling.breakdown(model, prompts, measured.depths, settings):
+            measured.write(
+                "breakdown", out / f"removed~{count}.json", count, metrics, settings.repeats, watch, decode="recompute"
+            )
             shares = {
                 f"{phase}/{name}_percent": part["percent"]
                 for phase, found in metrics["phases"].items()

@@ -41,10 +41,9 @@ def budget_eval(
       buddy budget-eval --run RUN2 --data results/demo/data/alpaca --out records
       buddy budget-eval --run RUN2 --data DIR/alpaca --data DIR/boolq --limit 64 --out records
     """
-    import os
+    from buddy.commands._common import keep_off_the_hub
 
-    # A task's questions are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    keep_off_the_hub()
 
     import copy
 

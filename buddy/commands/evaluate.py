@@ -18,6 +18,12 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
     settings: Evaluation,
     removed: Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")] = "0",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="auto or auto:PRICE: in place of --removed, the run's budget predictor sets each input's depth"
+        ),
+    ] = "",
     study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
     name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -30,56 +36,53 @@ def evaluate(
       buddy evaluate --run results/demo/runs/.../seed~0 --data results/demo/data --removed 4,8 --out records
       buddy evaluate --run results/demo/backbones/smollm2-135m --data results/demo/data --tasks piqa,arc_easy \\
           --limit 20 --out records
+      buddy evaluate --run RUN2 --data results/demo/data --tasks piqa --budget auto --out records
     """
-    import os
+    from buddy.commands._common import check_auto, keep_off_the_hub
+    from buddy.commands._measured import open_run
 
-    # The data sets are local files; looking for them on the Hub would stall a node without network.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    keep_off_the_hub()
 
-    from buddy import runs
-    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import counts
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Budget, Stopwatch
     from buddy.tracking.report import average_name
 
-    depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
-    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    check_depths(model, depths)
-    info = model.origin.info
-    info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
+    measured = open_run(run, "" if budget else removed, settings.kv, device, dtype, study, name)
+    model = measured.model
     lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)
-    config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    reads = [run, *(data / task for task in settings.tasks)]
-    with tracked("evaluate", info.study, run_of(info), config, "", reads, [out]) as tracker:
-        for count in depths:
-            budget = Budget.of(model.blocks - count, model.blocks)
+
+    if budget:
+        check_auto(model, budget)
+
+    def measure(depth: Budget) -> tuple[dict[str, Any], int]:
+        metrics = accuracy.measure(lm, depth.fraction, settings, data)
+        return metrics, accuracy.items(metrics)
+
+    reads = [data / task for task in settings.tasks]
+    with measured.tracked("evaluate", settings, out, reads=reads) as tracker:
+        if budget:
             watch = Stopwatch(str(model.device))
-            metrics = accuracy.measure(lm, budget.fraction, settings, data)
-            Record(
-                kind="accuracy",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method,
-                metrics=metrics,
-                n=sum(task["n"] for task in metrics["tasks"].values()),
-                variant={**info.variant, "kv": settings.kv} if info.variant else {},
-                seed=info.seed,
-                budget=budget,
-                **provenance(model, watch),
-            ).write(out / f"removed~{count}.json")
+            metrics = accuracy.predicted(lm, budget, settings, data)
+            path = out / f"{budget.replace(':', '~')}.json"
+            measured.write("accuracy", path, None, metrics, accuracy.items(metrics), watch)
+            typer.echo(f"{metrics['executed_mean']:.2f} of {model.blocks} blocks on average: {_line(metrics)}")
+            tracker.summary({"average": _average(metrics), "executed": metrics["executed_mean"], **_numbers(metrics)})
+        for count, metrics in measured.records("accuracy", out, measure):
             typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
-            average = _average(metrics)
-            scores = {
-                f"{task}/{key}": value
-                for task, found in metrics["tasks"].items()
-                for key, value in found.items()
-                if key != "items"
-            }
-            tracker.log({"budget": budget.fraction, "average": average, **scores}, step=count)
-            tracker.summary({average_name(count): average})
+            point = {"budget": (model.blocks - count) / model.blocks, "average": _average(metrics)}
+            tracker.log({**point, **_numbers(metrics)}, step=count)
+            tracker.summary({average_name(count): _average(metrics)})
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Every figure by its task and name."""
+    return {
+        f"{task}/{key}": value
+        for task, found in metrics["tasks"].items()
+        for key, value in found.items()
+        if key != "items"
+    }
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, float]:

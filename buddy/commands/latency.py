@@ -37,26 +37,21 @@ def latency(
       buddy latency --run RUN --data DIR --removed 16 --executions dense,sliced,recompute --out records
       buddy latency --run RUN --data DIR --removed 4,8,15 --batch-sizes 1,4,16 --executions mixed --out records
     """
-    from buddy import runs
-    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import counts
+    from buddy.commands._common import provenance
+    from buddy.commands._measured import open_run
     from buddy.data import inputs
     from buddy.evaluation.latency import benchmark, usable_engines
     from buddy.records import Budget, Record, Stopwatch
     from buddy.routing.budget import round_half_up
 
-    depths = sorted(set(counts(removed, "--removed")))
     prompts = [prompt for prompt, _ in inputs.pairs(data)][: settings.prompts]
-    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    check_depths(model, depths)
+    measured = open_run(run, removed, settings.kv, device, dtype)
+    model, info = measured.model, measured.info
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
-    info = model.origin.info
-    config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("latency", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
+    with measured.tracked("latency", settings, out, part=data.name) as tracker:
         watch = Stopwatch(str(model.device))
-        timings = benchmark(model, prompts, depths, settings, data.name)
+        timings = benchmark(model, prompts, measured.depths, settings, data.name)
         facts = {"study": info.study, "backbone": info.backbone, "seed": info.seed, **provenance(model, watch)}
         # Only now, so that a killed job leaves no half of a comparison; eager last, the engine that every machine has:
         # where its records are, all are.

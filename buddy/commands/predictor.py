@@ -11,7 +11,7 @@ from buddy.commands._options import with_settings
 from buddy.settings import PREDICTOR_PRESETS, READ_BY_PRESET, Predictor
 
 
-@with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit"))
+@with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit", "tasks"))
 def predictor(
     run: Annotated[Path, typer.Option(help="run folder of BUDDY, from `buddy train`")],
     data: Annotated[
@@ -36,10 +36,9 @@ def predictor(
       buddy predictor --run RUN --data results/demo/data/alpaca --preset paper --steps 200 --out paper-run
       buddy predictor --run RUN --data DIR/alpaca --data DIR/boolq --preset tuned --price 0.3 --out RUN2
     """
-    import os
+    from buddy.commands._common import keep_off_the_hub
 
-    # A task's questions are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    keep_off_the_hub()
 
     import dataclasses
 

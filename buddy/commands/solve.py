@@ -31,44 +31,26 @@ def solve(
       buddy solve --run results/demo/backbones/smollm2-135m --data results/demo/data --limit 8 --new-tokens 128 \\
           --out records
     """
-    import os
+    from buddy.commands._common import keep_off_the_hub
+    from buddy.commands._measured import open_run
 
-    # The data sets are local files; looking for them on the Hub would stall a node without network.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    keep_off_the_hub()
 
-    from buddy import runs
-    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import counts
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Budget
 
-    depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
-    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    check_depths(model, depths)
-    info = model.origin.info
-    info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
+    measured = open_run(run, removed, settings.kv, device, dtype, study, name)
+    model = measured.model
     lm = BuddyLM(model, decode=settings.decode, batch_size=settings.batch_size)
-    config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    reads = [run, *(data / task for task in settings.tasks)]
-    with tracked("solve", info.study, run_of(info), config, "", reads, [out]) as tracker:
-        for count in depths:
-            budget = Budget.of(model.blocks - count, model.blocks)
-            watch = Stopwatch(str(model.device))
-            metrics = accuracy.solve(lm, budget.fraction, settings, data)
-            Record(
-                kind="generation",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method,
-                metrics=metrics,
-                n=sum(task["n"] for task in metrics["tasks"].values()),
-                variant={**info.variant, "kv": settings.kv} if info.variant else {},
-                seed=info.seed,
-                budget=budget,
-                **provenance(model, watch),
-            ).write(out / f"removed~{count}.json")
+
+    def measure(budget: Budget) -> tuple[dict[str, Any], int]:
+        metrics = accuracy.solve(lm, budget.fraction, settings, data)
+        return metrics, accuracy.items(metrics)
+
+    reads = [data / task for task in settings.tasks]
+    with measured.tracked("solve", settings, out, reads=reads) as tracker:
+        for count, metrics in measured.records("generation", out, measure):
             scores = _scores(metrics)
             line = ", ".join(f"{task} {100 * score:.1f}" for task, score in scores.items())
             typer.echo(f"{count} of {model.blocks} blocks removed: {line}")

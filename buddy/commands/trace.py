@@ -30,49 +30,26 @@ def trace(
       buddy trace --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --removed 4,8 --out records
       buddy trace --run RUN --data results/demo/data/piqa --removed 12 --prompts 50 --new-tokens 1 --out records
     """
-    import os
+    from buddy.commands._common import keep_off_the_hub
+    from buddy.commands._measured import open_run
 
-    # A task's prompts are read through lm-eval, whose data sets are local files here: nothing is on the Hub.
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    keep_off_the_hub()
 
-    from buddy import runs
-    from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import counts
     from buddy.evaluation import traces
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Budget
 
-    depths = sorted(set(counts(removed, "--removed")))  # W&B takes points in ascending order
     prompts = traces.prompts(data)[: settings.prompts]
-    model = runs.load(run, kv=settings.kv, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    check_depths(model, depths)
-    info = model.origin.info
-    info.study, info.backbone = study or info.study or "adhoc", name or info.backbone
-    config = {**settings.model_dump(), "removed": depths, "training": info.training}
-    with tracked("trace", info.study, run_of(info), config, data.name, [run], [out]) as tracker:
-        for count in depths:
-            budget = Budget.of(model.blocks - count, model.blocks)
-            watch = Stopwatch(str(model.device))
-            routes = traces.collect(model, prompts, budget.fraction, settings)
-            metrics = {
-                "dataset": data.name,
-                "prompts": len(prompts),
-                "new_tokens": settings.new_tokens,
-                "decode": settings.decode,
-                **traces.summary(routes, budget.executed),
-            }
-            Record(
-                kind="trace",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method,
-                metrics=metrics,
-                n=len(prompts),
-                variant={**info.variant, "kv": settings.kv} if info.variant else {},
-                seed=info.seed,
-                budget=budget,
-                **provenance(model, watch),
-            ).write(out / f"removed~{count}.json")
+    measured = open_run(run, removed, settings.kv, device, dtype, study, name)
+    model = measured.model
+
+    def measure(budget: Budget) -> tuple[dict[str, Any], int]:
+        routes = traces.collect(model, prompts, budget.fraction, settings)
+        facts = {"dataset": data.name, "prompts": len(prompts)}
+        said = settings.model_dump(include={"new_tokens", "decode"})
+        return {**facts, **said, **traces.summary(routes, budget.executed)}, len(prompts)
+
+    with measured.tracked("trace", settings, out, part=data.name) as tracker:
+        for count, metrics in measured.records("trace", out, measure):
             typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
             tracker.log(_numbers(metrics), step=count)
 

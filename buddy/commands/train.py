@@ -48,6 +48,7 @@ def train(
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
     from buddy.records import Stopwatch, commit
+    from buddy.routing import kv
     from buddy.training import sft
     from buddy.training.recipe import Recipe, drawn
 
@@ -63,7 +64,7 @@ def train(
     torch.manual_seed(seed)
     policy = BuddyPolicy(
         blocks=blocks,
-        width=model.config.num_key_value_heads * model.get_decoder().layers[0].self_attn.head_dim,
+        width=kv.width(model),
         feature=feature,
         source_block=source_block,
         omega=omega if prior else 0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from buddy.settings import Evaluation, Generation
 KEPT = ("acc", "acc_norm", "exact_match")
 
 
-def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dict[str, Any]:
+def measure(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path) -> dict[str, Any]:
     """Score the answers of multiple-choice tasks at one budget.
 
     Args:
         lm: the model; its budget is set here.
-        budget: fraction of blocks.
+        budget: fraction of blocks; or ``auto``, ``auto:PRICE``.
         settings: the section `evaluation` of the study.
         data: folder of materialised data sets.
 
@@ -29,17 +29,27 @@ def measure(lm: BuddyLM, budget: float, settings: Evaluation, data: Path) -> dic
         the mean number of blocks executed; few_shot, limit and the harness version.
     """
     results = _run(lm, budget, settings, data)
-    return {
-        "tasks": {
-            name: _task_metrics(results["results"][PREFIX + name], results["samples"][PREFIX + name])
-            for name in settings.tasks
-        },
-        "executed_mean": lm.executed_mean,
-        "few_shot": settings.few_shot,
-        "limit": settings.limit,
-        "routing": settings.routing,
-        "lm_eval": metadata.version("lm_eval"),
-    }
+    facts = {"few_shot": settings.few_shot, "routing": settings.routing}
+    return _metrics(lm, settings, results, _task_metrics) | facts
+
+
+def predicted(lm: BuddyLM, budget: str, settings: Evaluation, data: Path) -> dict[str, Any]:
+    """Score the answers of multiple-choice tasks where the budget predictor sets the depth of each input.
+
+    Args:
+        lm, settings, data: as for `measure`.
+        budget: ``auto`` or ``auto:PRICE``.
+
+    Returns:
+        The same as `measure`, and ``budget``; each task has its own ``executed_mean``.
+    """
+    found = []
+    for task in settings.tasks:
+        found.append(measure(lm, budget, settings.model_copy(update={"tasks": [task]}), data))
+        found[-1]["tasks"][task]["executed_mean"] = found[-1]["executed_mean"]
+    tasks = {task: scores for metrics in found for task, scores in metrics["tasks"].items()}
+    mean = sum(scores["executed_mean"] for scores in tasks.values()) / len(tasks)
+    return {**found[0], "tasks": tasks, "executed_mean": mean, "budget": budget}
 
 
 def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[str, Any]:
@@ -65,21 +75,18 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
             f"--new-tokens: {settings.new_tokens} leaves no room for a prompt in a context of {lm.max_length} tokens"
         )
     results = _run(lm, budget, settings, data, gen_kwargs={"max_gen_toks": settings.new_tokens})
-    return {
-        "tasks": {
-            name: _answer_metrics(results["results"][PREFIX + name], results["samples"][PREFIX + name])
-            for name in settings.tasks
-        },
-        "executed_mean": lm.executed_mean,
-        "few_shot": results["n-shot"][PREFIX + settings.tasks[0]],
-        "limit": settings.limit,
-        "new_tokens": settings.new_tokens,
-        "decode": settings.decode,
-        "lm_eval": metadata.version("lm_eval"),
-    }
+    facts = {"few_shot": results["n-shot"][PREFIX + settings.tasks[0]], "decode": settings.decode}
+    return _metrics(lm, settings, results, _answer_metrics) | facts | {"new_tokens": settings.new_tokens}
 
 
-def _run(lm: BuddyLM, budget: float, settings: Evaluation | Generation, data: Path, **more: Any) -> Mapping[str, Any]:
+def items(metrics: Mapping[str, Any]) -> int:
+    """Number of items behind the metrics of an accuracy or a generation record."""
+    return sum(task["n"] for task in metrics["tasks"].values())
+
+
+def _run(
+    lm: BuddyLM, budget: float | str, settings: Evaluation | Generation, data: Path, **more: Any
+) -> Mapping[str, Any]:
     """The harness's own results of the tasks at one budget, with every sample."""
     from lm_eval import simple_evaluate
 
@@ -98,6 +105,24 @@ def _run(lm: BuddyLM, budget: float, settings: Evaluation | Generation, data: Pa
     )
     assert results is not None
     return results
+
+
+def _metrics(
+    lm: BuddyLM,
+    settings: Evaluation | Generation,
+    results: Mapping[str, Any],
+    of_task: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """What both kinds of records say."""
+    return {
+        "tasks": {
+            name: of_task(results["results"][PREFIX + name], results["samples"][PREFIX + name])
+            for name in settings.tasks
+        },
+        "executed_mean": lm.executed_mean,
+        "limit": settings.limit,
+        "lm_eval": metadata.version("lm_eval"),
+    }
 
 
 def _task_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

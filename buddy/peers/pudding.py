@@ -35,6 +35,7 @@ from tqdm import tqdm
 from buddy.data.choices import Item, Tokens
 from buddy.errors import UserError, unknown
 from buddy.peers.removal import lowest
+from buddy.routing.padding import padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 
@@ -249,7 +250,7 @@ class Answers:
             rows.append(ids)
             positions.append(position)
             parts.append(part)
-        self.ids, self._positions, self._parts = (_padded(values) for values in (rows, positions, parts))
+        self.ids, self._positions, self._parts = (padded(values) for values in (rows, positions, parts))
         self._row, self._column, self._target = torch.tensor(places).T
         self._alone = all(len(answers) == 1 for _, answers in questions)
 
@@ -296,12 +297,6 @@ class Answers:
         logits = stack.logits(hidden[self._row.to(device), self._column.to(device)]).float()
         scores = -cross_entropy(logits, self._target.to(device), reduction="none").double().cpu()
         return torch.stack([answer.mean() for answer in scores.split(self._counts)])
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """(B, S) int64, zeros behind the shorter rows."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
 
 def outputs_without(stack: Stack, sets: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from buddy.reporting.study import Study
 TIMED = ("latency", "peer_latency", "breakdown", "training_cost")
 """Kinds of tables whose figures depend on the machine."""
 PAPERS_DEVICE = "A100"
-NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def interval(measure: Measure) -> tuple[float, float] | None:
     if measure.value is None or measure.stderr is None:
         return None
     seeds = (measure.seed_sd or 0.0) ** 2 / max(1, measure.seeds)
-    half = NORMAL * math.sqrt(measure.stderr**2 + seeds)
+    half = measures.NORMAL * math.sqrt(measure.stderr**2 + seeds)
     return measure.value - half, measure.value + half
 
 

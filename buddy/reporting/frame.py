@@ -32,6 +32,8 @@ prompts, where the record has them; ``items`` has one digit per item of a task, 
 figure needs and fits no row (`_importance`, `_curve`, `_budget`). ``corpus`` and ``length`` of an importance are those
 that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
+AUTO = "auto"
+"""Execution of a profiled pass whose depths the budget predictor chose."""
 _NOT_SERIES = (
     *("backbone", "seed", "dataset", "batch", "engine", "execution", "removed"),
     *("indicator", "corpus", "length", "decode", "preset"),
@@ -187,8 +189,10 @@ def _budget(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any
 
 
 def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per task, its headline score: acc_norm where the task has it, else acc."""
-    if record.budget is None:
+    """One row per task, its headline score: acc_norm where the task has it, else acc. With a preset there is no budget:
+    the budget predictor set it for each input."""
+    preset = record.variant.get("preset")
+    if record.budget is None and preset is None:
         raise ValueError("no budget")
     for task, scores in record.metrics["tasks"].items():
         metric = "acc_norm" if scores.get("acc_norm") is not None else "acc"
@@ -201,7 +205,8 @@ def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
             "n": int(scores["n"]),
             "limit": record.metrics.get("limit"),
             "few_shot": record.metrics.get("few_shot"),
-            "executed_mean": record.metrics.get("executed_mean"),
+            "executed_mean": scores.get("executed_mean", record.metrics.get("executed_mean")),
+            "preset": preset,
         }
 
 
@@ -271,7 +276,17 @@ def _breakdown(record: Record) -> Iterator[dict[str, Any]]:
         raise ValueError("no budget")
     metrics = record.metrics
     common = {name: int(metrics[name]) for name in ("batch_size", "tokens", "steps")}
-    for phase, spent in metrics["phases"].items():
+    yield from _phases(metrics["phases"], common)
+    if predicted := metrics.get("auto"):
+        mean = float(predicted["executed_mean"])
+        yield from _phases(predicted["phases"], {**common, "execution": AUTO, "executed_mean": mean})
+    for at in metrics["contexts"]:
+        for name in ("routing_ms", "reread_ms"):
+            yield {**common, "context": int(at["context"]), "metric": name, **_spread(at[name])}
+
+
+def _phases(phases: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for phase, spent in phases.items():
         parts = {
             **spent["components"],
             "total": {"ms": spent["total_ms"]},
@@ -280,9 +295,6 @@ def _breakdown(record: Record) -> Iterator[dict[str, Any]]:
         for component, figures in parts.items():
             for unit, value in figures.items():
                 yield {**common, "phase": phase, "component": component, "metric": unit, "value": float(value)}
-    for at in metrics["contexts"]:
-        for name in ("routing_ms", "reread_ms"):
-            yield {**common, "context": int(at["context"]), "metric": name, **_spread(at[name])}
 
 
 def _spread(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,16 +40,19 @@ INDICATORS = {
     "cosine": "Cosine",
     "block_influence": "Block influence",
 }
+PREDICTOR = "predictor"
 COMPONENTS = {
     "backbone": "Backbone compute",
     "decision": "Decision Module",
+    PREDICTOR: "Budget Predictor",
     "gather_scatter": "Gather/scatter",
     "cache": "K/V cache",
     "other": "Other",
     "total": "Total",
     "unprofiled": "Without the profiler",
 }
-"""Parts of a routed pass (the paper's Table 8 has the first three), all of it, and all of it when nobody looks."""
+"""Parts of a routed pass, of them the budget predictor only where it is asked (the paper's Table 8 has the backbone, the
+decision and gather/scatter), all of it, and all of it when nobody looks."""
 DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum", "gsm8k": "GSM8K"}
 
 

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from buddy.reporting.frame import AUTO
 from buddy.reporting.study import Race, Series, Study
 
 NOT_MEASURED = "not measured"
 DEPTH_TOLERANCE = 0.05
 """Blocks by which the mean depth of a measurement may miss the one asked for and still count as it."""
+NORMAL = 1.96
+"""Standard errors on each side of a 95 % interval."""
 RESAMPLES = 1000
 """Bootstrap resamples behind the standard error of a median; the generator's seed is fixed."""
 
@@ -194,9 +197,24 @@ def mixtures(study: Study, backbone: str, race: Race) -> dict[int, tuple[int, ..
 
 def breakdown(study: Study, backbone: str, removed: int) -> dict[tuple[str, str, str], Measure]:
     """What the main variant's passes spend at a depth, by phase, component and unit (``ms`` or ``percent``)."""
+    rows = [row for row in profiled(study, backbone, removed) if row["execution"] != AUTO]
+    return _components(rows)
+
+
+def predicted_breakdown(study: Study, backbone: str) -> tuple[float, dict[tuple[str, str, str], Measure]]:
+    """The same where the budget predictor chooses each sequence's depth, and the mean depth that it chose; {} if not
+    measured. The records of all depths have the same, and the first one's is taken."""
+    for removed in study.removed(backbone):
+        rows = [row for row in profiled(study, backbone, removed) if row["execution"] == AUTO]
+        if rows:
+            return float(rows[0]["executed_mean"]), _components(rows)
+    return 0.0, {}
+
+
+def _components(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Measure]:
     return {
-        (row["phase"], row["component"], row["metric"]): _timed(row)
-        for row in profiled(study, backbone, removed)
+        (row["phase"], row["component"], row["metric"]): replace(_timed(row), off_depth=False)
+        for row in rows
         if isinstance(row["component"], str)
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buddy.reporting import style
+from buddy.reporting import retention, style
 from buddy.reporting.figure_names import subjects
 from buddy.reporting.labels import DATASETS, TASK_LABELS
 from buddy.reporting.panels import empty, finish, gap, panels, reason, whole_numbers
@@ -87,14 +87,16 @@ def against_constant(study: Study) -> Figure:
     First panel: cross-entropy against mean depth on the first data set. Then, per data set, how far each line is below
     constant depths at the same mean depth (their lower hull, which mixing two constants at random reaches): above 0 it
     pays to look at the input. The oracle knows every input's losses. Intervals of 95 % over inputs, paired for the gain.
+    Last, where tasks were scored at the predictor's depths, what is left of each one's score (`retention.panel`).
     """
-    found = _evaluated(study)
+    backbone, found = _evaluated(study)
     planned = study.config.predictor.datasets
     datasets = sorted({name for _, name in found}, key=lambda name: (name not in planned, [*planned, name].index(name)))
     if not datasets:
         return empty("Predictor against constant depth", "not measured: no budget records of a predictor")
     presets = list(dict.fromkeys(preset for preset, _ in found))
-    figure, above, below = _layout(len(datasets), len(presets))
+    kept = retention.measured(study, backbone)
+    figure, above, below, lowest = _layout(len(datasets), len(presets), kept=bool(kept))
     for place, (dataset, axes) in enumerate(zip([datasets[0], *datasets], above, strict=True)):
         shown = {preset: found[preset, dataset] for preset in presets if (preset, dataset) in found}
         label = TASK_LABELS.get(dataset, DATASETS.get(dataset, dataset))
@@ -102,6 +104,8 @@ def against_constant(study: Study) -> Figure:
         (_gain_panel if place else _frontier_panel)(axes, shown)
         if place >= len(above) - COLUMNS:
             axes.set_xlabel("Mean depth (blocks)")
+    if lowest is not None:
+        retention.panel(lowest, study, backbone, kept)
     most = max(max(metrics["histogram"]) / max(1, sum(metrics["histogram"])) for metrics in found.values())
     for preset, axes in zip(presets, below, strict=True):
         chosen = {dataset: found[preset, dataset] for dataset in datasets if (preset, dataset) in found}
@@ -111,8 +115,8 @@ def against_constant(study: Study) -> Figure:
     return finish(figure, above)
 
 
-def _layout(datasets: int, presets: int) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Panels of the data sets, and below them one per preset."""
+def _layout(datasets: int, presets: int, kept: bool) -> tuple[Figure, list[Axes], list[Axes], Axes | None]:
+    """Panels of the data sets, below them one per preset, and where scores were kept one more."""
     from matplotlib.figure import Figure
 
     count = datasets + 1
@@ -121,31 +125,29 @@ def _layout(datasets: int, presets: int) -> tuple[Figure, list[Axes], list[Axes]
     low = 0.75 + 0.15 * datasets
     width = style.COLUMN_IN if datasets == 1 else style.PAGE_IN
     stacked = presets if datasets == 1 else 1
-    figure = Figure(figsize=(width, 1.6 * rows + low * stacked + 0.35), layout="constrained")
-    heights = [1.6] * rows + [low] * stacked
-    grid = figure.add_gridspec(rows + stacked, columns * presets, height_ratios=heights)
+    heights = [1.6] * rows + [low] * stacked + [1.5] * kept
+    figure = Figure(figsize=(width, sum(heights) + 0.35), layout="constrained")
+    grid = figure.add_gridspec(len(heights), columns * presets, height_ratios=heights)
     above = [
         figure.add_subplot(grid[place // columns, slice(presets * (place % columns), presets * (place % columns + 1))])
         for place in range(count)
     ]
-    if stacked > 1:
-        return figure, above, [figure.add_subplot(grid[rows + place, :]) for place in range(presets)]
-    return (
-        figure,
-        above,
-        [figure.add_subplot(grid[rows, columns * place : columns * (place + 1)]) for place in range(presets)],
-    )
+    spans = [(rows + place, slice(None)) for place in range(presets)]
+    if stacked == 1:
+        spans = [(rows, slice(columns * place, columns * (place + 1))) for place in range(presets)]
+    below = [figure.add_subplot(grid[span]) for span in spans]
+    return figure, above, below, figure.add_subplot(grid[-1, :]) if kept else None
 
 
-def _evaluated(study: Study) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Metrics by preset and data set, of the first seed, of the first backbone that has any."""
+def _evaluated(study: Study) -> tuple[str, dict[tuple[str, str], Mapping[str, Any]]]:
+    """The first backbone that has any records, and their metrics by preset and data set, of the first seed."""
     for backbone in subjects(study.config, study.config.predicting_backbones()):
         main = study.main(backbone)
         rows = [row for row in study.budget_rows.get((backbone, main.path), []) if row["metric"] == "budget"]
         found = {(row["preset"], row["dataset"]): row["detail"] for row in rows if row["seed"] == main.seeds[0]}
         if found:
-            return found
-    return {}
+            return backbone, found
+    return "", {}
 
 
 def _frontier_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:

@@ -189,6 +189,18 @@ def figure(number: int, backbone: str | None, series: str) -> dict[int, float]:
     return {int(row["x"]): float(row["value"]) for row in found.to_dict("records")}
 
 
+def retention(backbone: str | None) -> dict[str, tuple[float, float]]:
+    """Published share of the score that the budget predictor keeps, and of the compute it uses, in percent, by task
+    (Figure 13); {} if none."""
+    if backbone != FIGURE_BACKBONE:
+        return {}
+    frame = load("figures")
+    of = {name: frame[(frame.figure == 13) & (frame.series == name)] for name in ("retention", "flops_ratio")}
+    kept, used = (dict(zip(rows.x, rows.value, strict=True)) for rows in of.values())
+    ours = {theirs: name for name, theirs in TASK_NAMES.items()}
+    return {ours.get(task, task): (float(kept[task]), float(used[task])) for task in map(str, kept)}
+
+
 def training_cost(table: int, backbone: str | None) -> dict[str, float]:
     """Published hours of training of one row of Table 9 (on an A100), ``sft`` and ``grpo``; {} if none."""
     frame = load("training_cost")

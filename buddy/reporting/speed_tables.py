@@ -8,8 +8,9 @@ from typing import Any
 
 from buddy.reporting import measures, published
 from buddy.reporting.cells import coordinates, either, number, provenance
+from buddy.reporting.frame import AUTO
 from buddy.reporting.grid import Cell, Grid, Row
-from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS
+from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS, PREDICTOR
 from buddy.reporting.measures import LATENCY_METRICS, Measure
 from buddy.reporting.study import Race, Study
 from buddy.settings import Table
@@ -149,13 +150,21 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
         f"({study.blocks(backbone)} blocks).",
         label_headers=("Removed", "Component"),
         headers=("Prefill ms", "%", "Decode ms", "%"),
-        rows=[row for removed in depths for row in _breakdown_rows(study, name, backbone, removed)],
+        rows=[
+            *(row for removed in depths for row in _breakdown_rows(study, name, backbone, removed)),
+            *_predicted_rows(study, name, backbone),
+        ],
         below=_routing_cost(study, name, backbone),
     )
     if profiled:
         grid.notes.append(
             f"By the profiler: a prefill of {batch} x {tokens} tokens and the mean of {steps} decode steps after it, each "
             "of the repeat whose total is the median. The profiler takes time of its own: small shares are upper bounds."
+        )
+    if grid.rows[-1].labels[0] == AUTO:
+        mean, _ = measures.predicted_breakdown(study, backbone)
+        grid.notes.append(
+            f"Auto: the budget predictor chooses each sequence's depth, here {mean:.1f} blocks on average."
         )
     if grid.has_published:
         grid.notes.append(PUBLISHED_BREAKDOWN_NOTE)
@@ -177,18 +186,39 @@ def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> lis
     paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
     beside = published.breakdown(number(name), paper, *map(int, shape))
     at = coordinates(study, name, backbone, study.main(backbone), removed)
+    return _component_rows(str(removed), at, found, beside)
+
+
+def _predicted_rows(study: Study, name: str, backbone: str) -> list[Row]:
+    """Components where the budget predictor is asked, its own among them; none if that was not profiled."""
+    _, found = measures.predicted_breakdown(study, backbone)
+    at = coordinates(study, name, backbone, study.main(backbone), 0)
+    at = {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
+    return _component_rows(AUTO, {**at, "execution": AUTO}, found, {}) if found else []
+
+
+def _component_rows(
+    depth: str,
+    at: Mapping[str, Any],
+    found: Mapping[tuple[str, str, str], Measure],
+    beside: Mapping[str, Mapping[str, float]],
+) -> list[Row]:
     shown: list[Row] = []
     for component, label in COMPONENTS.items():
+        if component == PREDICTOR and depth != AUTO:
+            continue
         cells: list[Cell | None] = []
         for phase in ("prefill", "decode"):
             for metric, unit in (("ms", "ms"), ("percent", "%")):
-                if component in ("total", "unprofiled") and metric == "percent":
+                # It is asked at the prefill alone.
+                absent = component == PREDICTOR and phase == "decode"
+                if absent or (component in ("total", "unprofiled") and metric == "percent"):
                     cells.append(None)
                     continue
                 theirs = beside.get(component, {}).get(metric) if phase == "prefill" else None
                 where = {**at, "phase": phase, "component": component, "metric": metric, "unit": unit}
                 cells.append(Cell(where, found.get((phase, component, metric), Measure()), theirs))
-        shown.append(Row((str(removed), label), cells, starts_group=not shown))
+        shown.append(Row((depth, label), cells, starts_group=not shown))
     return shown
 
 

@@ -86,6 +86,12 @@ class Study:
         return _grouped(self.frame, "accuracy", ("backbone", "series", "removed"))
 
     @cached_property
+    def predicted_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Rows of scores whose depth a budget predictor set, by backbone and series."""
+        scored = self.frame[self.frame.preset.notna()]
+        return _grouped(scored, "accuracy", ("backbone", "series"))
+
+    @cached_property
     def generation_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
         """Rows of the frame by backbone, series and number of removed blocks."""
         return _grouped(self.frame, "generation", ("backbone", "series", "removed"))

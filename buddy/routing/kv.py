@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from buddy.routing.marks import CACHE, mark
 from buddy.routing.plan import Rows
+from buddy.routing.types import CausalLM
 
 
 class BlockCache(CacheLayerMixin):
@@ -197,6 +198,11 @@ class Tap:
 def _left(states: Tensor, written: Tensor | None) -> Tensor:
     """What tokens leave of their states (B, heads, S, size): zeros where ``written`` (B, 1, S, 1) says that they do not."""
     return states if written is None else states.masked_fill(~written, 0)
+
+
+def width(backbone: CausalLM) -> int:
+    """Width of a token's keys, or values, in one block: heads times their size."""
+    return int(backbone.config.num_key_value_heads * backbone.get_decoder().layers[0].self_attn.head_dim)
 
 
 def project(attention: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

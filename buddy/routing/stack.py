@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from buddy.routing.kv import Tap
 from buddy.routing.types import CausalLM
 
 
@@ -48,6 +49,15 @@ class Stack:
         for index in blocks:
             hidden = self.decoder.layers[index](hidden, **self.arguments)
         return hidden
+
+    def tapped(self, hidden: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass hidden states (B, S, H) through one block: its output, and the keys and values (B, heads, S, size) that
+        it would have left in a cache."""
+        tap = Tap()
+        hidden = self.decoder.layers[block](hidden, **(self.arguments | {"past_key_values": tap}))
+        assert tap.keys is not None
+        assert tap.values is not None
+        return hidden, tap.keys, tap.values
 
     def inputs(self) -> list[Tensor]:
         """Input of every block, and the output of the last: L + 1 tensors (B, S, H)."""

@@ -10,22 +10,20 @@ phase that was through.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from buddy.config import digest
 from buddy.policies.first import FirstPolicy, FirstState
 from buddy.records import write_bytes, write_json
 from buddy.routing.engine import Routing
-from buddy.routing.types import CausalLM
-from buddy.settings import Training
 from buddy.training.examples import encode
+from buddy.training.job import Job, OnLog
 from buddy.training.recipe import Recipe
 from buddy.training.sft import CHECKPOINTS, Trained, train
 from buddy.training.threshold import Calibration, achieved, calibrate
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from buddy.settings import First
 
 logger = logging.getLogger(__name__)
-
-OnLog = Callable[[int, dict[str, float]], None]
 
 
 @dataclass
@@ -51,44 +47,24 @@ class Fitted(Trained):
     executed_mean: float = 0.0
 
 
-def fit(
-    backbone: CausalLM,
-    tokenizer: Any,
-    policy: FirstPolicy,
-    pairs: Sequence[tuple[str, str]],
-    settings: Training,
-    first: First,
-    removed: int,
-    folder: Path,
-    seed: int = 0,
-    on_log: OnLog | None = None,
-    lora: bool = True,
-) -> Fitted:
+def fit(job: Job, policy: FirstPolicy, first: First) -> Fitted:
     """Train the gates, choose their threshold for one depth, train LoRA; goes on where a killed call ended.
 
     Args:
-        backbone: frozen causal language model on its device.
-        tokenizer: its tokenizer.
+        job: what every peer is given; the number of blocks to leave out is a mean over prompts, steps are logged
+            counted through both phases, and a LoRA rank of 0 leaves out the second.
         policy: its gates are trained in place, and it gets the threshold.
-        pairs: prompts and responses.
-        settings: the section `training` of the study.
         first: the section `first`.
-        removed: number of blocks to leave out, as a mean over prompts.
-        folder: the run's; checkpoints are kept below it.
-        seed: of the order of examples and LoRA's start.
-        on_log: called with (step, values) at every log line, steps counted through both phases.
-        lora: train LoRA too; without it the second phase is left out.
     """
-    work = folder / CHECKPOINTS / _fingerprint(settings, first, removed, seed, len(pairs))
-    gates = _gates(backbone, tokenizer, policy, pairs, settings, first, work, seed, on_log)
-    found = _threshold(backbone, tokenizer, policy, pairs, settings, first, removed, work)
-    policy.thresholds = {removed: found.threshold}
+    said = [job.settings.model_dump(), first.model_dump(), job.removed, job.seed, len(job.pairs)]
+    # Another call with other settings must not go on from what this one leaves.
+    work = job.folder / CHECKPOINTS / digest(*said)
+    gates = _gates(job, policy, first, work)
+    found = _threshold(job, policy, first, work)
+    policy.thresholds = {job.removed: found.threshold}
     both = Fitted(**_parts(gates), threshold=found.threshold, executed_mean=found.executed_mean)
-    logger.info("%d blocks asked for, %.2f executed on average", policy.blocks - removed, found.executed_mean)
-    if not lora or settings.lora_rank == 0:
-        return both
-    log = None if on_log is None else _later(on_log, gates.steps)
-    second = train(backbone, tokenizer, policy, pairs, settings, Recipe(), work / "lora", seed, log)
+    logger.info("%d blocks asked for, %.2f executed on average", policy.blocks - job.removed, found.executed_mean)
+    second = replace(job, folder=work / "lora", on_log=_later(job.on_log, gates.steps)).lora(policy)
     return replace(
         both,
         adapted=second.adapted,
@@ -113,36 +89,26 @@ def recipe(policy: FirstPolicy, skip_weight: float) -> Recipe:
     return Recipe(full_depth, trains_policy=True, lora=False, penalty=penalty)
 
 
-def _gates(
-    backbone: CausalLM,
-    tokenizer: Any,
-    policy: FirstPolicy,
-    pairs: Sequence[tuple[str, str]],
-    settings: Training,
-    first: First,
-    work: Path,
-    seed: int,
-    on_log: OnLog | None,
-) -> Trained:
+def _gates(job: Job, policy: FirstPolicy, first: First, work: Path) -> Trained:
     """Phase 1, or what it left."""
     from safetensors.torch import load_file, save
 
     weights, outcome = work / "gates.safetensors", work / "gates.json"
     if outcome.exists():
         policy.load_state_dict(load_file(weights))
-        policy.to(backbone.device)
+        policy.to(job.backbone.device)
         return Trained(**json.loads(outcome.read_text(encoding="utf-8")))
     changed = {"epochs": first.epochs, "learning_rate": first.learning_rate, "router_learning_rate": None}
     trained = train(
-        backbone,
-        tokenizer,
+        job.backbone,
+        job.tokenizer,
         policy,
-        pairs,
-        settings.model_copy(update=changed),
+        job.pairs,
+        job.settings.model_copy(update=changed),
         recipe(policy, first.skip_weight),
         work / "gates",
-        seed,
-        on_log,
+        job.seed,
+        job.on_log,
     )
     state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
     write_bytes(weights, save(state))
@@ -150,26 +116,17 @@ def _gates(
     return trained
 
 
-def _threshold(
-    backbone: CausalLM,
-    tokenizer: Any,
-    policy: FirstPolicy,
-    pairs: Sequence[tuple[str, str]],
-    settings: Training,
-    first: First,
-    removed: int,
-    work: Path,
-) -> Calibration:
+def _threshold(job: Job, policy: FirstPolicy, first: First, work: Path) -> Calibration:
     """The threshold and the depth it gives, or what was found before."""
     path = work / "threshold.json"
     if path.exists():
         return Calibration(**json.loads(path.read_text(encoding="utf-8")))
-    rows = encode(tokenizer, pairs, settings.max_length)[: first.calibration_prompts]
+    rows = encode(job.tokenizer, job.pairs, job.settings.max_length)[: first.calibration_prompts]
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     if first.threshold is None:
-        found = calibrate(backbone, policy, prompts, removed, settings.batch_size)
+        found = calibrate(job.backbone, policy, prompts, job.removed, job.settings.batch_size)
     else:
-        found = achieved(backbone, policy, prompts, removed, first.threshold, settings.batch_size)
+        found = achieved(job.backbone, policy, prompts, job.removed, first.threshold, job.settings.batch_size)
     write_json(path, asdict(found))
     return found
 
@@ -179,12 +136,8 @@ def _parts(trained: Trained) -> dict[str, Any]:
     return {name: getattr(trained, name) for name in ("adapted", "curve", "steps", "tokens", "trainable")}
 
 
-def _later(on_log: OnLog, steps: int) -> OnLog:
+def _later(on_log: OnLog | None, steps: int) -> OnLog | None:
     """Steps counted on from the phase before."""
+    if on_log is None:
+        return None
     return lambda step, values: on_log(step + steps, {**values, "step": step + steps})
-
-
-def _fingerprint(settings: Training, first: First, removed: int, seed: int, examples: int) -> str:
-    """Name of the folder for what a killed call leaves: another call with other settings must not go on from it."""
-    said = [settings.model_dump(), first.model_dump(), removed, seed, examples]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]

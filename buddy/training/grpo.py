@@ -11,7 +11,6 @@ uninterrupted one would have done.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from buddy.config import digest
 from buddy.policies.buddy import BuddyPolicy
 from buddy.records import write_bytes
 from buddy.routing.types import CausalLM
@@ -194,5 +194,4 @@ class _Run:
             include={"batch_size", "group", "learning_rate", "quality_weight", "cost_weight", "entropy_weight"}
         )
         examples = [(list(row["input_ids"]), row["prompt_length"]) for row in self.rows]
-        said = repr((settings, self.settings.logging_steps, self.seed, self.policy.settings(), examples))
-        return hashlib.sha256(said.encode()).hexdigest()
+        return digest(settings, self.settings.logging_steps, self.seed, self.policy.settings(), examples)

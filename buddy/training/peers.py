@@ -1,8 +1,8 @@
-"""How each peer becomes a run: its choice of blocks, then LoRA by the recipe that BUDDY is trained with."""
+"""How each peer becomes a run: its choice of blocks, then LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,64 +14,13 @@ from buddy.peers.pudding import Omission, pool
 from buddy.policies.first import FirstPolicy
 from buddy.policies.pudding import PuddingPolicy
 from buddy.policies.static import StaticPolicy
+from buddy.routing import kv
 from buddy.routing.policy import Policy
-from buddy.routing.types import CausalLM
-from buddy.settings import First, Pudding, Training
+from buddy.settings import First, Pudding
 from buddy.training import first as gates
 from buddy.training import pudding as router
-from buddy.training import sft
-from buddy.training.recipe import Recipe
+from buddy.training.job import Job
 from buddy.training.sft import Trained
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the making of every peer is given.
-
-    Attributes:
-        backbone, tokenizer: the frozen model on its device.
-        pairs: instruction data, prompts and responses.
-        settings: the section `training`; a LoRA rank of 0 trains no LoRA.
-        removed: number of blocks to leave out.
-        folder: the run's; checkpoints are kept below it.
-        seed: of all that is random.
-        on_log: called with (step, values) at every log line.
-    """
-
-    backbone: CausalLM
-    tokenizer: Any
-    pairs: Sequence[tuple[str, str]]
-    settings: Training
-    removed: int
-    folder: Path
-    seed: int
-    on_log: Callable[[int, dict[str, float]], None] | None = None
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks L."""
-        return int(self.backbone.config.num_hidden_layers)
-
-    def lora(self, policy: Policy, never_run: Sequence[int] = ()) -> Trained:
-        """Train LoRA through the routes of a policy that has nothing to learn any more; nothing at rank 0.
-
-        Args:
-            policy: chooses the blocks.
-            never_run: blocks, from 0, that it never chooses, and that get no LoRA.
-        """
-        if self.settings.lora_rank == 0:
-            return Trained()
-        return sft.train(
-            self.backbone,
-            self.tokenizer,
-            policy,
-            self.pairs,
-            self.settings,
-            Recipe(without_lora=never_run),
-            self.folder,
-            self.seed,
-            self.on_log,
-        )
 
 
 @dataclass(frozen=True)
@@ -101,13 +50,12 @@ def pudding(job: Job, omissions: Sequence[Omission], settings: Pudding, tasks: P
     sets = pool(omissions, job.removed)
     found = training_items(tasks, settings.tasks, job.tokenizer, settings.router_items)
     items = [item for questions in found.values() for item in questions]
-    attention = job.backbone.get_decoder().layers[0].self_attn
     torch.manual_seed(job.seed)
     policy = PuddingPolicy(
         job.blocks,
         [list(one) for one in sets],
         encoder=settings.encoder,
-        width=job.backbone.config.num_key_value_heads * attention.head_dim,
+        width=kv.width(job.backbone),
         tokenizer=job.tokenizer,
     )
     losses = router.omission_losses(job.backbone, items, list(sets), settings.batch_size, job.folder)
@@ -121,17 +69,5 @@ def first(job: Job, settings: First) -> Peer:
     """A gate in each block, trained first; a threshold for the depth asked for; then LoRA."""
     torch.manual_seed(job.seed)
     policy = FirstPolicy(job.blocks, job.backbone.config.hidden_size)
-    fitted = gates.fit(
-        job.backbone,
-        job.tokenizer,
-        policy,
-        job.pairs,
-        job.settings,
-        settings,
-        job.removed,
-        job.folder,
-        job.seed,
-        job.on_log,
-        lora=job.settings.lora_rank > 0,
-    )
+    fitted = gates.fit(job, policy, settings)
     return Peer(policy, fitted, {"threshold": fitted.threshold, "executed_mean": fitted.executed_mean})

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from buddy.config import digest
 from buddy.data.choices import Item, Tokens
 from buddy.errors import UserError
 from buddy.peers.pudding import Answers, by_length, outputs_without
 from buddy.policies.pudding import BACKBONE, PuddingPolicy, StateReader, TextReader
 from buddy.records import write_bytes, write_json
-from buddy.routing.kv import Tap
+from buddy.routing.padding import leading, padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 from buddy.settings import Pudding
@@ -83,7 +84,7 @@ def omission_losses(
     with tqdm(total=len(items), desc="omission losses", unit="question") as bar:
         for number, start in enumerate(range(0, len(items), SHARD)):
             pairs = [item.solution for item in items[start : start + SHARD]]
-            of = _fingerprint(sets, pairs, str(backbone.dtype))
+            of = digest(sets, pairs, str(backbone.dtype))
             path = folder / CHECKPOINTS / "pudding" / f"losses-{number:05d}.json" if folder else None
             found = _stored(path, of)
             if found is None:
@@ -109,10 +110,6 @@ def _losses(
         losses[members] = torch.stack(columns, dim=1)
         bar.update(len(members))
     return losses
-
-
-def _fingerprint(*facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _stored(path: Path | None, of: str) -> Any:
@@ -193,7 +190,7 @@ def fit_router(
     question = torch.tensor([index for index, _ in rows])
     rate = settings.learning_rate or (STATE_RATE if policy.encoder == BACKBONE else ENCODER_RATE)
     start = hashlib.sha256(b"".join(_bytes(value) for value in policy.state_dict().values())).hexdigest()
-    of = _fingerprint(rows, losses.tolist(), policy.sets, settings.epochs, settings.batch_size, rate, seed, start)
+    of = digest(rows, losses.tolist(), policy.sets, settings.epochs, settings.batch_size, rate, seed, start)
     paths = (
         [folder / CHECKPOINTS / "pudding" / name for name in ("router.json", "router.safetensors")] if folder else []
     )
@@ -242,16 +239,12 @@ def router_inputs(policy: PuddingPolicy, backbone: CausalLM, prompts: Sequence[T
 @torch.no_grad()
 def _mean_states(policy: PuddingPolicy, backbone: CausalLM, prompts: Sequence[Tokens]) -> Tensor:
     """Run the first block, and let the policy observe it as in a prefill: (B, 2 * width) on the host."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=backbone.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=backbone.device)
-    mask = torch.arange(longest, device=backbone.device) < lengths.unsqueeze(1)
-    stack, tap = Stack(backbone, ids), Tap()
-    stack.decoder.layers[0](stack.embedded, **(stack.arguments | {"past_key_values": tap}))
-    assert tap.keys is not None
-    assert tap.values is not None
+    ids = padded(prompts).to(backbone.device)
+    mask = leading([*map(len, prompts)], ids.shape[1]).to(backbone.device)
+    stack = Stack(backbone, ids)
+    _, keys, values = stack.tapped(stack.embedded, 0)
     state = policy.begin(None, len(prompts), backbone.device)
-    policy.observe(state, tap.keys, tap.values, mask)
+    policy.observe(state, keys, values, mask)
     return state.pooled.mean().float().cpu()
 
 

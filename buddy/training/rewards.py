@@ -9,7 +9,6 @@ source block and the ranking are shared by all depths; the head is asked about t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from buddy.config import digest
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.predictor import mean_feature
 from buddy.records import write_bytes
 from buddy.routing.decision import ranking
-from buddy.routing.kv import Tap
+from buddy.routing.padding import leading, padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 
@@ -54,27 +54,21 @@ class Rollouts:
         self.policy = policy
         self._ids = [list(row["input_ids"]) for row in rows]
         self._prompts = [int(row["prompt_length"]) for row in rows]
-        longest = max(map(len, self._ids))
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in self._ids], device=backbone.device)
+        ids = padded(self._ids).to(backbone.device)
+        prompt = leading(self._prompts, ids.shape[1]).to(backbone.device)
         # One row's masks and positions serve any number of rows: padding is on the right, where nobody looks.
-        self._stack = Stack(backbone, padded[:1])
-        lengths = torch.tensor(self._prompts, device=backbone.device)
-        prompt = torch.arange(longest, device=backbone.device) < lengths.unsqueeze(1)
-        self._read(self._stack.decoder.embed_tokens(padded), prompt)
+        self._stack = Stack(backbone, ids[:1])
+        self._read(self._stack.decoder.embed_tokens(ids), prompt)
 
     def _read(self, hidden: Tensor, prompt: Tensor) -> None:
         """Run the blocks up to the source block, and rank the others by what the prompt left there."""
         policy, stack = self.policy, self._stack
-        tap = Tap()
-        for index in range(policy.source_block):
-            given = stack.arguments | ({"past_key_values": tap} if index == policy.source_block - 1 else {})
-            hidden = stack.decoder.layers[index](hidden, **given)
-        assert tap.keys is not None
-        assert tap.values is not None
+        source = policy.source_block - 1
+        hidden, keys, values = stack.tapped(stack.run(hidden, range(source)), source)
         state = policy.begin(1.0, len(hidden), hidden.device)
-        policy.observe(state, tap.keys, tap.values, prompt)
+        policy.observe(state, keys, values, prompt)
         self._places = ranking(policy.scores(state)).argsort(-1).tolist()
-        self.contexts = mean_feature(tap.keys, tap.values, policy.feature, prompt)
+        self.contexts = mean_feature(keys, values, policy.feature, prompt)
         self._hidden = hidden
 
     @torch.no_grad()
@@ -191,8 +185,7 @@ def _fingerprint(
     """What a stored part of a table is of; weights are told by the router's."""
     router = [value.detach().cpu().double().sum().item() for value in policy.decision.state_dict().values()]
     examples = [(list(row["input_ids"]), row["prompt_length"]) for row in rows]
-    said = repr((examples, list(depths), batch_size, router, str(backbone.dtype)))
-    return hashlib.sha256(said.encode()).hexdigest()
+    return digest(examples, list(depths), batch_size, router, str(backbone.dtype))
 
 
 def _stored(path: Path | None, of: str) -> dict[str, Tensor] | None:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from buddy.policies.first import FirstPolicy
 from buddy.routing.engine import Routing, routed
+from buddy.routing.padding import leading, padded
 from buddy.routing.types import CausalLM
 
 MOST_PASSES = 40
@@ -132,7 +132,9 @@ def plateau(
     try:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
-            ids, mask = _padded([prompts[i] for i in order[start : start + batch_size]])
+            batch = [prompts[i] for i in order[start : start + batch_size]]
+            ids = padded(batch)
+            mask = leading([*map(len, batch)], ids.shape[1]).long()
             with routed(backbone, Routing(policy, (policy.blocks - removed) / policy.blocks)) as routing:
                 decoder(input_ids=ids.to(backbone.device), attention_mask=mask.to(backbone.device), use_cache=False)
             assert routing.state is not None
@@ -149,13 +151,3 @@ def plateau(
         executed_mean=executed / len(prompts),
         observed=tuple(values.tolist()),
     )
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, S), padded on the right."""
-    longest = max(map(len, prompts))
-    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        mask[row, : len(prompt)] = 1
-    return ids, mask.long()

@@ -137,8 +137,7 @@ class Maker:
             study=self.config.study.name,
             backbone=run.backbone,
             metrics=metrics,
-            budget=Budget.of(blocks - removed, blocks),
-            **{**defaults, **fields},
+            **{"budget": Budget.of(blocks - removed, blocks), **defaults, **fields},
         )
 
     def accuracy(
@@ -266,6 +265,13 @@ class Maker:
         path = self.records / "budget" / run.path / f"preset~{preset}" / f"dataset~{dataset}.json"
         return self.record("budget", run, 0, metrics, n=200).write(path)
 
+    def predicted(self, run: Run, preset: str, tasks: dict[str, dict[str, Any]]) -> Path:
+        """Write the record of scores at a predictor's depths; each task has its own ``executed_mean``."""
+        metrics = {"tasks": tasks, "executed_mean": 0.0, "few_shot": 0, "limit": None, "budget": "auto"}
+        path = self.records / "predicted" / run.path / f"preset~{preset}" / "auto.json"
+        variant = {**run.variant, "preset": preset}
+        return self.record("accuracy", run, 0, metrics, variant=variant, budget=None).write(path)
+
     def _executed(self, run: Run, removed: int, executed: float | None) -> float:
         return float(self.config.backbones[run.backbone].blocks - removed) if executed is None else executed
 
@@ -315,16 +321,23 @@ class Maker:
         phases: dict[str, dict[str, float]],
         contexts: dict[int, tuple[list[float], list[float]]],
         shape: tuple[int, int] = (5, 256),
+        auto: tuple[float, dict[str, dict[str, float]]] | None = None,
     ) -> Path:
         """Write a breakdown record: milliseconds per phase and component, and per context those of routing a step
-        and of re-reading, pass by pass; ``shape`` is sequences and tokens."""
-        found = {}
-        for phase, parts in phases.items():
-            total = sum(parts.values())
-            shares = {part: {"ms": spent, "percent": 100 * spent / total} for part, spent in parts.items()}
-            found[phase] = {"total_ms": total, "unprofiled_ms": 0.9 * total, "components": shares}
+        and of re-reading, pass by pass; ``shape`` is sequences and tokens; ``auto`` is mean depth and milliseconds
+        where the predictor is asked."""
+
+        def spent(phases: dict[str, dict[str, float]]) -> dict[str, Any]:
+            found = {}
+            for phase, parts in phases.items():
+                total = sum(parts.values())
+                shares = {part: {"ms": ms, "percent": 100 * ms / total} for part, ms in parts.items()}
+                found[phase] = {"total_ms": total, "unprofiled_ms": 0.9 * total, "components": shares}
+            return found
+
         metrics = {
-            **{"batch_size": shape[0], "tokens": shape[1], "steps": 16, "phases": found},
+            **{"batch_size": shape[0], "tokens": shape[1], "steps": 16, "phases": spent(phases)},
+            **({} if auto is None else {"auto": {"executed_mean": auto[0], "phases": spent(auto[1])}}),
             "contexts": [
                 {"context": context, "routing_ms": rate(routing), "reread_ms": rate(reread)}
                 for context, (routing, reread) in contexts.items()

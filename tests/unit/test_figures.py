@@ -11,7 +11,7 @@ from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
 
 from buddy.config import parse
 from buddy.errors import UserError
-from buddy.reporting import figure_names, figures, frame, study, style, write
+from buddy.reporting import figure_names, figures, frame, published, study, style, write
 from buddy.reporting.importance_figures import removal_orders
 from buddy.settings import METHODS
 
@@ -305,6 +305,33 @@ def test_records_of_a_real_predictor_are_drawn(small: Maker) -> None:
     assert all(line.get_ydata().min() > -1e-9 for name, line in lines.items() if name == "Oracle")
     constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
     assert list(constants.get_ydata()) == pytest.approx(losses.mean(0).tolist())
+
+
+def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
+    run = small.main_run(NAME)
+    dense = next(one for one in small.config.runs() if one.method == "dense")
+    small.budget(run, "tuned")
+    score = {"acc": 0.6, "acc_stderr": 0.03, "n": 100}
+    small.accuracy(dense, 0, {"piqa": {**score, "acc": 0.8}, "arc_easy": {**score, "acc_norm": 0.5}})
+    shallow = {"arc_easy": {**score, "acc_norm": 0.4, "acc_norm_stderr": 0.02, "executed_mean": 15}}
+    small.predicted(run, "tuned", {"piqa": {**score, "executed_mean": 24.0}, **shallow})
+    axes = drawn(small, "figure13").axes[-2]  # the colour bar is last
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["PIQA", "ARC-e"]
+    (bars,) = axes.containers
+    assert list(bars.lines[0].get_ydata()) == pytest.approx([75, 80])
+    (piqa, arc) = bars.lines[2][0].get_segments()
+    assert list(piqa[:, 1]) == pytest.approx([75 - 1.96 * 3 / 0.8, 75 + 1.96 * 3 / 0.8])
+    assert list(arc[:, 1]) == pytest.approx([80 - 1.96 * 2 / 0.5, 80 + 1.96 * 2 / 0.5])
+    assert any(list(line.get_ydata()) == pytest.approx([80, 50]) for line in axes.lines)
+    # Scores without a depth enter no table.
+    assert not (study.load(small.folder).frame.query("kind == 'accuracy' and preset == 'tuned'").removed.notna()).any()
+
+
+def test_the_papers_predictor_is_shown_beside() -> None:
+    theirs = published.retention("llama2-7b")
+    assert theirs["openbookqa"] == (84.6, 53.5)
+    assert theirs["gsm8k"] == (75.1, 72.7)
+    assert published.retention("qwen2.5-7b-instruct") == {}
 
 
 def test_many_data_sets_have_a_panel_each(small: Maker) -> None:

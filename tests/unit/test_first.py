@@ -21,6 +21,7 @@ from buddy.routing.sliced import sliced
 from buddy.settings import First, Training
 from buddy.training import first as two_phases
 from buddy.training import sft
+from buddy.training.job import Job
 from buddy.training.threshold import MOST_PASSES, calibrate
 
 KV = ("zero", "mask", "project")
@@ -419,9 +420,8 @@ def fit(folder, first=FIRST, stop_after=None, lora=True):
         if stop_after is not None and step >= stop_after:
             raise KeyboardInterrupt
 
-    fitted = two_phases.fit(
-        backbone, byte_tokenizer(), policy, PAIRS, SETTINGS, first, 2, folder, seed=0, on_log=log, lora=lora
-    )
+    settings = SETTINGS if lora else SETTINGS.model_copy(update={"lora_rank": 0})
+    fitted = two_phases.fit(Job(backbone, byte_tokenizer(), PAIRS, settings, 2, folder, 0, log), policy, first)
     return fitted, policy, backbone, steps
 
 

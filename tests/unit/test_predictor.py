@@ -753,6 +753,21 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
         assert which in found.metrics["rows"]
         assert len(found.metrics["constants"]) == 5
     assert "constant frontier" in capsys.readouterr().out
+    scored = ["evaluate", "--run", out, "--data", study, "--tasks", "piqa", "--limit", 4, "--device", "cpu"]
+    assert not command(*scored, "--budget", "auto", "--out", tmp_path / "scores")
+    assert "blocks on average" in capsys.readouterr().out
+    scores = Record.read(tmp_path / "scores/auto.json")
+    assert (scores.kind, scores.budget, scores.n, scores.variant["preset"]) == ("accuracy", None, 4, preset)
+    assert 3 <= scores.metrics["tasks"]["piqa"]["executed_mean"] <= 7
+    # Depth alone counts: the shallowest depth that it knows. A preset without a price refuses to hear one.
+    assert command(*scored, "--budget", "auto:1", "--out", tmp_path / "scores") == (2 if preset == "paper" else 0)
+    if preset == "tuned":
+        assert not command(*scored, "--removed", "4", "--out", tmp_path / "scores")
+        priced_, constant = (Record.read(tmp_path / "scores" / f"{n}.json") for n in ("auto~1", "removed~4"))
+        assert priced_.metrics["executed_mean"] == constant.metrics["executed_mean"] == 3
+        mine, plainly = (found.metrics["tasks"]["piqa"] for found in (priced_, constant))
+        assert {**mine, "executed_mean": 0} == {**plainly, "executed_mean": 0}
+    capsys.readouterr()
     assert not command("generate", "--run", out, "--budget", "auto", "--max-new-tokens", 2, "--device", "cpu", "hello")
     assert "blocks 1 to 7" in capsys.readouterr().out
 
@@ -766,6 +781,8 @@ def test_mistakes_are_told_in_a_line(study, tmp_path, capsys):
         (["budget-eval", "--run", study / "run", *given], "has no budget predictor"),
         (["generate", "--run", study / "run", "--budget", "auto", "hi", "--device", "cpu"], "buddy predictor --run"),
         (["generate", "--run", study / "run", "--budget", "much", "hi", "--device", "cpu"], "is neither a number"),
+        (["evaluate", "--run", study / "run", "--budget", "auto", *given], "buddy predictor --run"),
+        (["evaluate", "--run", study / "run", "--budget", "0.5", *given], "neither auto nor auto:PRICE"),
     ):
         assert command(*arguments) == 2
         error = capsys.readouterr().err.strip().split("\n")[-1]

@@ -850,6 +850,31 @@ def test_breakdown_shows_every_component_with_its_share(small: Maker) -> None:
     assert (small.folder / "tables/table8.tex").read_text().count(r"\begin{table}") == 2
 
 
+def test_breakdown_shows_what_the_predictor_costs(small: Maker) -> None:
+    run = small.main_run("smollm2-135m")
+    asked = {"prefill": {**PARTS, "predictor": 2.0}, "decode": PARTS}
+    for removed in (4, 8):
+        small.breakdown(run, removed, {"prefill": PARTS, "decode": PARTS}, {}, auto=(22.4, asked))
+    write.table(study.load(small.folder), "table8")
+    rows = markdown_rows(small.folder / "tables/table8.md")
+    assert [row[:4] for row in rows if row[0] == "auto"][2] == ["auto", "Budget Predictor", "2.00", "2.44"]
+    assert [row[2] for row in rows if row[0] == "auto"] == [
+        "60.00",
+        "4.00",
+        "2.00",
+        "3.00",
+        "8.00",
+        "5.00",
+        "82.00",
+        "73.80",
+    ]
+    assert [row[2] for row in rows if row[0] == "4"] == ["60.00", "4.00", "3.00", "8.00", "5.00", "80.00", "72.00"]
+    assert "here 22.4 blocks on average" in (small.folder / "tables/table8.md").read_text()
+    path = small.folder / "tables/table8.csv"
+    found = cell(path, execution="auto", phase="prefill", component="predictor", metric="ms")
+    assert (found["value"], found["removed"]) == ("2.0", "")
+
+
 def test_a_study_without_a_breakdown_has_no_routing_cost(small: Maker) -> None:
     built = tables.build(study.load(small.folder), "table8")
     assert built.below is None

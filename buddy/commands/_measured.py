@@ -1,0 +1,132 @@
+"""A run that is measured at several depths: opened once, checked before anything is measured, a record per depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
+from buddy.commands._options import counts
+from buddy.records import Budget, Record, Stopwatch
+from buddy.settings import KV, Settings
+
+if TYPE_CHECKING:
+    from buddy.routing.model import RoutedModel
+    from buddy.runs import RunInfo
+    from buddy.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loaded run and the depths it is measured at.
+
+    Attributes:
+        folder: where it was loaded from.
+        model: the run.
+        depths: numbers of removed blocks, ascending, as W&B takes points; each is legal for the run.
+        kv: K/V of skipped blocks.
+    """
+
+    folder: Path
+    model: RoutedModel
+    depths: list[int]
+    kv: KV
+
+    @property
+    def info(self) -> RunInfo:
+        """What the run folder says, or what was said of a dense model."""
+        return self.model.origin.info
+
+    def tracked(
+        self, stage: str, settings: Settings, out: Path, part: str = "", reads: Iterable[Path] = ()
+    ) -> AbstractContextManager[Tracker]:
+        """The W&B run of this measurement; arguments as in `buddy.commands._common.tracked`."""
+        config = {**settings.model_dump(), "removed": self.depths, "training": self.info.training}
+        run = run_of(self.info)
+        return tracked(stage, self.info.study, run, config, part, [self.folder, *reads], [out])
+
+    def records(
+        self, kind: str, out: Path, measure: Callable[[Budget], tuple[dict[str, Any], int]]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Measure depth after depth; each has its record, ``removed~N.json``, before the next begins.
+
+        Args:
+            kind: of the records.
+            out: folder for them.
+            measure: the metrics at a budget, and the number of items behind them.
+
+        Yields:
+            The number of removed blocks, and the metrics.
+        """
+        blocks = self.model.blocks
+        for removed in self.depths:
+            watch = Stopwatch(str(self.model.device))
+            metrics, items = measure(Budget.of(blocks - removed, blocks))
+            self.write(kind, out / f"removed~{removed}.json", removed, metrics, items, watch)
+            yield removed, metrics
+
+    def write(
+        self,
+        kind: str,
+        path: Path,
+        removed: int | None,
+        metrics: dict[str, Any],
+        items: int,
+        watch: Stopwatch,
+        **axes: str,
+    ) -> None:
+        """Write one record.
+
+        Args:
+            kind, metrics: of the record.
+            path: its file.
+            removed: number of removed blocks; None where each input had its own.
+            items: number of items behind the metrics.
+            watch: started when the measurement began.
+            axes: of the measurement, besides the run's own and ``kv``.
+        """
+        info, blocks = self.info, self.model.blocks
+        Record(
+            kind=kind,
+            study=info.study,
+            backbone=info.backbone,
+            method=info.method,
+            metrics=metrics,
+            n=items,
+            variant={**info.variant, "kv": self.kv, **axes} if info.variant else {},
+            seed=info.seed,
+            budget=None if removed is None else Budget.of(blocks - removed, blocks),
+            **provenance(self.model, watch),
+        ).write(path)
+
+
+def open_run(
+    run: Path, removed: str, kv: KV, device: str, dtype: str, study: str | None = None, name: str = ""
+) -> Measured:
+    """Load a run to measure.
+
+    Args:
+        run: run folder, or a backbone folder for the dense model.
+        removed: numbers of removed blocks, such as ``0,4,8``; nothing for a measurement without a depth.
+        kv: K/V of skipped blocks.
+        device, dtype: as in `buddy.runs.load`.
+        study: study it belongs to; the run's own, or ``adhoc``, where it is empty. None leaves it as it is.
+        name: the backbone's name, for a dense model; its folder's by default.
+
+    Raises:
+        UserError: there is no such run, a depth is not legal for it, or several GPUs are visible.
+    """
+    from buddy import runs
+
+    depths = sorted(set(counts(removed, "--removed"))) if removed else []
+    model = runs.load(run, kv=kv, device=device, dtype=dtype)
+    check_one_gpu(model.device.type)
+    check_depths(model, depths)
+    info = model.origin.info
+    if study is not None:
+        info.study = study or info.study or "adhoc"
+    info.backbone = name or info.backbone
+    return Measured(run, model, depths, kv)
