@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
+START = 0.05
+"""What the last layer's weights begin with, as a share of PyTorch's usual start."""
+
+
 class DecisionModule(nn.Module):
     """Linear -> SiLU -> Linear, applied token by token (paper sec. 4.2.1, C.1).
+
+    It begins with scores near zero, so that the first routes are the prior's. With PyTorch's usual start the random
+    biases, whose deviation is 0.1, would weigh as much as omega times the standardised prior, and a short training would
+    not outlive them.
 
     Because it looks at one token at a time and the pooling is a mean, the pooled score of a growing prefix is a running
     sum: each decode step costs this module on one token, whatever the context length.
@@ -24,6 +32,9 @@ class DecisionModule(nn.Module):
         super().__init__()
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, candidates)
+        nn.init.zeros_(self.up.bias)
+        with torch.no_grad():
+            self.up.weight *= START
 
     def forward(self, features: Tensor) -> Tensor:
         """Score every candidate block for every token.
