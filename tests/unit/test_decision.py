@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.decision import DecisionModule, RunningMean, first_places, keep_top, source_feature, straight_through
 from buddy.routing.priors import normalise, standardise
 
@@ -87,3 +88,16 @@ def test_standardised_priors_have_mean_zero_and_deviation_one():
     assert p.mean().abs() < 1e-12
     assert p.pow(2).mean().sqrt() == pytest.approx(1, abs=1e-6)
     assert standardise(torch.ones(4)).tolist() == [0.0] * 4
+
+
+def test_the_first_routes_are_the_priors():
+    random = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 3, 2, 9, 4, generator=random)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        prior = torch.randperm(6, generator=random).float()
+        policy = BuddyPolicy(8, 8, omega=0.1, prior=(prior - prior.mean()) / prior.std(correction=0))
+        state = policy.begin(4 / 8, 3, torch.device("cpu"))
+        policy.observe(state, keys, values, None)
+        kept = policy.decide(state)[:, policy.candidates]
+        assert torch.equal(kept, (prior >= 4).expand(3, 6))  # blocks 1 and 8, and the two of most importance
