@@ -9,6 +9,7 @@ configfile: "config.yaml"
 
 include: "rules/common.smk"
 include: "rules/inputs.smk"
+include: "rules/orders.smk"
 include: "rules/train.smk"
 include: "rules/peers.smk"
 include: "rules/predictor.smk"

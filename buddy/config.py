@@ -32,6 +32,7 @@ from buddy.settings import (
     Importance,
     Latency,
     Name,
+    Orders,
     Peers,
     Predictor,
     Pudding,
@@ -83,6 +84,7 @@ class Config(Settings):
     backbones: dict[Name, Backbone]
     data: Data = Data()
     importance: Importance = Importance()
+    orders: Orders = Orders()
     peers: Peers = Peers()
     pudding: Pudding = Pudding()
     first: First = First()
@@ -101,6 +103,7 @@ class Config(Settings):
         for where, names in (
             ("study.backbones", self.study.backbones),
             ("study.removed", self.study.removed),
+            ("orders.backbones", self.orders.backbones or []),
             ("generation.backbones", self.generation.backbones or []),
             ("trace.backbones", self.trace.backbones or []),
             ("predictor.backbones", self.predictor.backbones or []),
@@ -235,6 +238,16 @@ class Config(Settings):
     def traced_backbones(self) -> list[str]:
         """Backbones of the study whose paths are traced."""
         return self._of_study(self.trace.backbones)
+
+    def ordered_backbones(self) -> list[str]:
+        """Backbones of the study whose blocks are ranked to look at the order of their removal."""
+        return self._of_study(self.orders.backbones) if self.orders.indicators else []
+
+    def importances(self) -> list[tuple[str, str]]:
+        """Backbone and indicator of every importance on the study's corpus: those that runs fuse, those looked at."""
+        fused = [(run.backbone, run.variant.get("prior", "none")) for run in self.runs()]
+        shown = [(name, indicator) for name in self.ordered_backbones() for indicator in self.orders.indicators]
+        return [pair for pair in dict.fromkeys([*fused, *shown]) if pair[1] != "none"]
 
     def predicting_backbones(self) -> list[str]:
         """Backbones of the study that get a budget predictor."""

@@ -28,7 +28,7 @@ class Job:
     """One job of the study.
 
     Attributes:
-        stage: the rule, which is the command too.
+        stage: the rule.
         name: path of its log and of its benchmark below ``logs/{stage}`` and ``benchmarks/{stage}``, without ending; ""
             where the stage has one job.
         output: what it makes, below the study's folder: a file, or a folder of records.
@@ -185,12 +185,14 @@ def _datasets(study: Config) -> list[str]:
     tables = study.measured_tables().values()
     kinds = {table.kind for table in tables}
     names = [study.training.data] if methods - {"dense"} else []
-    names += [study.importance.corpus] if any(run.variant.get("prior", "none") != "none" for run in runs) else []
+    names += [study.importance.corpus] if study.importances() else []
+    names += study.orders.corpora if study.ordered_backbones() else []
     names += [study.peers.corpus] if methods & set(STATIC_PEERS) else []
     names += study.pudding.tasks if "pudding" in methods else []
     names += study.evaluation.tasks
     names += study.generation.tasks if "generation" in kinds else []
     names += study.trace.datasets if "properties" in kinds or _traces(study) else []
+    names += study.trace.tasks if _traces(study) else []
     if study.predicting_runs():
         names += study.predictor.data if "paper" in study.predictor.presets else []
         names += study.predictor.tuned_data if "tuned" in study.predictor.presets else []
@@ -202,10 +204,10 @@ def _datasets(study: Config) -> list[str]:
 
 def _makers(study: Config) -> Iterator[Job]:
     runs = study.runs()
-    for run in runs:
-        if run.variant.get("prior", "none") != "none":
-            name = f"backbone~{run.backbone}/indicator~{run.variant['prior']}"
-            yield Job("importance", name, f"records/importance/{name}.json")
+    for backbone, indicator in study.importances():
+        name = f"backbone~{backbone}/indicator~{indicator}"
+        yield Job("importance", name, f"records/importance/{name}.json")
+    yield from _orders(study)
     for run in runs:
         if run.method in STATIC_PEERS:
             name = f"backbone~{run.backbone}/method~{run.method}/criterion~{run.variant['criterion']}"
@@ -222,6 +224,17 @@ def _makers(study: Config) -> Iterator[Job]:
         for preset in study.predictor.presets:
             name = f"{run.path}/preset~{preset}"
             yield Job("predictor", name, f"predictors/{name}/run.json")
+
+
+def _orders(study: Config) -> Iterator[Job]:
+    """What Figures 2, 7 and 8 show: a job for each corpus, and one for all context lengths."""
+    files = [file for name in figure_names.ORDERS for file in figure_names.orders(study, name)]
+    for name in (file.removesuffix(".json") for file in files):
+        backbone, *level, indicator = name.split("/")
+        if "corpus~" in name:
+            yield Job("corpus_orders", name, f"records/importance/{name}.json")
+        elif level == [f"length~{max(study.orders.lengths, default=0)}"]:  # the last of them to be measured
+            yield Job("length_orders", f"{backbone}/{indicator}", f"records/importance/{name}.json")
 
 
 def _measurements(study: Config) -> Iterator[Job]:
@@ -241,7 +254,7 @@ def _measurements(study: Config) -> Iterator[Job]:
         for run in _answering(study, table, "properties"):
             yield from _per_dataset("trace", run, study.trace.datasets)
     for run in _traces(study):
-        yield from _per_dataset("trace", run, study.trace.datasets)
+        yield from _per_dataset("trace", run, [*study.trace.datasets, *study.trace.tasks])
     for run in _timed(study, tables):
         yield from _per_dataset("latency", run, study.latency.datasets)
     for table in tables:

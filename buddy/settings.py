@@ -5,6 +5,8 @@ The JSON schema, the configuration reference and the options of the commands are
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +17,7 @@ KV = Literal["zero", "mask", "project"]
 Method = Literal["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", "sleb", "pudding", "first"]
 StaticPeer = Literal["shortgpt", "shortened_llama", "sleb"]
 Criterion = Literal["block_influence", "ppl", "taylor"]
+Indicator = Literal["delta_ppl", "taylor", "cosine", "block_influence"]
 Lora = Literal["trained", "none"]
 TableKind = Literal[
     "accuracy", "latency", "breakdown", "ablation", "generation", "peer_latency", "properties", "training_cost"
@@ -28,6 +31,7 @@ DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
+INDICATORS: tuple[Indicator, ...] = get_args(Indicator)
 ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PREDICTOR_PRESETS: tuple[PredictorPreset, ...] = get_args(PredictorPreset)
@@ -37,7 +41,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 STATIC_PEERS: tuple[StaticPeer, ...] = get_args(StaticPeer)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A name that is safe as a folder and as a part of a path."""
 
 
@@ -200,12 +205,50 @@ class Data(Settings):
     )
 
 
+SHORTEST_WINDOW = 8
+"""Tokens that a window of a calibration corpus has at least."""
+
+
 class Importance(Settings):
     """How block importance (the priors) is estimated."""
 
     corpus: str = Field("wikitext2", description="data set, or text file, that calibrates it")
     samples: int = Field(64, description="number of windows", ge=1)
-    length: int = Field(512, description="tokens per window", ge=8)
+    length: int = Field(512, description="tokens per window", ge=SHORTEST_WINDOW)
+
+
+def corpus_name(corpus: str) -> str:
+    """What a calibration corpus is called in paths: the data set, or the text file without folder and ending."""
+    return PurePath(corpus).stem
+
+
+class Orders(Settings):
+    """In which order blocks would be removed, by corpus and by length of the context (Figures 1, 2, 7 and 8)."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that are looked at (all of the study by default)")
+    indicators: list[Indicator] = Field(
+        [],
+        description="what ranks the blocks, each on the corpus of `importance` and on the others; none: nothing is measured",
+    )
+    corpora: list[str] = Field([], description="other data sets, or text files, that the blocks are ranked on")
+    lengths: list[Annotated[int, Field(ge=SHORTEST_WINDOW)]] = Field(
+        [],
+        description="tokens per window on the corpus of `importance`, two or more, to compare (delta_ppl and taylor of the "
+        "indicators); `importance.length` everywhere else",
+    )
+    samples: int = Field(64, description="number of windows on each other corpus and of each length", ge=1)
+
+    @model_validator(mode="after")
+    def _tell_apart(self) -> Orders:
+        names = [corpus_name(corpus) for corpus in self.corpora]
+        if len(set(names)) != len(names):
+            raise ValueError(f"corpora: {self.corpora} has a name twice")
+        for name in names:
+            if not re.match(NAME_PATTERN, name):
+                raise ValueError(f"corpora: {name!r} has other signs than letters, digits and ._+-")
+        if len(set(self.lengths)) != len(self.lengths) or len(self.lengths) == 1:
+            raise ValueError(f"lengths: {self.lengths} are not two or more different ones, or none")
+        return self
 
 
 class Peers(Importance):
@@ -374,12 +417,15 @@ class Generation(Settings):
 
 
 class Trace(Settings):
-    """Which blocks run, prompt by prompt and step by step (Table 1, Figure 4)."""
+    """Which blocks run, prompt by prompt and step by step (Table 1, Figures 4, 6 and 9 to 11)."""
 
     backbones: list[Name] | None = Field(None, description="backbones that are traced (all of the study by default)")
     datasets: list[Literal["alpaca", "samsum", "gsm8k"]] = Field(["alpaca"], description="prompts", min_length=1)
-    prompts: int = Field(100, description="prompts per data set", ge=1)
-    new_tokens: int = Field(32, description="tokens generated after each prompt", ge=1)
+    tasks: list[Task] = Field(
+        [], description="tasks, too, of which BUDDY's main run reads the prompts and generates nothing"
+    )
+    prompts: int = Field(100, description="prompts per data set and task", ge=1)
+    new_tokens: int = Field(32, description="tokens generated after each prompt of a data set", ge=1)
     batch_size: int = Field(8, description="sequences generated together", ge=1)
     decode: Literal["recompute", "reuse"] = Field(
         "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"

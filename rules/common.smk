@@ -8,11 +8,12 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from buddy import config as buddy_config
+from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError
 from buddy.records import find as find_records
 from buddy.records import write_json
 from buddy.reporting import figure_names, source
-from buddy.settings import NOT_OF_PEERS, PREDICTOR_PRESETS, PRIORS, READ_BY_PRESET, STATIC_PEERS
+from buddy.settings import INDICATORS, NOT_OF_PEERS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
 
 
 def checked(ask, *arguments):
@@ -35,6 +36,11 @@ MEASURES = STUDY.study.records is None
 RUNS = {run.path: run for run in STUDY.runs()}
 ROUTED = [path for path, run in RUNS.items() if run.method == "buddy"]
 PEERS = [path for path, run in RUNS.items() if run.method not in ("dense", "buddy")]
+
+# What blocks are ranked on besides the study's own corpus, by its name in paths.
+CORPORA = {corpus_name(corpus): corpus for corpus in STUDY.orders.corpora} if STUDY.ordered_backbones() else {}
+for _corpus in CORPORA.values() if MEASURES else ():
+    checked(check_corpus, _corpus, f"{ORIGIN}: orders.corpora")
 
 # What a budget predictor is evaluated on; several data sets have a record together, too.
 HELD_OUT = [*STUDY.predictor.datasets, *(["all"] if len(STUDY.predictor.datasets) > 1 else [])]
@@ -63,7 +69,8 @@ wildcard_constraints:
     peer=any_of(PEERS if MEASURES else []),
     static_peer=any_of(STATIC_PEERS),
     criterion="[a-z_]+",
-    indicator=any_of(PRIORS[1:]),
+    indicator=any_of(INDICATORS),
+    corpus=any_of(CORPORA),
     preset=any_of(PREDICTOR_PRESETS),
     dataset="[a-z0-9_]+",
     table="table[0-9]+",
@@ -184,9 +191,8 @@ def trace_records(backbone):
     return shown([f"{RECORDS}/trace/{run.path}/dataset~{name}" for run in runs for name in STUDY.trace.datasets])
 
 
-def corpus_input(settings):
-    """The calibration corpus: a data set of the study, or a text file of the user's."""
-    corpus = settings.corpus
+def corpus_input(corpus):
+    """A calibration corpus: a data set of the study, or a text file of the user's."""
     return corpus if Path(corpus).is_file() else f"{RESULTS}/data/{corpus}/data.json"
 
 
@@ -257,15 +263,21 @@ def peer_flags(wildcards):
     return flags({"method": run.method, **axes, "seed": run.seed, **settings})
 
 
-def model_flags(wildcards, settings):
+def model_flags(wildcards, settings, *leave_out):
     """A section as flags, and which study and backbone it is; a dense model has no run folder that could say so, and
     skips no block."""
     run = RUNS[wildcards.run]
-    fields = settings.model_dump(exclude={"backbones", "datasets"})
+    fields = settings.model_dump(exclude={"backbones", "datasets", *leave_out})
     if run.method == "dense":
         fields = {name: value for name, value in fields.items() if name not in ("kv", "routing", "decode")}
         fields |= {"study": STUDY.study.name, "name": run.backbone}
     return flags(fields)
+
+
+def trace_flags(wildcards):
+    """The settings of a trace; after a task's prompts nothing is generated."""
+    prompts_only = {"new_tokens": 1} if wildcards.dataset in STUDY.trace.tasks else {}
+    return model_flags(wildcards, STUDY.trace.model_copy(update=prompts_only), "tasks")
 
 
 def executions_flag(wildcards):
@@ -351,26 +363,31 @@ def table_records(name):
     return accuracy_records(STUDY.compared_runs(table.backbone))
 
 
-def order_records(indicators):
-    """Importance records of the first backbone whose runs fuse any of these indicators."""
-    fused = {(run.backbone, run.variant.get("prior")) for run in RUNS.values()}
-    for backbone in figure_names.subjects(STUDY, STUDY.study.backbones):
-        found = [name for name in indicators if (backbone, name) in fused]
-        if found:
-            return shown_files(f"{RECORDS}/importance/backbone~{backbone}/indicator~{name}.json" for name in found)
-    return []
+def path_records(names):
+    """Folders of the traces of BUDDY's main runs on these data sets and tasks."""
+    traced = STUDY.traced_backbones() if "buddy" in STUDY.study.methods else []
+    runs = [STUDY.main_run(backbone) for backbone in traced]
+    return shown([f"{RECORDS}/trace/{run.path}/dataset~{name}" for run in runs for name in names])
+
+
+def there(kind):
+    """Records of a kind that were measured without a rule having been asked for them."""
+    return [str(file) for file in find_records(f"{RECORDS}/{kind}")]
 
 
 def figure_records(name):
     """The records that a figure shows."""
     if name == "latency":
         return latency_records([STUDY.main_run(backbone) for backbone in STUDY.timed_backbones()])
-    if name == "figure1":
-        return order_records(figure_names.ORDERS[name])
-    if name == "figure4" or name in figure_names.HEAT_MAPS:
-        traced = STUDY.traced_backbones() if "buddy" in STUDY.study.methods else []
-        runs = [STUDY.main_run(backbone) for backbone in traced]
-        return shown([f"{RECORDS}/trace/{run.path}/dataset~{data}" for run in runs for data in STUDY.trace.datasets])
+    if name in figure_names.ORDERS:
+        planned = figure_names.orders(STUDY, name)
+        return shown_files(f"{RECORDS}/importance/{file}" for file in planned) if planned else there("importance")
+    if name == "figure4":
+        return path_records(STUDY.trace.datasets)
+    if name in figure_names.HEAT_MAPS:
+        return path_records([*STUDY.trace.datasets, *STUDY.trace.tasks])
+    if name == "figure5":
+        return there("rouge")
     if name == "figure12":
         return predictor_records()
     if name == "figure13":
@@ -379,9 +396,6 @@ def figure_records(name):
         return accuracy_records(
             {run: None for ablation in STUDY.study.ablations for run in STUDY.ablation_runs(ablation)}
         )
-    if name in figure_names.NAMES[2:]:
-        # These are measured by no rule; they show what is there.
-        return [str(file) for file in find_records(f"{RECORDS}/{'rouge' if name == 'figure5' else 'importance'}")]
     return accuracy_records([run for backbone in STUDY.study.backbones for run in STUDY.compared_runs(backbone)])
 
 
@@ -392,12 +406,11 @@ def measurements(kind):
         "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
         "generation": STUDY.generation.model_dump(),
-        **dict.fromkeys(
-            ("properties", "figure4", *figure_names.HEAT_MAPS), STUDY.trace.model_dump(exclude={"backbones"})
-        ),
+        **dict.fromkeys(("properties", "figure4"), STUDY.trace.model_dump(exclude={"backbones", "tasks"})),
+        **dict.fromkeys(figure_names.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
         "figure12": STUDY.predictor.presets,
         "figure13": [STUDY.predictor.presets, STUDY.predictor.datasets, STUDY.predictor.tasks],
-        "figure1": STUDY.importance.corpus,
+        **dict.fromkeys(figure_names.ORDERS, [STUDY.importance.corpus, *CORPORA]),
     }.get(kind, STUDY.evaluation.tasks)
 
 

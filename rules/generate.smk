@@ -50,7 +50,7 @@ rule trace:
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),
-        settings=lambda w: model_flags(w, STUDY.trace),
+        settings=trace_flags,
         removed=depths_flag,
     shell:
         "python -m buddy trace --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "

@@ -64,7 +64,7 @@ rule encoder:
 rule importance:
     input:
         backbone=f"{RESULTS}/backbones/{{backbone}}/backbone.json",
-        corpus=lambda w: corpus_input(STUDY.importance),
+        corpus=lambda w: corpus_input(STUDY.importance.corpus),
     output:
         f"{RESULTS}/records/importance/backbone~{{backbone}}/indicator~{{indicator}}.json",
     log:

@@ -4,7 +4,7 @@
 rule calibrate:
     input:
         backbone=f"{RESULTS}/backbones/{{backbone}}/backbone.json",
-        corpus=lambda w: corpus_input(STUDY.peers),
+        corpus=lambda w: corpus_input(STUDY.peers.corpus),
     output:
         f"{RESULTS}/records/calibration/backbone~{{backbone}}/method~{{static_peer}}/criterion~{{criterion}}.json",
     log:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import Importance
+from buddy.settings import SHORTEST_WINDOW, Importance
 
 
-@with_settings(Importance, leave_out=("corpus",))
+@with_settings(Importance, leave_out=("corpus", "length"))
 def importance(
     backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
     corpus: Annotated[Path, typer.Option(help="prose: a data set folder from `buddy data`, or a text file")],
     indicator: Annotated[str, typer.Option(help="delta_ppl, taylor, cosine or block_influence")],
-    out: Annotated[Path, typer.Option(help="record to write (JSON)")],
+    out: Annotated[
+        Path,
+        typer.Option(help="record to write (JSON); with several lengths a folder, for length~N/indicator~NAME.json"),
+    ],
     settings: Importance,
+    length: Annotated[
+        str, typer.Option(help="tokens per window; several, such as 256,512, are measured one after the other")
+    ] = str(Importance().length),
     taylor: Annotated[
         str, typer.Option(help="variant of taylor: window, corpus (Shortened LLaMA's), net or second")
     ] = "window",
@@ -37,6 +43,7 @@ def importance(
       buddy importance --backbone results/demo/backbones/smollm2-135m --corpus results/demo/data/wikitext2 \\
           --indicator taylor --samples 8 --length 256 --out taylor.json
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --seed 1 --out cosine.json
+      buddy importance --backbone DIR --corpus book.txt --indicator taylor --length 128,256 --out by-length
     """
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.commands._options import choice
@@ -48,34 +55,49 @@ def importance(
 
     choice("--indicator", indicator, tuple(INDICATORS))
     choice("--taylor", taylor, TAYLOR)
+    lengths = _lengths(length)
     text = inputs.prose(corpus)
     backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     run = Run(name or backbone.name, "dense", (), 0)
-    variant = {"taylor": taylor} if indicator == "taylor" else {}
-    config = {"indicator": indicator, **variant, "window_seed": seed, **settings.model_dump()}
-    with tracked("importance", study, run, config, indicator, [backbone, corpus], [out]) as tracker:
-        watch = Stopwatch(str(model.device))
-        ids = windows(tokenizer, text, settings.samples, settings.length, seed)
-        found = estimate(model, ids, indicator, taylor=taylor)
-        metrics: dict[str, Any] = {
-            "indicator": indicator,
-            "corpus": corpus.name,
-            "samples": settings.samples,
-            "length": settings.length,
-            "window_seed": seed,
-            **variant,
-            "values": found.values.tolist(),
-            "per_sample": found.per_window.tolist(),
-        }
-        Record(
-            kind="importance",
-            study=study,
-            backbone=run.backbone,
-            method="dense",
-            metrics=metrics,
-            n=settings.samples,
-            **provenance(model, watch),
-        ).write(out)
-        tracker.summary({f"block_{index}": value for index, value in enumerate(metrics["values"])})
+    facts = {"indicator": indicator, "corpus": corpus.name, "samples": settings.samples, "window_seed": seed}
+    facts |= {"taylor": taylor} if indicator == "taylor" else {}
+    # Before anything is measured: a corpus that is too short for one of them leaves no record of the others.
+    cut = {size: windows(tokenizer, text, settings.samples, size, seed) for size in lengths}
+    file = f"indicator~{indicator}.json"
+    files = {size: out / f"length~{size}" / file for size in lengths} if len(lengths) > 1 else {lengths[0]: out}
+    part = f"{indicator}/{corpus.name}/{length}"
+    config = {**facts, "lengths": lengths}
+    with tracked("importance", study, run, config, part, [backbone, corpus], files.values()) as tracker:
+        for size, ids in cut.items():
+            watch = Stopwatch(str(model.device))
+            found = estimate(model, ids, indicator, taylor=taylor)
+            values = found.values.tolist()
+            Record(
+                kind="importance",
+                study=study,
+                backbone=run.backbone,
+                method="dense",
+                metrics={**facts, "length": size, "values": values, "per_sample": found.per_window.tolist()},
+                n=settings.samples,
+                **provenance(model, watch),
+            ).write(files[size])
+            blocks = {f"block_{index}": value for index, value in enumerate(values)}
+            tracker.log(blocks, step=size)
+        tracker.summary(blocks)
+
+
+def _lengths(text: str) -> list[int]:
+    """Window lengths from ``256,512``, ascending, each once.
+
+    Raises:
+        UserError: something else, or a window too short.
+    """
+    from buddy.commands._options import counts
+    from buddy.errors import UserError
+
+    lengths = sorted(set(counts(text, "--length")))
+    if lengths[0] < SHORTEST_WINDOW:
+        raise UserError(f"--length: {lengths[0]} is not at least {SHORTEST_WINDOW}")
+    return lengths

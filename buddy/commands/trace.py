@@ -11,7 +11,7 @@ from buddy.commands._options import with_settings
 from buddy.settings import Trace
 
 
-@with_settings(Trace, leave_out=("backbones", "datasets"))
+@with_settings(Trace, leave_out=("backbones", "datasets", "tasks"))
 def trace(
     run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
     data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data`, of text or of a task")],

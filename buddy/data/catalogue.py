@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from buddy.errors import unknown
+from buddy.errors import UserError, choices, unknown
 
 CHOICE = "multiple choice"
 PROBLEMS = "word problems"
@@ -150,3 +151,18 @@ def entry(name: str) -> DataSet:
     if name not in CATALOGUE:
         raise unknown("data set", name, CATALOGUE)
     return CATALOGUE[name]
+
+
+def check_corpus(corpus: str, where: str) -> None:
+    """Refuse what is no calibration corpus.
+
+    Args:
+        corpus: name of a data set, or a path.
+        where: file and key that name it, for the message.
+
+    Raises:
+        UserError: it is neither a prose set nor a text file.
+    """
+    sets = [data.name for data in _SETS if data.kind == PROSE]
+    if corpus not in sets and not Path(corpus).is_file():
+        raise UserError(f"{where}: {corpus!r} is neither a prose set ({choices(sets)}) nor a text file that is there")

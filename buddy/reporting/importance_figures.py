@@ -17,6 +17,7 @@ from buddy.reporting.figure_names import ORDERS, subjects
 from buddy.reporting.labels import INDICATORS
 from buddy.reporting.panels import empty, panels, reason
 from buddy.reporting.study import Study
+from buddy.settings import corpus_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,25 +45,26 @@ def own_corpus(study: Study) -> Figure:
 
 
 def other_corpus(study: Study) -> Figure:
-    """Figure 7: the same on another corpus, PTB where it was measured."""
-    return _boxes(study, "figure7", [_other(study)])
+    """Figure 7: the same on the study's other corpora."""
+    return _boxes(study, "figure7", [*_others(study)])
 
 
 def other_indicators(study: Study) -> Figure:
-    """Figure 8: the same by further indicators, on both corpora where they were measured."""
-    other = _other(study)
-    found = any(row["corpus"] == other and row["indicator"] in ORDERS["figure8"] for row in _rows(study))
-    return _boxes(study, "figure8", [None, other] if found else [None])
+    """Figure 8: the same by further indicators, on the calibration corpus and on others where they were measured."""
+    found = {row["corpus"] for row in _rows(study) if row["indicator"] in ORDERS["figure8"]}
+    return _boxes(study, "figure8", [None, *(other for other in _others(study) if other in found)])
 
 
 def _rows(study: Study) -> list[dict[str, Any]]:
     return [row for rows in study.importance_rows.values() for row in rows]
 
 
-def _other(study: Study) -> str:
-    """Another corpus than the study's own: PTB unless only a third one was measured."""
+def _others(study: Study) -> list[str]:
+    """Other corpora than the study's own: those that it plans; else PTB, unless only a third one was measured."""
+    if study.config.ordered_backbones() and study.config.orders.corpora:
+        return [corpus_name(corpus) for corpus in study.config.orders.corpora]
     found = {row["corpus"] for row in _rows(study) if isinstance(row["corpus"], str)}
-    return PTB if PTB in found or not found else min(found)
+    return [PTB if PTB in found or not found else min(found)]
 
 
 def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
@@ -76,7 +78,7 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
     figure, every = panels(len(wanted), 1, style.COLUMN_IN, 1.25, share=False)
     for pair, axes in zip(wanted, every, strict=True):
         indicator, corpus = pair
-        title = f"{INDICATORS[indicator]}, {corpus or study.config.importance.corpus}, {backbone}"
+        title = f"{INDICATORS[indicator]}, {corpus or corpus_name(study.config.importance.corpus)}, {backbone}"
         if pair in found:
             axes.set_title(f"{title}, {len(found[pair]['detail'])} windows")
             _box_panel(axes, found[pair], COLOURS[indicator])
@@ -126,7 +128,7 @@ def _block_axis(axes: Axes, blocks: int, positions: Sequence[int]) -> None:
 def by_length(study: Study) -> Figure:
     """Figure 2: mean removal order of each block, by the length of the context; a panel per indicator."""
     for backbone in subjects(study.config, study.config.study.backbones):
-        found = {name: _lengths(study, backbone, name) for name in ORDERS["figure1"]}
+        found = {name: _lengths(study, backbone, name) for name in ORDERS["figure2"]}
         found = {name: rows for name, rows in found.items() if len(rows) > 1}
         if found:
             return _length_maps(study, backbone, found)
@@ -153,5 +155,5 @@ def _length_maps(study: Study, backbone: str, found: Mapping[str, Mapping[int, n
         axes.set_ylabel("Context (tokens)")
         _block_axis(axes, blocks, range(blocks))
     every[-1].set_xlabel("Block")
-    figure.colorbar(image, ax=every, label="Removed as number, mean over windows", shrink=0.9)
+    figure.colorbar(image, ax=every, label="Removed as number,\nmean over windows", shrink=0.9)
     return figure

@@ -120,8 +120,9 @@ def _undecided(at: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _what_columns_mean(study: Study, backbone: str, depths: list[int]) -> str:
-    rows = [row for key, found in study.trace_rows.items() if key[0] == backbone for row in found]
     settings = study.config.trace
+    traced = [row for key, found in study.trace_rows.items() if key[0] == backbone for row in found]
+    rows = [row for row in traced if row["dataset"] in settings.datasets]
     prompts = either(row["prompts"] for row in rows) or str(settings.prompts)
     tokens = either(row["new_tokens"] for row in rows) or str(settings.new_tokens)
     sets = (

@@ -42,7 +42,8 @@ def test_tables_and_figures_are_there(finished):
     for table in ("table1", "table2", "table4", "table5", "table8", "table9", "table12", "table14"):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
-    for figure in ("accuracy_vs_budget", "latency", "figure4", "figure12", "figure13"):
+    shown = (1, 2, 4, 7, 9, 10, 12, 13)
+    for figure in ("accuracy_vs_budget", "latency", "ablation", *(f"figure{number}" for number in shown)):
         assert (study / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         assert (study / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -52,12 +53,13 @@ def test_every_measurement_left_a_record(finished):
     kinds = [record.kind for record in records]
     # two routed runs at two depths, one dense, and three peers, a run at each depth
     assert kinds.count("accuracy") == 2 * 2 + 1 + 3 * 2
-    assert kinds.count("generation") == kinds.count("trace") == 2 + 1 + 3 * 2
+    assert kinds.count("generation") == 2 + 1 + 3 * 2
+    assert kinds.count("trace") == 2 + 1 + 3 * 2 + 2  # and of BUDDY's on a task
     # per batch size dense and three executions at two depths, and for the batch of two a mixed one; PuDDing's two runs
     # beside dense
     assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1 + 2 * 2 * 2
     assert kinds.count("breakdown") == 2
-    assert kinds.count("importance") == 1
+    assert kinds.count("importance") == 1 + 1 + 2  # on the study's corpus, on another, at two context lengths
     assert kinds.count("calibration") == 2
     assert kinds.count("training") == 2 + 3 * 2 + 2  # and two presets of the budget predictor
     assert kinds.count("budget") == 2
@@ -78,9 +80,9 @@ def test_every_job_logged_one_wandb_run(finished):
     """One offline run per job, without a key."""
     folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
-    inputs = 6 + 1 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
+    inputs = 7 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
     made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
-    measured = 9 + 8 + 8 + 3 + 1 + 2  # accuracy, GSM8K, traces, latency, breakdown, budgets
+    measured = 9 + 8 + 9 + 3 + 1 + 2  # accuracy, GSM8K, traces, latency, breakdown, budgets
     study = finished / "results/tiny"
     shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
     assert len(ids) == inputs + made + measured + shown
@@ -102,12 +104,14 @@ KNOBS = [
     ({"pudding": {"epochs": 3}}, {"adapt", "latency", *MEASURED}),
     ({"first": {"epochs": 2}}, {"adapt", *MEASURED}),
     ({"trace": {"prompts": 2}}, {"trace", *SHOWN}),
+    ({"trace": {"tasks": ["piqa", "arc_easy"]}}, {"trace", "figure", "all"}),
+    ({"orders": {"samples": 3}}, {"corpus_orders", "length_orders", "figure", "all"}),
     ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
     ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
     ({"evaluation": {"limit": 5}}, {"evaluate", "table", "figure", "all"}),
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
-    ({"importance": {"length": 40}}, {"importance", *OF_BUDDY}),
+    ({"importance": {"length": 40}}, {"importance", "corpus_orders", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),
 ]
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "tests/tiny.yaml"
-HEAVY = {rule.replace("_", "-") for rule in watch.ON_GPU}  # the commands of these rules
+HEAVY = {watch.VERBS.get(rule, rule) for rule in watch.ON_GPU}
 SMALL = "study: {methods: [dense, buddy, sleb, pudding], removed: {tiny: [1]}}"
 """Of the small study what has every rule in it once: the cluster is this machine."""
 OFTEN = "--slurm-init-seconds-before-status-checks=2"

@@ -133,6 +133,11 @@ def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str
 def test_planned_figures_need_what_they_show() -> None:
     everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 6, 9, 10, 11, 12, 13)), "ablation"}
     assert set(figure_names.planned(parse(paper(methods=EVERY_METHOD)))) == everything
+    orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb"], "lengths": [256, 272]}
+    assert set(figure_names.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
+        *everything,
+        *("figure2", "figure7", "figure8"),
+    }
     content = demo(predictor={"backbones": []}, trace={"backbones": []}, latency={"backbones": []})
     content["study"]["ablations"] = []
     content["study"]["main"] = {"prior": "none"}
@@ -141,6 +146,68 @@ def test_planned_figures_need_what_they_show() -> None:
     # Three depths: there is no fourth to draw.
     assert "figure11" not in figure_names.planned(parse(demo()))
     assert "figure6" in figure_names.planned(parse(demo()))
+
+
+def test_what_is_ranked_for_each_figure() -> None:
+    asked = {"indicators": ["cosine", "taylor"], "corpora": ["ptb", "texts/book.txt"], "lengths": [256, 272]}
+    config = parse({**paper(), "orders": {"backbones": ["qwen2.5-7b"], **asked}})
+    own = {one.removeprefix("backbone~qwen2.5-7b/") for one in figure_names.orders(config, "figure8")}
+    assert own == {
+        *("indicator~cosine.json", "corpus~ptb/indicator~cosine.json"),
+        "corpus~book/indicator~cosine.json",
+    }
+    assert figure_names.orders(config, "figure7") == [
+        f"backbone~qwen2.5-7b/corpus~{name}/indicator~taylor.json" for name in ("ptb", "book")
+    ]
+    assert figure_names.orders(config, "figure2") == [
+        f"backbone~qwen2.5-7b/length~{length}/indicator~taylor.json" for length in (256, 272)
+    ]
+    # Figure 1 shows what the runs of the ablations' backbone fuse, and what is looked at besides.
+    assert set(figure_names.orders(config, "figure1")) == {
+        *(f"backbone~llama2-7b/indicator~{name}.json" for name in ("delta_ppl", "taylor")),
+        "backbone~qwen2.5-7b/indicator~taylor.json",
+    }
+    assert ("qwen2.5-7b", "cosine") in config.importances()
+    nothing = parse({**paper(), "orders": {"backbones": [], **asked}})
+    assert [figure_names.orders(nothing, name) for name in ("figure2", "figure7", "figure8")] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"corpora": ["ptb", "texts/ptb.txt"]}, "has a name twice"),
+        ({"corpora": ["my book.txt"]}, "'my book' has other signs"),
+        ({"lengths": [256]}, "not two or more different ones"),
+        ({"lengths": [256, 256]}, "not two or more different ones"),
+        ({"lengths": [256, 7]}, "greater than or equal to 8"),
+        ({"indicators": ["tailor"]}, "'block_influence'"),
+        ({"backbones": ["llama2"]}, "orders.backbones"),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused(asked: dict[str, list[object]], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse({**paper(), "orders": {"indicators": ["taylor"], **asked}})
+
+
+def test_other_corpora_have_a_panel_each(tmp_path: Path) -> None:
+    orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb", "book.txt"]}
+    maker = Maker(tmp_path, demo(orders=orders))
+    rising = [[float(block) for block in range(30)]]
+    for corpus in ("ptb", "book"):
+        maker.importance(NAME, "taylor", rising, corpus=corpus)
+    maker.importance(NAME, "cosine", rising, corpus="book")
+    titles = [axes.get_title() for axes in drawn(maker, "figure7").axes]
+    assert [title.split(",")[:2] for title in titles if "1 windows" in title] == [
+        ["Taylor", " ptb"],
+        ["Taylor", " book"],
+    ]
+    assert len(titles) == 4  # two indicators
+    assert "no importance record of delta_ppl on ptb" in words(drawn(maker, "figure7")).replace("\n", " ")
+    # On the study's own corpus nothing is there; on PTB none of this figure's indicators.
+    assert [axes.get_title().split(",")[1] for axes in drawn(maker, "figure8").axes] == [
+        *(" wikitext2", " wikitext2"),
+        *(" book", " book"),
+    ]
 
 
 def test_figures_that_were_measured_unplanned_are_named_too(small: Maker) -> None:
@@ -236,6 +303,16 @@ def test_heat_maps_take_their_depth_of_the_study(small: Maker) -> None:
         assert [label.get_text() for label in panel.get_yticklabels()] == ["OBQA", "PIQA"]  # the paper's order
         assert f"{removed} of 30 blocks removed" in panel.get_title()
     assert "no traced backbone has 4 depths" in words(drawn(small, "figure11")).replace("\n", " ")
+
+
+def test_tasks_stand_above_what_is_generated_and_stay_out_of_figure_4(small: Maker) -> None:
+    run = small.main_run(NAME)
+    for dataset in ("alpaca", "winogrande", "boolq"):
+        small.trace(run, 4, 2, [1, 1, 3], dataset=dataset)
+    names = [label.get_text() for label in drawn(small, "figure9").axes[0].get_yticklabels()]
+    assert names == ["BoolQ", "WinoGrande", "Alpaca"]
+    (axes,) = drawn(small, "figure4").axes
+    assert len(axes.containers) == 1
 
 
 def test_rouge_shows_both_modes_with_their_intervals(small: Maker) -> None:

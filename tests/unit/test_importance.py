@@ -7,8 +7,13 @@ import torch
 from models import VOCABULARY
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from buddy import settings
+from buddy.backbones.untrained import byte_tokenizer
+from buddy.commands.importance import importance as command
 from buddy.errors import UserError
-from buddy.importance import estimate, windows
+from buddy.importance import INDICATORS, estimate, windows
+from buddy.records import Record
+from buddy.reporting import frame
 
 IDS = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -87,8 +92,6 @@ def test_taylor_is_weight_times_gradient(backbone):
 
 
 def test_windows_are_the_first_of_the_corpus_without_special_tokens():
-    from buddy.backbones.untrained import byte_tokenizer
-
     tokenizer = byte_tokenizer()
     text = "abcdefghij" * 10
     found = windows(tokenizer, text, samples=3, length=8)
@@ -96,6 +99,50 @@ def test_windows_are_the_first_of_the_corpus_without_special_tokens():
     assert found.flatten().tolist() == tokenizer(text, add_special_tokens=False).input_ids[:24]
     with pytest.raises(UserError, match="corpus holds 12"):
         windows(tokenizer, text, samples=13, length=8)
+
+
+def test_every_indicator_can_be_asked_for_in_a_study():
+    assert set(INDICATORS) == set(settings.INDICATORS)
+
+
+@pytest.fixture
+def arguments(backbone, tmp_path):
+    """A backbone on disk and a text, and the command's arguments for them."""
+    backbone.resize_token_embeddings(300)
+    backbone.save_pretrained(tmp_path / "small")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    (tmp_path / "book.txt").write_text("It was a bright cold day in April. " * 5)
+    given = {"backbone": tmp_path / "small", "corpus": tmp_path / "book.txt", "indicator": "delta_ppl", "samples": 3}
+    rest = {"taylor": "window", "seed": None, "study": "s", "name": "", "device": "cpu", "dtype": "auto"}
+    return given | rest | {"out": tmp_path / "out"}
+
+
+def test_several_lengths_have_a_record_each_as_if_alone(arguments, tmp_path):
+    command(**arguments, length="24,16,24")
+    out = arguments["out"]
+    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.json"))
+    assert made == [f"length~{length}/indicator~delta_ppl.json" for length in (16, 24)]
+    for length in (16, 24):
+        command(**arguments | {"out": tmp_path / "alone.json"}, length=str(length))
+        alone, beside = (Record.read(path) for path in (tmp_path / "alone.json", out / made[length == 24]))
+        assert beside.metrics == alone.metrics
+        assert beside.metrics["length"] == length
+        assert (beside.kind, beside.backbone, beside.study, beside.n) == ("importance", "small", "s", 3)
+    # A study reads them as lengths of its own corpus.
+    out.rename(tmp_path / "backbone~small")
+    rows = frame.load(tmp_path).query("kind == 'importance' and length.notna()")
+    assert sorted(rows.length) == [16, 24]
+    assert rows.corpus.isna().all()
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [("16,60", "3 windows of 60 tokens"), ("7,16", "--length: 7 is not at least 8"), ("many", "--length: 'many'")],
+)
+def test_lengths_that_cannot_be_leave_no_record(arguments, length, message):
+    with pytest.raises(UserError, match=message):
+        command(**arguments, length=length)
+    assert not arguments["out"].exists()
 
 
 def test_an_unknown_indicator_is_refused(backbone):

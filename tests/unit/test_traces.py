@@ -199,7 +199,7 @@ def arguments(model, tmp_path):
     materialise("piqa", "embedded", tmp_path / "piqa")
     given = {"run": run, "data": tmp_path / "piqa", "removed": "3,1,3", "out": tmp_path / "out"}
     rest = {"study": "", "name": "", "device": "cpu", "dtype": "auto"}
-    settings = Trace(prompts=4, new_tokens=5, batch_size=3).model_dump(exclude={"backbones", "datasets"})
+    settings = Trace(prompts=4, new_tokens=5, batch_size=3).model_dump(exclude={"backbones", "datasets", "tasks"})
     return given | rest | settings
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,12 +38,14 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["encoder"] == 1
     assert jobs["evaluate"] == routed + peers + 4
     assert jobs["backbone"] == 4
-    assert jobs["importance"] == 4 + 2
+    assert jobs["importance"] == 4 + 2 + 1  # block influence, for Figure 8
+    assert jobs["corpus_orders"] == 4  # four indicators on PTB
+    assert jobs["length_orders"] == 2  # two of them by context length
     assert jobs["latency"] == 2 * (1 + 2 * 4)  # per data set BUDDY's run, and PuDDing's and FiRST's at four depths
     assert jobs["breakdown"] == 1
     assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
-    assert jobs["trace"] == 3 + 5 * 4
-    assert jobs["data"] == 8 + 4  # eight tasks, Alpaca, WikiText-2, SAMSum, GSM8K
+    assert jobs["trace"] == 3 + 5 * 4 + 8  # on Alpaca; BUDDY's on the tasks
+    assert jobs["data"] == 8 + 5  # eight tasks, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
     assert jobs["table"] == 14
     assert seconds < 10
 
@@ -58,6 +61,7 @@ def test_the_papers_table_names_are_targets(checkout, table):
     jobs = planned(checkout, table)
     assert (jobs["train"], jobs.get("adapt", 0)) == TRAINED[table]
     assert jobs["table"] == 1
+    assert jobs.get("trace", 0) == (3 + 5 * 4 if table == "table1" else 0)  # on Alpaca; the tasks are for figures
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,20 @@ def test_methods_lora_seeds_and_criteria_span_the_peers(checkout, overlay, adapt
     jobs = planned(checkout, "table2", "--configfile", "peers.yaml")
     assert (jobs.get("adapt", 0), jobs.get("calibrate", 0)) == (adapted, calibrated)
     assert jobs["evaluate"] == adapted + ("dense" in overlay["study"]["methods"])
+
+
+FIGURES = {  # what Llama2-7B's figures have measured
+    "figure2": {"length_orders": 2},
+    "figure6": {"train": 1, "importance": 1, "trace": 1 + 8},
+    "figure8": {"importance": 2, "corpus_orders": 2},
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_papers_figures_have_what_they_show_measured(checkout, figure):
+    jobs = planned(checkout, figure)
+    assert {name: jobs[name] for name in jobs if name not in ("backbone", "data", "figure", figure)} == FIGURES[figure]
+    assert (jobs["backbone"], jobs["figure"]) == (1, 1)
 
 
 def test_a_mistyped_target_fails_while_planning(checkout):
@@ -116,6 +134,7 @@ WRONG = [
         "not a choice among ppl",
     ),
     ({"study": {"methods": ["slep"]}}, "study.methods", "'sleb'"),
+    ({"orders": {"corpora": ["piqa"]}}, "orders.corpora: 'piqa'", "a prose set (wikitext2 or ptb)"),
     ({"study": {"records": "tests"}}, "study.records: tests", "a folder that holds accuracy, generation"),
 ]
 
@@ -148,6 +167,7 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
         (checkout / "rules" / name).read_text()
         for name in (
             "inputs.smk",
+            "orders.smk",
             "train.smk",
             "evaluate.smk",
             "latency.smk",
@@ -156,7 +176,7 @@ def test_every_rule_that_runs_a_job_states_what_it_needs(checkout):
             "generate.smk",
         )
     )
-    for rule in text.split("\nrule ")[1:]:
+    for rule in re.split(r"\n *rule ", text)[1:]:
         name = rule.split(":")[0]
         for directive in ("log:", "resources:", "mem_mb=", "runtime=", "retries:", "conda:"):
             assert directive in rule, f"rule {name} has no {directive}"
