@@ -38,6 +38,7 @@ from buddy.settings import (
     Pudding,
     Settings,
     StudyPlan,
+    Summaries,
     Table,
     Trace,
     Tracking,
@@ -92,6 +93,7 @@ class Config(Settings):
     evaluation: Evaluation = Evaluation()
     generation: Generation = Generation()
     trace: Trace = Trace()
+    summaries: Summaries = Summaries()
     predictor: Predictor = Predictor()
     latency: Latency = Latency()
     breakdown: Breakdown = Breakdown()
@@ -106,6 +108,7 @@ class Config(Settings):
             ("orders.backbones", self.orders.backbones or []),
             ("generation.backbones", self.generation.backbones or []),
             ("trace.backbones", self.trace.backbones or []),
+            ("summaries.backbones", self.summaries.backbones or []),
             ("predictor.backbones", self.predictor.backbones or []),
             ("latency.backbones", self.latency.backbones or []),
             ("breakdown.backbones", self.breakdown.backbones or []),
@@ -238,6 +241,11 @@ class Config(Settings):
     def traced_backbones(self) -> list[str]:
         """Backbones of the study whose paths are traced."""
         return self._of_study(self.trace.backbones)
+
+    def summarising_runs(self) -> list[Run]:
+        """The runs that summarise dialogues: BUDDY's main variant with the first seed."""
+        backbones = self._of_study(self.summaries.backbones) if "buddy" in self.study.methods else []
+        return [self.main_run(backbone) for backbone in backbones]
 
     def ordered_backbones(self) -> list[str]:
         """Backbones of the study whose blocks are ranked to look at the order of their removal."""

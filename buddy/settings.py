@@ -34,6 +34,7 @@ PRIORS: tuple[Prior, ...] = get_args(Prior)
 INDICATORS: tuple[Indicator, ...] = get_args(Indicator)
 ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+DECODE_MODES = ("reuse", "recompute")
 PREDICTOR_PRESETS: tuple[PredictorPreset, ...] = get_args(PredictorPreset)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -430,6 +431,16 @@ class Trace(Settings):
     decode: Literal["recompute", "reuse"] = Field(
         "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"
     )
+    kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
+class Summaries(Settings):
+    """Dialogues summarised by BUDDY with the prompt's path kept and with one chosen at every step (Figure 5)."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that summarise (all of the study by default)")
+    prompts: int = Field(200, description="dialogues of SAMSum", ge=1)
+    new_tokens: int = Field(128, description="longest summary, tokens", ge=1)
+    batch_size: int = Field(16, description="sequences generated together", ge=1)
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
 

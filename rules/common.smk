@@ -387,7 +387,8 @@ def figure_records(name):
     if name in figure_names.HEAT_MAPS:
         return path_records([*STUDY.trace.datasets, *STUDY.trace.tasks])
     if name == "figure5":
-        return there("rouge")
+        planned = [f"{RECORDS}/rouge/{run.path}/dataset~samsum" for run in STUDY.summarising_runs()]
+        return shown(planned) if planned else there("rouge")
     if name == "figure12":
         return predictor_records()
     if name == "figure13":
@@ -408,6 +409,7 @@ def measurements(kind):
         "generation": STUDY.generation.model_dump(),
         **dict.fromkeys(("properties", "figure4"), STUDY.trace.model_dump(exclude={"backbones", "tasks"})),
         **dict.fromkeys(figure_names.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
+        "figure5": STUDY.summaries.model_dump(exclude={"backbones"}),
         "figure12": STUDY.predictor.presets,
         "figure13": [STUDY.predictor.presets, STUDY.predictor.datasets, STUDY.predictor.tasks],
         **dict.fromkeys(figure_names.ORDERS, [STUDY.importance.corpus, *CORPORA]),

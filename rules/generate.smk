@@ -1,4 +1,4 @@
-# Generated answers: problems solved by generation, and the paths that generations take.
+# Generated answers: problems solved by generation, the paths that generations take, and summaries of dialogues.
 
 
 rule solve:
@@ -54,4 +54,32 @@ rule trace:
         removed=depths_flag,
     shell:
         "python -m buddy trace --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "--out {output} > {log} 2>&1"
+
+
+rule rouge:
+    input:
+        model=lambda w: model_file(RUNS[w.routed]),
+        data=f"{RESULTS}/data/{{dataset}}/data.json",
+    output:
+        directory(f"{RESULTS}/records/rouge/{{routed}}/dataset~{{dataset}}"),
+    log:
+        f"{RESULTS}/logs/rouge/{{routed}}/dataset~{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/rouge/{{routed}}/dataset~{{dataset}}.tsv"
+    retries: 1
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(0.2),
+    params:
+        model=lambda w, input: parent(input.model),
+        data=lambda w, input: parent(input.data),
+        settings=section(STUDY.summaries, "backbones"),
+        removed=lambda w: flags({"removed": STUDY.depths(RUNS[w.routed])}),
+    shell:
+        "python -m buddy rouge --run {params.model} --data {params.data} {params.removed} {params.settings} "
         "--out {output} > {log} 2>&1"

@@ -7,6 +7,7 @@ paths per generation) and Figures 6 and 9 to 11 (how often each block runs, task
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +57,49 @@ def _contexts(folder: Path) -> list[str]:
 # ---- what ran --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was generated after a prompt.
+
+    Attributes:
+        tokens: the new tokens, with the one that ended them if one did.
+        routes: boolean (passes, L): the prefill's route, then that of every decode step whose token the sequence needed.
+            The last new token is not fed back, so there are as many passes as new tokens.
+    """
+
+    tokens: list[int]
+    routes: Tensor
+
+
 def collect(model: RoutedModel, texts: Sequence[str], budget: float, settings: Settings) -> list[Tensor]:
-    """Generate greedily after each prompt and keep its routes.
+    """The routes (passes, L) of a greedy generation after each prompt, as the section `trace` of the study has it."""
+    found = answers(model, texts, budget, settings.decode, settings.new_tokens, settings.batch_size)
+    return [answer.routes for answer in found]
+
+
+def answers(
+    model: RoutedModel, texts: Sequence[str], budget: float, decode: str, new_tokens: int, batch_size: int
+) -> list[Answer]:
+    """Generate greedily after each prompt.
 
     Args:
         model: the run, in evaluation mode.
         texts: the prompts; those of like length are generated together.
         budget: fraction of blocks.
-        settings: the section `trace` of the study.
+        decode: ``recompute`` or ``reuse``.
+        new_tokens: generated after each prompt, at most.
+        batch_size: sequences generated together.
 
     Returns:
-        Per prompt, in the order given, a boolean tensor (passes, L): the prefill's route, then that of every decode
-        step whose token the sequence needed. The last new token is not fed back, so there are as many as new tokens.
+        An answer per prompt, in the order given.
     """
     rows = [model.tokenizer(text).input_ids for text in texts]
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # the longest first: trouble comes at once
     ends = end_tokens(model)
-    found: dict[int, Tensor] = {}
-    with tqdm(total=len(rows), desc=f"tracing at {budget:.3g}", unit="prompt") as bar:
-        for start in range(0, len(order), settings.batch_size):
-            batch = order[start : start + settings.batch_size]
+    found: dict[int, Answer] = {}
+    with tqdm(total=len(rows), desc=f"generating at {budget:.3g}", unit="prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             padded = model.tokenizer.pad(
                 {"input_ids": [rows[number] for number in batch]}, padding_side="left", return_tensors="pt"
             )
@@ -83,13 +107,16 @@ def collect(model: RoutedModel, texts: Sequence[str], budget: float, settings: S
                 padded["input_ids"].to(model.device),
                 padded["attention_mask"].to(model.device),
                 budget=budget,
-                decode=settings.decode,
-                max_new_tokens=settings.new_tokens,
+                decode=decode,
+                max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=model.tokenizer.pad_token_id,
             )
-            passes = needed_passes(ids[:, padded["input_ids"].shape[1] :], ends)
-            found.update(zip(batch, needed_routes(model.trace, passes), strict=True))
+            new = ids[:, padded["input_ids"].shape[1] :]
+            passes = needed_passes(new, ends)
+            routes = needed_routes(model.trace, passes)
+            for number, tokens, count, ran in zip(batch, new.tolist(), passes, routes, strict=True):
+                found[number] = Answer(tokens[:count], ran)
             bar.update(len(batch))
     return [found[number] for number in range(len(rows))]
 

@@ -28,6 +28,7 @@ def planned(config: Config) -> list[str]:
         "latency": bool(config.timed_backbones()),
         **{name: bool(orders(config, name)) for name in ORDERS},
         "figure4": traces,
+        "figure5": bool(config.summarising_runs()),
         **{name: traces and place < depths for name, place in HEAT_MAPS.items()},
         "figure12": bool(config.predicting_runs()),
         "figure13": bool(config.predicting_runs()),

@@ -35,6 +35,7 @@ def rouge(study: Study) -> Figure:
             _line(axes, chosen, mode, shift)
             _published(study, backbone, axes, f"{measure}_{mode}", mode)
         removed_axis(axes, [0, *study.removed(backbone)])
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.set_xlabel("Blocks removed")
     every[0].set_ylabel(f"{backbone} on {DATASETS.get(dataset, dataset)}")
     return finish(figure, every, "95 % intervals over the prompts")

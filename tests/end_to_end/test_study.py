@@ -42,7 +42,7 @@ def test_tables_and_figures_are_there(finished):
     for table in ("table1", "table2", "table4", "table5", "table8", "table9", "table12", "table14"):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
-    shown = (1, 2, 4, 7, 9, 10, 12, 13)
+    shown = (1, 2, 4, 5, 7, 9, 10, 12, 13)
     for figure in ("accuracy_vs_budget", "latency", "ablation", *(f"figure{number}" for number in shown)):
         assert (study / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         assert (study / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
@@ -58,6 +58,7 @@ def test_every_measurement_left_a_record(finished):
     # per batch size dense and three executions at two depths, and for the batch of two a mixed one; PuDDing's two runs
     # beside dense
     assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1 + 2 * 2 * 2
+    assert kinds.count("rouge") == 2 * 2  # depths and decode modes
     assert kinds.count("breakdown") == 2
     assert kinds.count("importance") == 1 + 1 + 2  # on the study's corpus, on another, at two context lengths
     assert kinds.count("calibration") == 2
@@ -80,9 +81,9 @@ def test_every_job_logged_one_wandb_run(finished):
     """One offline run per job, without a key."""
     folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
-    inputs = 7 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
+    inputs = 8 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
     made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
-    measured = 9 + 8 + 9 + 3 + 1 + 2  # accuracy, GSM8K, traces, latency, breakdown, budgets
+    measured = 9 + 8 + 9 + 1 + 3 + 1 + 2  # accuracy, GSM8K, traces, ROUGE, latency, breakdown, budgets
     study = finished / "results/tiny"
     shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
     assert len(ids) == inputs + made + measured + shown
@@ -97,7 +98,7 @@ def test_a_second_run_finds_nothing_to_do(finished):
 
 SHOWN = ("table", "figure", "all")
 MEASURED = ("evaluate", "solve", "trace", *SHOWN)
-OF_BUDDY = ("train", "predictor", "budget_eval", "latency", "breakdown", *MEASURED)
+OF_BUDDY = ("train", "predictor", "budget_eval", "rouge", "latency", "breakdown", *MEASURED)
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
     ({"peers": {"length": 40}}, {"calibrate", "adapt", *MEASURED}),
@@ -106,6 +107,7 @@ KNOBS = [
     ({"trace": {"prompts": 2}}, {"trace", *SHOWN}),
     ({"trace": {"tasks": ["piqa", "arc_easy"]}}, {"trace", "figure", "all"}),
     ({"orders": {"samples": 3}}, {"corpus_orders", "length_orders", "figure", "all"}),
+    ({"summaries": {"new_tokens": 2}}, {"rouge", "figure", "all"}),
     ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
     ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),

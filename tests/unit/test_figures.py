@@ -131,14 +131,14 @@ def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str
 
 
 def test_planned_figures_need_what_they_show() -> None:
-    everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 6, 9, 10, 11, 12, 13)), "ablation"}
+    everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 5, 6, 9, 10, 11, 12, 13)), "ablation"}
     assert set(figure_names.planned(parse(paper(methods=EVERY_METHOD)))) == everything
     orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb"], "lengths": [256, 272]}
     assert set(figure_names.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
         *everything,
         *("figure2", "figure7", "figure8"),
     }
-    content = demo(predictor={"backbones": []}, trace={"backbones": []}, latency={"backbones": []})
+    content = demo(**{name: {"backbones": []} for name in ("predictor", "trace", "summaries", "latency")})
     content["study"]["ablations"] = []
     content["study"]["main"] = {"prior": "none"}
     del content["study"]["tables"]["table6"]

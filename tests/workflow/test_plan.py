@@ -45,6 +45,7 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["breakdown"] == 1
     assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
     assert jobs["trace"] == 3 + 5 * 4 + 8  # on Alpaca; BUDDY's on the tasks
+    assert jobs["rouge"] == 1
     assert jobs["data"] == 8 + 5  # eight tasks, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
     assert jobs["table"] == 14
     assert seconds < 10
@@ -90,6 +91,7 @@ def test_methods_lora_seeds_and_criteria_span_the_peers(checkout, overlay, adapt
 
 FIGURES = {  # what Llama2-7B's figures have measured
     "figure2": {"length_orders": 2},
+    "figure5": {"train": 1, "importance": 1, "rouge": 1},
     "figure6": {"train": 1, "importance": 1, "trace": 1 + 8},
     "figure8": {"importance": 2, "corpus_orders": 2},
 }
