@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 START = 0.05
 """What the last layer's weights begin with, as a share of PyTorch's usual start."""
 
