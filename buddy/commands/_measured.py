@@ -104,7 +104,14 @@ class Measured:
 
 
 def open_run(
-    run: Path, removed: str, kv: KV, device: str, dtype: str, study: str | None = None, name: str = ""
+    run: Path,
+    removed: str,
+    kv: KV,
+    device: str,
+    dtype: str,
+    study: str | None = None,
+    name: str = "",
+    suits: Callable[[RoutedModel], None] = lambda model: None,
 ) -> Measured:
     """Load a run to measure.
 
@@ -115,6 +122,7 @@ def open_run(
         device, dtype: as in `buddy.runs.load`.
         study: study it belongs to; the run's own, or ``adhoc``, where it is empty. None leaves it as it is.
         name: the backbone's name, for a dense model; its folder's by default.
+        suits: raises an error of its own where the run cannot be measured that way.
 
     Raises:
         UserError: there is no such run, a depth is not legal for it, or several GPUs are visible.
@@ -124,6 +132,7 @@ def open_run(
     depths = sorted(set(counts(removed, "--removed"))) if removed else []
     model = runs.load(run, kv=kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
+    suits(model)
     check_depths(model, depths)
     info = model.origin.info
     if study is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from buddy.commands._options import with_settings
 from buddy.settings import Breakdown
+
+if TYPE_CHECKING:
+    from buddy.routing.model import RoutedModel
 
 
 @with_settings(Breakdown, leave_out=("backbones",))
@@ -36,12 +39,14 @@ def breakdown(
     from buddy.records import Stopwatch
 
     prompts = [prompt for prompt, _ in inputs.pairs(data)]
-    measured = open_run(run, removed, settings.kv, device, dtype)
+
+    def routes(model: RoutedModel) -> None:
+        if not model.policy.source_block:
+            method = model.origin.info.method
+            raise UserError(f"--run: {run} does not route by keys and values (method {method}); give a trained run")
+
+    measured = open_run(run, removed, settings.kv, device, dtype, suits=routes)
     model = measured.model
-    if not model.policy.source_block:
-        raise UserError(
-            f"--run: {run} does not route by keys and values (method {measured.info.method}); give a trained run"
-        )
     with measured.tracked("breakdown", settings, out, part=data.name) as tracker:
         watch = Stopwatch(str(model.device))
         for count, metrics in profiling.breakdown(model, prompts, measured.depths, settings):
