@@ -52,7 +52,8 @@ def test_every_measurement_left_a_record(finished):
     records = [Record.read(path) for path in find(finished / "results/tiny/records")]
     kinds = [record.kind for record in records]
     # two routed runs at two depths, one dense, and three peers, a run at each depth
-    assert kinds.count("accuracy") == 2 * 2 + 1 + 3 * 2
+    # and one at the depths that each preset of the budget predictor chooses
+    assert kinds.count("accuracy") == 2 * 2 + 1 + 3 * 2 + 2
     assert kinds.count("generation") == 2 + 1 + 3 * 2
     assert kinds.count("trace") == 2 + 1 + 3 * 2 + 2  # and of BUDDY's on a task
     # per batch size dense and three executions at two depths, and for the batch of two a mixed one; PuDDing's two runs
@@ -69,7 +70,7 @@ def test_every_measurement_left_a_record(finished):
         assert record.backbone == "tiny"
         assert record.environment["torch"]
         assert record.wall_s > 0
-        if record.kind == "accuracy":
+        if record.kind == "accuracy" and record.budget is not None:
             assert record.budget.executed == 6 - record.budget.removed
             if record.method != "first":  # FiRST has no strict budget
                 assert record.metrics["executed_mean"] == record.budget.executed
@@ -83,7 +84,7 @@ def test_every_job_logged_one_wandb_run(finished):
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
     inputs = 8 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
     made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
-    measured = 9 + 8 + 9 + 1 + 3 + 1 + 2  # accuracy, GSM8K, traces, ROUGE, latency, breakdown, budgets
+    measured = 9 + 2 + 8 + 9 + 1 + 3 + 1 + 2  # accuracy, GSM8K, traces, ROUGE, latency, breakdown, budgets
     study = finished / "results/tiny"
     shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
     assert len(ids) == inputs + made + measured + shown
@@ -98,7 +99,7 @@ def test_a_second_run_finds_nothing_to_do(finished):
 
 SHOWN = ("table", "figure", "all")
 MEASURED = ("evaluate", "solve", "trace", *SHOWN)
-OF_BUDDY = ("train", "predictor", "budget_eval", "rouge", "latency", "breakdown", *MEASURED)
+OF_BUDDY = ("train", "predictor", "budget_eval", "evaluate_auto", "rouge", "latency", "breakdown", *MEASURED)
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
     ({"peers": {"length": 40}}, {"calibrate", "adapt", *MEASURED}),
@@ -111,7 +112,7 @@ KNOBS = [
     ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
     ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
-    ({"evaluation": {"limit": 5}}, {"evaluate", "table", "figure", "all"}),
+    ({"evaluation": {"limit": 5}}, {"evaluate", "evaluate_auto", "table", "figure", "all"}),
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
     ({"importance": {"length": 40}}, {"importance", "corpus_orders", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),
