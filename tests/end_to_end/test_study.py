@@ -13,6 +13,8 @@ from checkout import clone, planned, snakemake
 
 from buddy.records import Record, find
 
+pytestmark = pytest.mark.timeout(1800)  # the study takes minutes on two free cores, and more on busy ones
+
 TINY = ("--configfile", "tests/tiny.yaml")
 MAIN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
 
