@@ -7,10 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from models import tiny, with_router
 
 from buddy import runs
-from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.rouge import rouge as command
 from buddy.data import inputs, materialise
 from buddy.errors import BudgetError, UserError
@@ -85,26 +83,6 @@ def test_the_interval_is_the_means_own():
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model():
-    backbone = tiny("llama")
-    backbone.resize_token_embeddings(300)
-    routed = with_router(backbone)
-    routed.tokenizer = byte_tokenizer()
-    return routed
-
-
-@pytest.fixture
-def ran(model):
-    """Per pass the blocks that were called, by hooks on the backbone's own modules."""
-    passes = []
-    decoder = model.backbone.model
-    decoder.embed_tokens.register_forward_pre_hook(lambda *_: passes.append(set()))
-    for index, layer in enumerate(decoder.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, index=index: passes[-1].add(index))
-    return passes
 
 
 def alone(model, prompt, decode):

@@ -6,10 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import tiny, with_router
 
 from buddy import runs
-from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.trace import trace as command
 from buddy.data import inputs, materialise
 from buddy.data.tasks import tasks
@@ -28,26 +26,6 @@ SETTINGS = Trace(prompts=5, new_tokens=9, batch_size=3)
 def routes(*rows):
     """Boolean (passes, L) from strings such as "1011"."""
     return torch.tensor([[mark == "1" for mark in row] for row in rows])
-
-
-@pytest.fixture
-def model():
-    backbone = tiny("llama")
-    backbone.resize_token_embeddings(300)
-    routed = with_router(backbone)
-    routed.tokenizer = byte_tokenizer()
-    return routed
-
-
-@pytest.fixture
-def ran(model):
-    """Per pass the blocks that were called, by hooks on the backbone's own modules."""
-    passes = []
-    decoder = model.backbone.model
-    decoder.embed_tokens.register_forward_pre_hook(lambda *_: passes.append(set()))
-    for index, layer in enumerate(decoder.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, index=index: passes[-1].add(index))
-    return passes
 
 
 # ---- what it says ----------------------------------------------------------------------------------------------------
