@@ -192,7 +192,7 @@ def _gain_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
 def _gain(metrics: Mapping[str, Any]) -> str:
     """How far a predictor is below constant depths, with its interval."""
     gain = metrics["gain"]
-    return f"{gain['value']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+    return f"{gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
 
 
 def _band(axes: Axes, points: list[Mapping[str, float]]) -> None:

@@ -352,7 +352,7 @@ def test_predictor_is_held_against_constant_depths(small: Maker) -> None:
     assert list(lines["Tuned recipe"].get_ydata()) == pytest.approx([0.05] * 5)
     assert list(lines["Same depths, random inputs"].get_ydata()) == pytest.approx([-0.02] * 5)
     assert list(lines["Oracle"].get_ydata()) == pytest.approx([0.1] * 5)
-    assert "tuned 0.050 [0.040, 0.060]" in words(drawn(small, "figure13"))
+    assert "tuned 0.05 [0.04, 0.06]" in words(drawn(small, "figure13"))
     constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
     expected = [1.5 + 3 * (1 - depth / 30) ** 2 for depth in range(15, 31)]
     assert list(constants.get_ydata()) == pytest.approx(expected)
