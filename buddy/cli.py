@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=os.environ.get("BUDDY_LOG", "INFO"), format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # PEFT 0.21 asks a model by a name that Transformers 5.23 calls deprecated: nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets `finally` blocks tidy up when Slurm cancels
     arguments = sys.argv[1:] if arguments is None else arguments
     command = typer.main.get_command(build())
