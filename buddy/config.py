@@ -242,6 +242,10 @@ class Config(Settings):
         """Backbones of the study whose paths are traced."""
         return self._of_study(self.trace.backbones)
 
+    def predictors(self) -> list[str]:
+        """Paths of the budget predictors: the run that each is trained on, and its preset."""
+        return [f"{run.path}/preset~{preset}" for run in self.predicting_runs() for preset in self.predictor.presets]
+
     def summarising_runs(self) -> list[Run]:
         """The runs that summarise dialogues: BUDDY's main variant with the first seed."""
         backbones = self._of_study(self.summaries.backbones) if "buddy" in self.study.methods else []

@@ -221,10 +221,8 @@ def _makers(study: Config) -> Iterator[Job]:
         for run in runs:
             if run.method != "dense" and (run.method == "buddy") is mine:
                 yield Job(stage, run.path, f"runs/{run.path}/run.json")
-    for run in study.predicting_runs():
-        for preset in study.predictor.presets:
-            name = f"{run.path}/preset~{preset}"
-            yield Job("predictor", name, f"predictors/{name}/run.json")
+    for name in study.predictors():
+        yield Job("predictor", name, f"predictors/{name}/run.json")
 
 
 def _orders(study: Config) -> Iterator[Job]:
@@ -241,12 +239,10 @@ def _orders(study: Config) -> Iterator[Job]:
 def _measurements(study: Config) -> Iterator[Job]:
     for run in study.runs():
         yield Job("evaluate", run.path, f"records/accuracy/{run.path}")
-    for run in study.predicting_runs():
-        for preset in study.predictor.presets:
-            name = f"{run.path}/preset~{preset}"
-            if study.predictor.tasks:
-                yield Job("evaluate_auto", name, f"records/predicted/{name}/auto.json")
-            yield Job("budget_eval", name, f"records/budget/{name}")
+    for name in study.predictors():
+        if study.predictor.tasks:
+            yield Job("evaluate_auto", name, f"records/predicted/{name}/auto.json")
+        yield Job("budget_eval", name, f"records/budget/{name}")
     tables = list(study.measured_tables().values())
     for table in tables:
         for run in _answering(study, table, "generation"):

@@ -142,9 +142,8 @@ def model_file(run):
 def profiled_model(wildcards):
     """The run itself, or the one made of it that has a budget predictor, whose cost is then profiled, too."""
     run = RUNS[wildcards.run]
-    if run in STUDY.predicting_runs() and STUDY.predictor.presets:
-        return f"{RESULTS}/predictors/{run.path}/preset~{STUDY.predictor.presets[-1]}/run.json"
-    return model_file(run)
+    predictors = [path for path in STUDY.predictors() if path.startswith(f"{run.path}/")]
+    return f"{RESULTS}/predictors/{predictors[-1]}/run.json" if predictors else model_file(run)
 
 
 def depths_flag(wildcards):
@@ -299,20 +298,13 @@ def predictor_flags(wildcards):
 
 def predictor_records():
     """Training records of the study's budget predictors."""
-    return shown_files(
-        f"{RECORDS}/training/{run.path}/preset~{preset}.json"
-        for run in STUDY.predicting_runs()
-        for preset in STUDY.predictor.presets
-    )
+    return shown_files(f"{RECORDS}/training/{path}.json" for path in STUDY.predictors())
 
 
 def budget_records():
     """Records of the study's budget predictors on held-out inputs, one per data set."""
     return shown_files(
-        f"{RECORDS}/budget/{run.path}/preset~{preset}/dataset~{name}.json"
-        for run in STUDY.predicting_runs()
-        for preset in STUDY.predictor.presets
-        for name in HELD_OUT
+        f"{RECORDS}/budget/{path}/dataset~{name}.json" for path in STUDY.predictors() for name in HELD_OUT
     )
 
 
@@ -320,11 +312,7 @@ def predicted_records():
     """Scores at the depths that the study's budget predictors choose, and those of the whole models beside them."""
     if not STUDY.predictor.tasks:
         return []
-    predicted = shown_files(
-        f"{RECORDS}/predicted/{run.path}/preset~{preset}/auto.json"
-        for run in STUDY.predicting_runs()
-        for preset in STUDY.predictor.presets
-    )
+    predicted = shown_files(f"{RECORDS}/predicted/{path}/auto.json" for path in STUDY.predictors())
     whole = ("dense", "dense_lora")
     runs = [run for name in STUDY.predicting_backbones() for run in STUDY.compared_runs(name) if run.method in whole]
     return predicted + accuracy_records(runs)

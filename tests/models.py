@@ -1,9 +1,12 @@
 """Tiny random models, built from a configuration: the suite needs no network."""
 
+from pathlib import Path
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from buddy import runs
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.decision import source_feature
 from buddy.routing.model import RoutedModel
@@ -67,3 +70,14 @@ def with_router(
         scores = policy.decision(source_feature(states.keys, states.values, feature))
         policy.decision.up.bias -= scores.mean((0, 1))
     return RoutedModel(backbone, policy, kv).eval()
+
+
+def saved(model: RoutedModel, root: Path) -> Path:
+    """The folder of a model with a tokenizer as a run of BUDDY, beside its backbone."""
+    backbone, run = root / "backbones/tiny", root / "run"
+    model.backbone.save_pretrained(backbone)
+    model.tokenizer.save_pretrained(backbone)
+    where = runs.relative(backbone, run)
+    info = runs.RunInfo("buddy", "buddy", model.policy.settings(), "tiny", where, {"feature": "value"}, 3, "small")
+    runs.save(run, info, model.policy)
+    return run

@@ -102,11 +102,11 @@ def _scored(row: Mapping[str, Any]) -> Measure:
 
 
 def _depth(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``executed_mean`` and ``off_depth``; a record may not say how many blocks ran, and a batch of mixed budgets has no
-    one depth to miss."""
+    """``executed_mean`` and ``off_depth``; a record may not say how many blocks ran, and where sequences have depths
+    of their own (mixed budgets, a predictor's) there is no one depth to miss."""
     mean = None if pd.isna(row["executed_mean"]) else float(row["executed_mean"])
     misses = mean is not None and abs(mean - row["executed"]) > DEPTH_TOLERANCE
-    return {"executed_mean": mean, "off_depth": misses and row["execution"] != "mixed"}
+    return {"executed_mean": mean, "off_depth": misses and row["execution"] not in ("mixed", AUTO)}
 
 
 def average(tasks: Sequence[Measure]) -> Measure:
@@ -213,7 +213,7 @@ def predicted_breakdown(study: Study, backbone: str) -> tuple[float, dict[tuple[
 
 def _components(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Measure]:
     return {
-        (row["phase"], row["component"], row["metric"]): replace(_timed(row), off_depth=False)
+        (row["phase"], row["component"], row["metric"]): _timed(row)
         for row in rows
         if isinstance(row["component"], str)
     }

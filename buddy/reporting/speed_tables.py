@@ -144,6 +144,8 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
     depths = study.removed(backbone)
     profiled = [row for removed in depths for row in measures.profiled(study, backbone, removed)]
     batch, tokens, steps = (either(row[of] for row in profiled) for of in ("batch_size", "tokens", "steps"))
+    mean, predicted = measures.predicted_breakdown(study, backbone)
+    auto = {**_everywhere(study, name, backbone), "execution": AUTO}
     grid = Grid(
         name=name,
         caption=f"What BUDDY's prefill and decode step spend their time on, {backbone} "
@@ -152,7 +154,7 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
         headers=("Prefill ms", "%", "Decode ms", "%"),
         rows=[
             *(row for removed in depths for row in _breakdown_rows(study, name, backbone, removed)),
-            *_predicted_rows(study, name, backbone),
+            *(_component_rows(AUTO, auto, predicted, {}) if predicted else ()),
         ],
         below=_routing_cost(study, name, backbone),
     )
@@ -161,8 +163,7 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
             f"By the profiler: a prefill of {batch} x {tokens} tokens and the mean of {steps} decode steps after it, each "
             "of the repeat whose total is the median. The profiler takes time of its own: small shares are upper bounds."
         )
-    if grid.rows[-1].labels[0] == AUTO:
-        mean, _ = measures.predicted_breakdown(study, backbone)
+    if predicted:
         grid.notes.append(
             f"Auto: the budget predictor chooses each sequence's depth, here {mean:.1f} blocks on average."
         )
@@ -189,12 +190,10 @@ def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> lis
     return _component_rows(str(removed), at, found, beside)
 
 
-def _predicted_rows(study: Study, name: str, backbone: str) -> list[Row]:
-    """Components where the budget predictor is asked, its own among them; none if that was not profiled."""
-    _, found = measures.predicted_breakdown(study, backbone)
+def _everywhere(study: Study, name: str, backbone: str) -> dict[str, Any]:
+    """Coordinates of what has no one depth."""
     at = coordinates(study, name, backbone, study.main(backbone), 0)
-    at = {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
-    return _component_rows(AUTO, {**at, "execution": AUTO}, found, {}) if found else []
+    return {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
 
 
 def _component_rows(
@@ -224,9 +223,7 @@ def _component_rows(
 
 def _routing_cost(study: Study, name: str, backbone: str) -> Grid | None:
     """Routing of one decode step by context: the running sum, and what scoring the whole context again would cost."""
-    at = coordinates(study, name, backbone, study.main(backbone), 0)
-    at = {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
-    rows = []
+    at, rows = _everywhere(study, name, backbone), []
     for context, found in measures.routing_cost(study, backbone).items():
         cells: list[Cell | None] = [
             Cell({**at, "context": context, "metric": metric, "unit": "ms"}, found[metric], decimals=3)

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from models import saved
 
 from buddy import runs
 from buddy.commands.rouge import rouge as command
@@ -136,13 +137,8 @@ def test_what_follows_the_end_of_a_summary_does_not_count(model):
 @pytest.fixture
 def arguments(model, tmp_path):
     """A run on disk and dialogues, and the command's arguments for them."""
-    backbone, run = tmp_path / "backbones/tiny", tmp_path / "run"
     model.backbone.config.max_position_embeddings = 4096  # a token per byte: dialogues are long
-    model.backbone.save_pretrained(backbone)
-    model.tokenizer.save_pretrained(backbone)
-    where = runs.relative(backbone, run)
-    info = runs.RunInfo("buddy", "buddy", model.policy.settings(), "tiny", where, {"feature": "value"}, 3, "small")
-    runs.save(run, info, model.policy)
+    run = saved(model, tmp_path)
     materialise("samsum", "embedded", tmp_path / "samsum")
     given = {"run": run, "data": tmp_path / "samsum", "removed": "3,1", "out": tmp_path / "rouge/dataset~samsum"}
     rest = {"study": "", "name": "", "device": "cpu", "dtype": "auto"}

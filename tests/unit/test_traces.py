@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import saved
 
-from buddy import runs
 from buddy.commands.trace import trace as command
 from buddy.data import inputs, materialise
 from buddy.data.tasks import tasks
@@ -168,12 +168,7 @@ def test_what_is_no_set_of_prompts_is_refused(tmp_path):
 @pytest.fixture
 def arguments(model, tmp_path):
     """A run on disk and prompts, and the command's arguments for them."""
-    backbone, run = tmp_path / "backbones/tiny", tmp_path / "run"
-    model.backbone.save_pretrained(backbone)
-    model.tokenizer.save_pretrained(backbone)
-    where = runs.relative(backbone, run)
-    info = runs.RunInfo("buddy", "buddy", model.policy.settings(), "tiny", where, {"feature": "value"}, 3, "small")
-    runs.save(run, info, model.policy)
+    run = saved(model, tmp_path)
     materialise("piqa", "embedded", tmp_path / "piqa")
     given = {"run": run, "data": tmp_path / "piqa", "removed": "3,1,3", "out": tmp_path / "out"}
     rest = {"study": "", "name": "", "device": "cpu", "dtype": "auto"}
