@@ -26,6 +26,7 @@ Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "
 Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
+Loss = Literal["ce", "kl"]
 PredictorPreset = Literal["paper", "tuned"]
 DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
@@ -339,7 +340,7 @@ class First(Settings):
 
 
 class Training(Settings):
-    """Stage 1: Decision Module and LoRA, trained together by next-token cross-entropy (paper sec. 4.2.3, 5.1)."""
+    """Stage 1: Decision Module and LoRA, trained together (paper sec. 4.2.3, 5.1)."""
 
     data: str = Field("alpaca", description="instruction data set")
     examples: int | None = Field(None, description="use the first N examples (all by default)", ge=1)
@@ -350,6 +351,11 @@ class Training(Settings):
     router_learning_rate: float | None = Field(None, description="another rate for the router alone", gt=0)
     warmup_steps: int = Field(100, description="linear warm-up, steps", ge=0)
     max_length: int = Field(512, description="longest sequence, tokens; longer ones are cut", ge=16)
+    loss: Loss = Field(
+        "ce",
+        description="ce: cross-entropy of the data's tokens (the paper's); kl: divergence of each next token's distribution "
+        "from that of the backbone at full depth without LoRA. The same for every method of the study",
+    )
     loss_on: Literal["response", "all"] = Field("response", description="tokens that enter the loss")
     pool_over: Literal["prompt", "all"] = Field(
         "prompt", description="tokens the router pools over: what inference will have seen, or the response too"

@@ -48,6 +48,7 @@ def keep(
         "epochs": info.training.get("epochs", 0) if result.steps else 0,
         "examples": examples,
         "tokens": result.tokens,
+        "objective": info.training.get("loss") if result.steps else None,
         "final_loss": result.curve[-1]["loss"] if result.curve else None,
         "curve": result.curve,
         "trainable_parameters": result.trainable,

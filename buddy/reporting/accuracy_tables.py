@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, number, provenance
+from buddy.reporting.cells import coordinates, number, provenance, trained_by
 from buddy.reporting.grid import NEAR, Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import TASK_LABELS, series_labels
 from buddy.reporting.render import NEAR_SIGN
@@ -45,6 +45,7 @@ def accuracy(study: Study, name: str, table: Table) -> Grid:
         notes=[
             "Accuracy in percent, length-normalised where the task has it.",
             *rank_note(rows, compared),
+            *trained_by(study, compared),
             *provenance(study, "accuracy", backbone),
         ],
     )
@@ -114,6 +115,7 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
             f"Average accuracy over {len(study.tasks)} tasks in percent, best of each column bold.",
             *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
             *_held(study, axes, ablation),
+            *trained_by(study, study.ablation_rows(ablation.name)),
             *provenance(study, "accuracy", backbone),
         ],
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from buddy.reporting.study import Series, Study
-from buddy.settings import Variant
+from buddy.settings import STATIC_PEERS, Loss, Variant
 
 
 def number(name: str) -> int:
@@ -42,6 +42,19 @@ def provenance(study: Study, kind: str, *backbones: str) -> list[str]:
     if kind == "accuracy" and seeds > 1:
         parts.append(f"What was trained is the mean of {seeds} seeds.")
     return [" ".join(parts)] if parts else []
+
+
+LOSSES: dict[Loss, str] = {
+    "ce": "cross-entropy of the data's tokens",
+    "kl": "KL divergence from the backbone at full depth without LoRA",
+}
+"""What `training.loss` is called in tables."""
+
+
+def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
+    """One note on what the methods that are compared were trained to minimise; none where none was trained."""
+    trained = any(one.lora == "trained" or one.method not in ("dense", *STATIC_PEERS) for one in series)
+    return [f"Trained by {LOSSES[study.config.training.loss]}."] if trained else []
 
 
 def either(values: Iterable[float]) -> str:

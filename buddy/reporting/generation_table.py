@@ -8,7 +8,7 @@ import pandas as pd
 
 from buddy.reporting import measures, published
 from buddy.reporting.accuracy_tables import rank_columns, rank_note
-from buddy.reporting.cells import coordinates, either, number, provenance
+from buddy.reporting.cells import coordinates, either, number, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row, ran
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
@@ -51,6 +51,7 @@ def generation(study: Study, name: str, table: Table) -> Grid:
         notes=[
             *_how_answered(study, backbones),
             *rank_note(rows, every.values()),
+            *trained_by(study, every.values()),
             *provenance(study, "generation", *backbones),
         ],
     )

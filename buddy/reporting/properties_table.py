@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from buddy.reporting.cells import coordinates, either, provenance
+from buddy.reporting.cells import coordinates, either, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
@@ -55,7 +55,12 @@ def properties(study: Study, name: str, table: Table) -> Grid:
         rows=rows,
         error_note="± standard error over the prompts.",
         latex_errors=frozenset({3}),
-        notes=[_what_columns_mean(study, backbone, depths), CLAIMS_NOTE, *provenance(study, "trace", backbone)],
+        notes=[
+            _what_columns_mean(study, backbone, depths),
+            CLAIMS_NOTE,
+            *trained_by(study, pruning),
+            *provenance(study, "trace", backbone),
+        ],
     )
 
 

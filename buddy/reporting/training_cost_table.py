@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from buddy.reporting import published
-from buddy.reporting.cells import coordinates, number, provenance
+from buddy.reporting.cells import coordinates, number, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure, over_seeds
@@ -22,7 +22,8 @@ def training_cost(study: Study, name: str, table: Table) -> Grid:
     hours of the budget predictor by each preset."""
     backbones = [table.backbone] if table.backbone else study.config.study.backbones
     presets = study.config.predictor.presets if study.config.predicting_runs() else []
-    rows = []
+    rows: list[Row] = []
+    every: list[Series] = []
     for backbone in backbones:
         trained = [one for one in study.compared(backbone) if _is_trained(one)]
         labels = series_labels(trained)
@@ -30,6 +31,7 @@ def training_cost(study: Study, name: str, table: Table) -> Grid:
         for row in group[:1]:
             row.starts_group = True
         rows += group
+        every += trained
     return Grid(
         name=name,
         caption="Hours of training.",
@@ -39,6 +41,7 @@ def training_cost(study: Study, name: str, table: Table) -> Grid:
         notes=[
             "Hours that a GPU was held, or of wall-clock time where there was none; seeds are averaged. Runs: trainings that "
             "the study's depths need. Not counted: estimating importance, searching what a peer removes, evaluation.",
+            *trained_by(study, every),
             *provenance(study, "training", *backbones),
         ],
     )

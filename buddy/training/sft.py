@@ -1,4 +1,4 @@
-"""Supervised training of a routed model by next-token cross-entropy: one loop for BUDDY and every peer.
+"""Training of a routed model, token by token (`buddy.training.loss`): one loop for BUDDY and every peer.
 
 TRL's `SFTTrainer` owns the loop (batches, optimiser steps, schedule, checkpoints, logs); one method of it is replaced,
 the loss, because its own replaces the backbone's forward pass and a routed pass would be dropped without a word. What
@@ -17,34 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from buddy.routing.engine import Routing, routed
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
-from buddy.training.examples import IGNORED, Collator, encode
+from buddy.training import loss as losses
+from buddy.training.examples import Collator, encode
 from buddy.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 ROUTER_STATE = "router.safetensors"
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of each labelled token given what precedes it, nats.
-
-    Args:
-        logits: (B, S, V).
-        labels: (B, S), ``IGNORED`` where a token does not count.
-        count: what the sum is divided by (tokens of an accumulated batch); the labelled tokens here by default.
-    """
-    targets = labels[:, 1:].flatten()
-    total = cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    if count is None:
-        count = (targets != IGNORED).sum().clamp(min=1)
-    return total / count
 
 
 @dataclass
@@ -252,23 +237,44 @@ def routed_trainer_class() -> type:
         def compute_loss(
             self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            """Cross-entropy of a routed pass, each example at the depth that the recipe gives it."""
+            """The study's loss of a routed pass, each example at the depth that the recipe gives it."""
+            where = losses.predicting(inputs["labels"])
+            with self.accelerator.autocast():
+                told = self._told(inputs)[where] if self.settings.loss == "kl" else None
+                routing, states = self._routed_pass(inputs, model.training)
+                head = _base(self.model).get_output_embeddings()
+                if told is None:
+                    each = losses.cross_entropies(head, states[where], losses.next_tokens(inputs["labels"]))
+                else:
+                    each = losses.divergences(head, states[where], told)
+            # Examples that are accumulated are averaged over all their tokens, not part by part.
+            loss = each.sum() / (max(len(each), 1) if num_items_in_batch is None else num_items_in_batch)
+            if self.recipe.penalty is not None and model.training:
+                # Accumulated steps add up to one update, so each brings its share.
+                loss = loss + self.recipe.penalty(routing) / self.args.gradient_accumulation_steps
+            self._note(routing, inputs)
+            return (loss, {"last_hidden_state": states}) if return_outputs else loss
+
+        def _told(self, inputs: dict[str, Tensor]) -> Tensor:
+            """Last states (B, S, H) of the teacher, the backbone as it was before training."""
+            return losses.untouched(self.model, inputs["input_ids"], inputs["attention_mask"])
+
+        def _routed_pass(self, inputs: dict[str, Tensor], training: bool) -> tuple[Routing, Tensor]:
+            """How the examples were routed, and their last states (B, S, H)."""
             routing = Routing(
                 self.policy,
                 budget=self._budgets(len(inputs["input_ids"])),
                 form=self.settings.routing,
                 kv=self.settings.kv,
                 context_mask=inputs["context_mask"],
-                gradient=model.training and self.recipe.trains_policy,
+                gradient=training and self.recipe.trains_policy,
             )
-            with routed(_base(self.model), routing):
-                outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            loss = next_token_loss(outputs.logits, inputs["labels"], num_items_in_batch)
-            if self.recipe.penalty is not None and model.training:
-                # Accumulated steps add up to one update, so each brings its share.
-                loss = loss + self.recipe.penalty(routing) / self.args.gradient_accumulation_steps
-            self._note(routing, inputs)
-            return (loss, outputs) if return_outputs else loss
+            base = _base(self.model)
+            with routed(base, routing):
+                output = base.get_decoder()(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+                )
+            return routing, output.last_hidden_state
 
         def _budgets(self, batch: int) -> list[float] | None:
             step = self.state.global_step

@@ -152,6 +152,7 @@ def test_the_run_and_its_record_say_what_it_is(folder, trained):
     assert record.budget is not None
     assert (record.budget.removed, record.budget.executed) == (REMOVED, BLOCKS - REMOVED)
     assert record.metrics["router_parameters"] == 0
+    assert record.metrics["objective"] == model.origin.info.training["loss"] == "ce"
     adapter = load_file(trained / "adapter/adapter_model.safetensors")
     assert record.metrics["trainable_parameters"] == sum(tensor.numel() for tensor in adapter.values())
     assert not (trained / "checkpoints").exists()
@@ -186,6 +187,30 @@ def test_dense_with_lora_runs_every_block(folder, tmp_path):
     expected = sliced_by_hand(folder, tmp_path / "run/adapter", [])(ids).logits
     torch.testing.assert_close(model(ids, budget=1.0).logits, expected, atol=1e-4, rtol=1e-4)
     assert model.trace.executed().unique().tolist() == [BLOCKS]
+
+
+def test_dense_with_lora_is_its_own_teacher(folder, tmp_path):
+    run(
+        *(
+            "adapt",
+            "--method",
+            "dense_lora",
+            "--backbone",
+            folder / "backbone",
+            "--out",
+            tmp_path / "run",
+            "--loss",
+            "kl",
+        ),
+        *("--data", folder / "data/alpaca", "--lora-rank", 2, "--record", tmp_path / "t.json", *TRAIN),
+    )
+    record = Record.read(tmp_path / "t.json")
+    assert record.metrics["objective"] == buddy.load(tmp_path / "run").origin.info.training["loss"] == "kl"
+    assert record.metrics["final_loss"] == 0
+    ids = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        buddy.load(tmp_path / "run")(ids, budget=1.0).logits, sliced_by_hand(folder, None, [])(ids).logits
+    )
 
 
 @pytest.mark.parametrize(

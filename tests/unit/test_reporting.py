@@ -1194,3 +1194,17 @@ def test_a_folder_without_records_is_named(elsewhere: Maker) -> None:
     (elsewhere.records / "records/latency").mkdir()
     with pytest.raises(UserError, match=named + r"holds no records; did you mean .*/records/records\?$"):
         study.load(elsewhere.folder)
+
+
+@pytest.mark.parametrize(("loss", "words"), [("ce", "cross-entropy"), ("kl", "KL divergence from the backbone")])
+def test_tables_of_trained_methods_say_what_they_were_trained_to_minimise(
+    tmp_path: Path, loss: str, words: str
+) -> None:
+    content = paper(methods=EVERY_METHOD) | {"training": {"loss": loss}}
+    opened = study.load(Maker(tmp_path, content).folder)
+    kinds = {name: table.kind for name, table in opened.config.study.tables.items()}
+    said = {name for name in kinds if any(f"Trained by {words}" in note for note in tables.build(opened, name).notes)}
+    assert said == {name for name, kind in kinds.items() if kind not in ("latency", "peer_latency", "breakdown")}
+    assert len(said) > 5
+    bare = study.load(Maker(tmp_path / "bare", demo(study={"methods": ["dense"], "lora": ["none"]})).folder)
+    assert not any("Trained by" in note for note in tables.build(bare, "table2").notes)

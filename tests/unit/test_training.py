@@ -59,7 +59,7 @@ def run(folder, settings=SETTINGS, seed=0, stop_after=None):
 
 
 def nll(logits, ids):
-    """Mean next-token loss in double precision, for finite differences."""
+    """Mean next-token loss, of the labelled tokens."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -97,11 +97,11 @@ def test_the_backbones_gradient_is_that_of_the_hard_path():
     ids = torch.randint(1, VOCABULARY, (1, 7))
     routing = Routing(policy, budget=4 / 6, gradient=True)
     with routed(backbone, routing):
-        sft.next_token_loss(backbone(ids).logits, ids).backward()
+        nll(backbone(ids).logits, ids).backward()
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in backbone.named_parameters()}
     backbone.zero_grad(set_to_none=True)
     kept = list(routing.trace.paths()[0])
-    sft.next_token_loss(sliced(backbone, kept)(ids).logits, ids).backward()
+    nll(sliced(backbone, kept)(ids).logits, ids).backward()
     for name, parameter in backbone.named_parameters():
         block = int(name.split(".")[2]) if name.startswith("model.layers.") else None
         if block is not None and block not in kept:
@@ -191,19 +191,6 @@ def test_the_router_does_not_see_the_response():
     torch.testing.assert_close(*policy.scores(routing.state.policy_state))
 
 
-def test_the_loss_is_the_mean_negative_log_likelihood():
-    logits, labels = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    labels[0, :3] = IGNORED
-    terms = [
-        -logits[b, t - 1].log_softmax(-1)[labels[b, t]]
-        for b in range(2)
-        for t in range(1, 5)
-        if labels[b, t] != IGNORED
-    ]
-    torch.testing.assert_close(sft.next_token_loss(logits, labels), torch.stack(terms).mean())
-    torch.testing.assert_close(sft.next_token_loss(logits, labels, count=10), torch.stack(terms).sum() / 10)
-
-
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     plain, plain_policy = run(tmp_path / "plain", SETTINGS.model_copy(update={"epochs": 1}))
     saving, saving_policy = run(
@@ -234,7 +221,7 @@ def test_causal_routing_trains_the_paths_that_decoding_takes(tmp_path):
             logits = model(token[None, None], budget=4 / 6, past_key_values=cache).logits[:, -1]
     routing = Routing(policy, 4 / 6, form="causal", kv="mask", context_mask=context, gradient=True)
     with routed(backbone, routing):
-        loss = sft.next_token_loss(backbone(ids).logits, batch["labels"])
+        loss = nll(backbone(ids).logits, batch["labels"])
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
     causal = SETTINGS.model_copy(update={"routing": "causal", "kv": "mask", "epochs": 1})
     sequence = SETTINGS.model_copy(update={"epochs": 1})
