@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,12 @@ class Record:
             self.budget = Budget(**self.budget)
 
     def write(self, path: str | Path) -> Path:
-        """Write the record atomically: a reader sees the old file, the new file, or none."""
+        """Write the record atomically: a reader sees the old file, the new file, or none.
+
+        Raises:
+            UserError: the path is a folder, or a file that is no record, which stays as it is.
+        """
+        claim(path)
         return write_json(path, asdict(self))
 
     @classmethod
@@ -103,6 +109,62 @@ class Record:
             return cls(**content)
         except TypeError as error:
             raise UserError(f"{path}: not a complete record ({error})") from None
+
+
+def claim(path: str | Path, option: str = "--out") -> None:
+    """Make sure, before any work, that a record may be written to a path: a file that is no record is the user's.
+
+    Args:
+        path: a new file, or one that is a record, be it cut short.
+        option: what names it, for the message.
+
+    Raises:
+        UserError: it is a folder or a file of another kind, or cannot be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file to write")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+    except (FileNotFoundError, NotADirectoryError):
+        start = b""
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from None
+    if start and not _RECORD.match(start):
+        raise UserError(f"{option} {path}: is a file that is no record; nothing was touched: name a new file")
+    check_writable(path.parent, f"{option} {path}")
+
+
+def claim_folder(folder: str | Path, option: str = "--out") -> None:
+    """The same for a folder of records: no file of the user's stands where a record would.
+
+    Raises:
+        UserError: it is a file, holds a file named as a record that is none, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder}: is a file; name a folder")
+    for path in find(folder):
+        if "~" in path.name or path.name == "auto.json":
+            claim(path, option)
+    check_writable(folder, f"{option} {folder}")
+
+
+_RECORD = re.compile(rb'\{\s*"kind"')  # how `Record.write` begins
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse a folder that files cannot be written into or that cannot be made, before hours of work.
+
+    Raises:
+        UserError: it cannot; names ``what``, and the place that is in the way.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{what}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: {there} is not writable")
 
 
 def write_json(path: str | Path, content: Any) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buddy import folders
 from buddy.errors import UserError
 from buddy.records import write_json
 
@@ -26,6 +27,8 @@ SCHEMA = 1
 RUN_FILE = "run.json"
 ROUTER_FILE = "router.safetensors"
 ADAPTER_FOLDER = "adapter"
+CHECKPOINTS = "checkpoints"
+HOLDS = "a run"
 
 
 @dataclass
@@ -198,9 +201,13 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
         info: its ``run.json``.
         policy: its state dict becomes ``router.safetensors``, unless empty.
         adapter: a ``PeftModel`` whose adapter is saved, the folder of a saved one, or None.
+
+    Raises:
+        UserError: the folder holds something else than a run.
     """
     from safetensors.torch import save_file
 
+    claim(folder)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -214,10 +221,11 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
             adapter.save_pretrained(str(draft / ADAPTER_FOLDER))
             (draft / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
         write_json(draft / RUN_FILE, asdict(info))
+        folders.mark(draft, HOLDS)
         draft.chmod(0o755)
         if folder.exists():
             for item in folder.iterdir():  # keep what is not part of a run (checkpoints, logs)
-                if item.name not in (RUN_FILE, ROUTER_FILE, ADAPTER_FOLDER):
+                if item.name not in (RUN_FILE, ROUTER_FILE, ADAPTER_FOLDER, folders.MARK):
                     shutil.move(str(item), draft / item.name)
             shutil.rmtree(folder)
         os.replace(draft, folder)
@@ -225,6 +233,36 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return folder
+
+
+def claim(folder: str | Path) -> None:
+    """Make sure, before any work, that a run may be written into a folder: absent, empty, or a run, finished or not.
+
+    Raises:
+        UserError: it holds something else, which stays as it is, or cannot be written.
+    """
+    folders.claim(folder, HOLDS, _unmarked)
+
+
+def begin(folder: str | Path) -> None:
+    """Make a run's folder and mark it, so that what a killed training leaves there counts as this run's.
+
+    Raises:
+        UserError: as `claim`.
+    """
+    claim(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    folders.mark(Path(folder), HOLDS)
+
+
+def _unmarked(folder: Path) -> bool:
+    """Whether a folder is a run, or a training cut short, that was made before folders had marks."""
+    try:
+        RunInfo.read(folder)
+    except UserError:
+        begun = any((folder / CHECKPOINTS).glob(f"checkpoint-*/{ROUTER_FILE}"))
+        return begun and [entry.name for entry in folder.iterdir()] == [CHECKPOINTS]
+    return True
 
 
 def relative(backbone: str | Path, run: str | Path) -> str:

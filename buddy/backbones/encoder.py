@@ -11,6 +11,7 @@ from buddy.errors import UserError
 from buddy.records import write_json
 
 PROVENANCE = "encoder.json"
+HOLDS = "an encoder"
 FILES = (
     "config.json",
     "model*.safetensors",
@@ -35,7 +36,7 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
     Raises:
         UserError: it cannot be had; ``out`` is then as it was before.
     """
-    out = Path(out)
+    out = folders.claim(out, HOLDS, _unmarked)
     try:
         found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
         if (found["source"], found["revision"]) == (source, revision) and (out / "config.json").exists():
@@ -56,7 +57,7 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
     if not (files / "config.json").exists():
         raise UserError(f"encoder {source}: no config.json: not a model in the Hugging Face format")
     facts = {"source": source, "revision": revision, "commit": commit}
-    with folders.fresh(out, lambda folder: (folder / PROVENANCE).exists(), "an encoder") as draft:
+    with folders.fresh(out, HOLDS, _unmarked) as draft:
         for pattern in FILES:
             for file in sorted(files.glob(pattern)):
                 link = draft / file.name
@@ -64,3 +65,12 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
                     link.symlink_to(file.resolve())
         write_json(draft / PROVENANCE, facts)
     return facts
+
+
+def _unmarked(folder: Path) -> bool:
+    """Whether a folder is an encoder that was made before folders had marks: links and where they come from."""
+    try:
+        said = {"source", "revision", "commit"} <= json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return said and all(file.is_symlink() or file.name == PROVENANCE for file in folder.iterdir())

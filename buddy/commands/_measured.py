@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
 from buddy.commands._options import counts
-from buddy.records import Budget, Record, Stopwatch
+from buddy.records import Budget, Record, Stopwatch, claim_folder
 from buddy.settings import KV, Settings
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Measured:
 def open_run(
     run: Path,
     removed: str,
+    out: Path,
     kv: KV,
     device: str,
     dtype: str,
@@ -118,6 +119,7 @@ def open_run(
     Args:
         run: run folder, or a backbone folder for the dense model.
         removed: numbers of removed blocks, such as ``0,4,8``; nothing for a measurement without a depth.
+        out: folder for the records, checked before anything is loaded.
         kv: K/V of skipped blocks.
         device, dtype: as in `buddy.runs.load`.
         study: study it belongs to; the run's own, or ``adhoc``, where it is empty. None leaves it as it is.
@@ -125,10 +127,11 @@ def open_run(
         suits: raises an error of its own where the run cannot be measured that way.
 
     Raises:
-        UserError: there is no such run, a depth is not legal for it, or several GPUs are visible.
+        UserError: records cannot be written there, there is no such run, a depth is not legal for it, or several GPUs are visible.
     """
     from buddy import runs
 
+    claim_folder(out)
     depths = sorted(set(counts(removed, "--removed"))) if removed else []
     model = runs.load(run, kv=kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)

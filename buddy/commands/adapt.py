@@ -62,9 +62,12 @@ def adapt(
     from buddy.commands._trained import keep
     from buddy.data import inputs
     from buddy.errors import UserError
-    from buddy.records import Stopwatch, commit
+    from buddy.records import Stopwatch, claim, commit
     from buddy.training.job import Job
 
+    runs.claim(out)
+    if record:
+        claim(record, "--record")
     choice("--method", method, ADAPTED)
     choice("--lora", lora, ("trained", "none"))
     learns = lora == "trained" or method == "first"
@@ -101,6 +104,7 @@ def adapt(
     reads, writes = [backbone, data, calibration], [out, record]
     with tracked("adapt", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
+        runs.begin(out)
         on_log = lambda step, values: tracker.log(values, step=step)  # noqa: E731
         job = Job(model, tokenizer, pairs, settings, removed, out, seed, on_log)
         made = _make(method, job, found, pudding, first, tasks)

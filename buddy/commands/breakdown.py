@@ -45,7 +45,7 @@ def breakdown(
             method = model.origin.info.method
             raise UserError(f"--run: {run} does not route by keys and values (method {method}); give a trained run")
 
-    measured = open_run(run, removed, settings.kv, device, dtype, suits=routes)
+    measured = open_run(run, removed, out, settings.kv, device, dtype, suits=routes)
     model = measured.model
     with measured.tracked("breakdown", settings, out, part=data.name) as tracker:
         watch = Stopwatch(str(model.device))

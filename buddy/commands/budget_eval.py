@@ -52,9 +52,10 @@ def budget_eval(
     from buddy.errors import UserError
     from buddy.evaluation import budgets
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Record
+    from buddy.records import Record, claim_folder
     from buddy.training import responses
 
+    claim_folder(out)
     responses.fingerprints(data)  # refuses what is no data set, before anything is loaded
     model = runs.load(run, device=device, dtype=dtype)
     check_one_gpu(model.device.type)

@@ -56,11 +56,13 @@ def calibrate(
     from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import windows
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Budget, Record, Stopwatch, claim
     from buddy.runs import load_backbone
 
     criterion, peer = peers.peer(method, criterion or None)
     protecting = _blocks(protect)
+    if out:
+        claim(out)
     text = inputs.prose(corpus)
     backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)

@@ -48,7 +48,7 @@ def evaluate(
     from buddy.records import Budget, Stopwatch
     from buddy.tracking.report import average_name
 
-    measured = open_run(run, "" if budget else removed, settings.kv, device, dtype, study, name)
+    measured = open_run(run, "" if budget else removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
     lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)
 

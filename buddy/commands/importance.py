@@ -50,12 +50,13 @@ def importance(
     from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import INDICATORS, TAYLOR, estimate, windows
-    from buddy.records import Record, Stopwatch
+    from buddy.records import Record, Stopwatch, claim, claim_folder
     from buddy.runs import load_backbone
 
     choice("--indicator", indicator, tuple(INDICATORS))
     choice("--taylor", taylor, TAYLOR)
     lengths = _lengths(length)
+    (claim_folder if len(lengths) > 1 else claim)(out)
     text = inputs.prose(corpus)
     backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)

@@ -40,9 +40,11 @@ def pool(
     from buddy.config import Run
     from buddy.data.choices import training_items
     from buddy.peers.pudding import find_pool
-    from buddy.records import Budget, Record, Stopwatch
+    from buddy.records import Budget, Record, Stopwatch, claim
     from buddy.runs import load_backbone
 
+    if out:
+        claim(out)
     backbone = backbone_folder(backbone)
     model, tokenizer = load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)

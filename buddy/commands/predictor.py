@@ -48,10 +48,13 @@ def predictor(
     from buddy.commands._trained import keep
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Stopwatch, commit
+    from buddy.records import Stopwatch, claim, commit
     from buddy.training import predictor as training
     from buddy.training import responses, sft
 
+    runs.claim(out)
+    if record:
+        claim(record, "--record")
     choice("--preset", preset, PREDICTOR_PRESETS)
     if run.resolve() == out.resolve():
         raise UserError(f"--out: {out} is the run itself; name another folder")
@@ -80,6 +83,7 @@ def predictor(
     part = f"preset~{preset}"  # each preset is another job on the same run
     with tracked("predictor", info.study, run_of(info), info.training["predictor"], part, reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
+        runs.begin(out)
         fitted = training.train(
             model.backbone,
             policy,

@@ -37,7 +37,7 @@ def rouge(
     from buddy.records import Budget, Stopwatch
 
     pairs = inputs.pairs(data)[: settings.prompts]
-    measured = open_run(run, removed, settings.kv, device, dtype, study, name)
+    measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
     with measured.tracked("rouge", settings, out, data.name, [data]) as tracker:
         for count in measured.depths:

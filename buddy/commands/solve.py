@@ -40,7 +40,7 @@ def solve(
     from buddy.evaluation.harness import BuddyLM
     from buddy.records import Budget
 
-    measured = open_run(run, removed, settings.kv, device, dtype, study, name)
+    measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
     lm = BuddyLM(model, decode=settings.decode, batch_size=settings.batch_size)
 

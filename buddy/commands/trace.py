@@ -39,7 +39,7 @@ def trace(
     from buddy.records import Budget
 
     prompts = traces.prompts(data)[: settings.prompts]
-    measured = open_run(run, removed, settings.kv, device, dtype, study, name)
+    measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
 
     def measure(budget: Budget) -> tuple[dict[str, Any], int]:

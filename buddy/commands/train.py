@@ -47,11 +47,14 @@ def train(
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Stopwatch, commit
+    from buddy.records import Stopwatch, claim, commit
     from buddy.routing import kv
     from buddy.training import sft
     from buddy.training.recipe import Recipe, drawn
 
+    runs.claim(out)
+    if record:
+        claim(record, "--record")
     choice("--feature", feature, FEATURES)
     pairs = inputs.pairs(data, training=True)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
@@ -90,6 +93,7 @@ def train(
     reads, writes = [backbone, data, prior], [out, record]
     with tracked("train", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
+        runs.begin(out)
         result = sft.train(
             model,
             tokenizer,

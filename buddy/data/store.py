@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from buddy.data.rows import Row, read_file, write_file
 from buddy.records import write_json
 
 PROVENANCE = "data.json"
+HOLDS = "a data set"
 
 
 def materialise(name: str, source: str, out: str | Path) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def materialise(name: str, source: str, out: str | Path) -> dict[str, Any]:
     Args:
         name: data set.
         source: "hub", "embedded" or a folder (see `sources.load`).
-        out: folder to make; an earlier one is replaced, other files are not.
+        out: folder to make: absent, empty or a data set made by this function, which is replaced.
 
     Returns:
         The content of data.json: name, source, repository, config, revision (the commit found, null for files), and
@@ -31,6 +33,7 @@ def materialise(name: str, source: str, out: str | Path) -> dict[str, Any]:
         UserError: as `sources.load`; ``out`` is then as it was before.
     """
     data = entry(name)
+    folders.claim(out, HOLDS, _unmarked)
     splits = sources.available(name, source)
     # Splits are loaded by commit, so that a repository that moves meanwhile cannot mix two states.
     revision = sources.commit(name) if source == "hub" else None
@@ -42,7 +45,7 @@ def materialise(name: str, source: str, out: str | Path) -> dict[str, Any]:
         "revision": revision,
         "splits": {},
     }
-    with folders.fresh(out, _ours, "a data set") as partial:
+    with folders.fresh(out, HOLDS, _unmarked) as partial:
         for split in splits:
             path = partial / f"{split}.jsonl"
             rows = sources.load(name, source, split, revision)
@@ -61,5 +64,11 @@ def read(folder: str | Path, split: str) -> list[Row]:
     return read_file(Path(folder) / f"{split}.jsonl")
 
 
-def _ours(folder: Path) -> bool:
-    return all(path.suffix == ".jsonl" or path.name == PROVENANCE for path in folder.iterdir())
+def _unmarked(folder: Path) -> bool:
+    """Whether a folder is a data set that was made before folders had marks, and holds nothing else."""
+    try:
+        splits = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["splits"]
+        files = {PROVENANCE, *(f"{split}.jsonl" for split in splits)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return all(path.name in files for path in folder.iterdir())

@@ -263,7 +263,7 @@ def test_folder_without_a_train_split_gives_the_evaluation_split_alone(tmp_path)
     write(tmp_path / "in" / "piqa.jsonl.gz", PIQA)
     content = data.materialise("piqa", str(tmp_path / "in"), tmp_path / "out")
     assert list(content["splits"]) == ["validation"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data.json", "validation.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["data.json", "validation.jsonl"]
 
 
 def test_ids_of_the_source_are_kept(tmp_path):
