@@ -37,12 +37,10 @@ def keep(
         provenance: environment, commit and seconds (`buddy.commands._common.provenance`).
         facts: further metrics of the record.
     """
-    from buddy import runs
+    from buddy import checkpoints, runs
     from buddy.records import Budget, Record
-    from buddy.training import sft
 
     runs.save(out, info, policy, result.adapted)
-    shutil.rmtree(out / sft.CHECKPOINTS, ignore_errors=True)
     metrics: dict[str, Any] = {
         "steps": result.steps,
         "epochs": info.training.get("epochs", 0) if result.steps else 0,
@@ -69,4 +67,7 @@ def keep(
             budget=Budget.of(policy.blocks - removed, policy.blocks) if removed is not None else None,
             **provenance,
         ).write(record)
+    shutil.rmtree(
+        out / checkpoints.FOLDER, ignore_errors=True
+    )  # last: a job killed before this line trains nothing anew
     tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})

@@ -13,19 +13,19 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from buddy.checkpoints import FOLDER, Checkpoints
 from buddy.config import digest
 from buddy.policies.first import FirstPolicy, FirstState
-from buddy.records import write_bytes, write_json
 from buddy.routing.engine import Routing
+from buddy.training import fingerprints
 from buddy.training.examples import encode
 from buddy.training.job import Job, OnLog
 from buddy.training.recipe import Recipe
-from buddy.training.sft import CHECKPOINTS, Trained, train
+from buddy.training.sft import Trained, train
 from buddy.training.threshold import Calibration, achieved, calibrate
 
 if TYPE_CHECKING:
@@ -56,11 +56,10 @@ def fit(job: Job, policy: FirstPolicy, first: First) -> Fitted:
         policy: its gates are trained in place, and it gets the threshold.
         first: the section `first`.
     """
-    said = [job.settings.model_dump(), first.model_dump(), job.removed, job.seed, len(job.pairs)]
-    # Another call with other settings must not go on from what this one leaves.
-    work = job.folder / CHECKPOINTS / digest(*said)
-    gates = _gates(job, policy, first, work)
-    found = _threshold(job, policy, first, work)
+    work = job.folder / FOLDER / "first"
+    kept = Checkpoints(work, _made_by(job, policy, first))
+    gates = _gates(job, policy, first, kept)
+    found = _threshold(job, policy, first, kept)
     policy.thresholds = {job.removed: found.threshold}
     both = Fitted(**_parts(gates), threshold=found.threshold, executed_mean=found.executed_mean)
     logger.info("%d blocks asked for, %.2f executed on average", policy.blocks - job.removed, found.executed_mean)
@@ -86,18 +85,31 @@ def recipe(policy: FirstPolicy, skip_weight: float) -> Recipe:
         state: FirstState = routing.state.policy_state
         return skip_weight * policy.mean_probability(state)
 
-    return Recipe(full_depth, trains_policy=True, lora=False, penalty=penalty)
+    return Recipe(full_depth, trains_policy=True, lora=False, penalty=penalty, constants={"skip_weight": skip_weight})
 
 
-def _gates(job: Job, policy: FirstPolicy, first: First, work: Path) -> Trained:
+def _made_by(job: Job, policy: FirstPolicy, first: First) -> dict[str, Any]:
+    """All that the two phases depend on, in what both keep."""
+    return {
+        "settings": job.settings.model_dump(exclude={"save_steps", "data"}),
+        "first": first.model_dump(),
+        "removed": job.removed,
+        "seed": job.seed,
+        "pairs": digest(list(job.pairs)),
+        "gates": fingerprints.of_weights(policy),
+        "backbone": fingerprints.of_weights(job.backbone),
+    }
+
+
+def _gates(job: Job, policy: FirstPolicy, first: First, kept: Checkpoints) -> Trained:
     """Phase 1, or what it left."""
-    from safetensors.torch import load_file, save
+    from safetensors.torch import load, save
 
-    weights, outcome = work / "gates.safetensors", work / "gates.json"
-    if outcome.exists():
-        policy.load_state_dict(load_file(weights))
+    weights, outcome = kept.read("gates.safetensors"), kept.read("gates.json")
+    if weights is not None and outcome is not None:
+        policy.load_state_dict(load(weights))
         policy.to(job.backbone.device)
-        return Trained(**json.loads(outcome.read_text(encoding="utf-8")))
+        return Trained(**json.loads(outcome))
     changed = {"epochs": first.epochs, "learning_rate": first.learning_rate, "router_learning_rate": None}
     trained = train(
         job.backbone,
@@ -106,28 +118,28 @@ def _gates(job: Job, policy: FirstPolicy, first: First, work: Path) -> Trained:
         job.pairs,
         job.settings.model_copy(update=changed),
         recipe(policy, first.skip_weight),
-        work / "gates",
+        kept.folder / "gates",
         job.seed,
         job.on_log,
     )
     state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
-    write_bytes(weights, save(state))
-    write_json(outcome, _parts(trained))  # last: where it is, the weights are whole
+    kept.write("gates.safetensors", save(state))
+    kept.write("gates.json", json.dumps(_parts(trained)).encode())
     return trained
 
 
-def _threshold(job: Job, policy: FirstPolicy, first: First, work: Path) -> Calibration:
+def _threshold(job: Job, policy: FirstPolicy, first: First, kept: Checkpoints) -> Calibration:
     """The threshold and the depth it gives, or what was found before."""
-    path = work / "threshold.json"
-    if path.exists():
-        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
+    done = kept.read("threshold.json")
+    if done is not None:
+        return Calibration(**json.loads(done))
     rows = encode(job.tokenizer, job.pairs, job.settings.max_length)[: first.calibration_prompts]
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     if first.threshold is None:
         found = calibrate(job.backbone, policy, prompts, job.removed, job.settings.batch_size)
     else:
         found = achieved(job.backbone, policy, prompts, job.removed, first.threshold, job.settings.batch_size)
-    write_json(path, asdict(found))
+    kept.write("threshold.json", json.dumps(asdict(found)).encode())
     return found
 
 

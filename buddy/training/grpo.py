@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from buddy.config import digest
+from buddy.checkpoints import Checkpoints
 from buddy.policies.buddy import BuddyPolicy
-from buddy.records import write_bytes
 from buddy.routing.types import CausalLM
-from buddy.settings import Predictor
+from buddy.settings import READ_BY_PRESET, Predictor
+from buddy.training import fingerprints
 from buddy.training.rewards import Rollouts, Row
 
 OnLog = Callable[[int, dict[str, float]], None]
@@ -84,14 +84,14 @@ def train(
     seed: int = 0,
     on_log: OnLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the policy's predictor in place; goes on from the last checkpoint below ``folder`` if there is one.
+    """Train the policy's predictor in place; goes on from the last whole checkpoint of this very training.
 
     Args:
         backbone: frozen causal language model.
         policy: has a predictor without a price, on the backbone's device.
         rows: examples.
         settings: the section `predictor` of the study.
-        folder: where the checkpoint is kept.
+        folder: where checkpoints are kept.
         seed: of the order of examples and the depths drawn.
         on_log: called with (step, values) at every log line.
 
@@ -99,7 +99,7 @@ def train(
         A point per log line: step, means of loss, reward, ce (nats per token), entropy (nats) and mean_budget since the
         last one, and histogram, how often each depth was drawn.
     """
-    run = _Run(policy, settings, rows, seed, folder / "grpo.pt")
+    run = _Run(policy, settings, rows, seed, Checkpoints(folder, _made_by(backbone, policy, rows, settings, seed)))
     run.resume()
     with tqdm(total=settings.steps, initial=run.step, desc="predictor (paper)", unit="step") as bar:
         while run.step < settings.steps:
@@ -119,12 +119,11 @@ class _Run:
     """A training under way, and all that a checkpoint has to hold of it."""
 
     def __init__(
-        self, policy: BuddyPolicy, settings: Predictor, rows: Sequence[Row], seed: int, checkpoint: Path
+        self, policy: BuddyPolicy, settings: Predictor, rows: Sequence[Row], seed: int, kept: Checkpoints
     ) -> None:
         assert policy.predictor is not None
         self.policy, self.predictor = policy, policy.predictor
-        self.settings, self.rows, self.seed, self.checkpoint = settings, rows, seed, checkpoint
-        self.of = self._fingerprint()
+        self.settings, self.rows, self.seed, self.kept = settings, rows, seed, kept
         self.optimiser = torch.optim.Adam(self.predictor.parameters(), lr=settings.learning_rate)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
@@ -165,7 +164,6 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint."""
         content = {
-            "of": self.of,
             "weights": self.predictor.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "progress": {"step": self.step, "curve": self.curve, "since": self.since},
@@ -173,25 +171,29 @@ class _Run:
         }
         stream = io.BytesIO()
         torch.save(content, stream)
-        write_bytes(self.checkpoint, stream.getvalue())
+        self.kept.write_step(self.step, stream.getvalue())
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if it is of this training."""
-        if not self.checkpoint.exists():
+        """Go on from the last checkpoint, if there is one."""
+        kept = self.kept.last_step()
+        if kept is None:
             return
-        content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        if content["of"] != self.of:
-            return
+        content = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
         self.predictor.load_state_dict(content["weights"])
         self.optimiser.load_state_dict(content["optimiser"])
         for name, value in content["progress"].items():
             setattr(self, name, value)
         self.sums, self.drawn = content["window"]
 
-    def _fingerprint(self) -> str:
-        """What a checkpoint is of: settings that the weights depend on (but not how many steps there are), and examples."""
-        settings = self.settings.model_dump(
-            include={"batch_size", "group", "learning_rate", "quality_weight", "cost_weight", "entropy_weight"}
-        )
-        examples = [(list(row["input_ids"]), row["prompt_length"]) for row in self.rows]
-        return digest(settings, self.settings.logging_steps, self.seed, self.policy.settings(), examples)
+
+def _made_by(
+    backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], settings: Predictor, seed: int
+) -> dict[str, Any]:
+    """All that a checkpoint depends on."""
+    return {
+        "settings": settings.model_dump(include={*READ_BY_PRESET["paper"]} - {"save_steps"}),
+        "seed": seed,
+        "examples": fingerprints.of_examples(rows),
+        "policy": {"settings": policy.settings(), "state": fingerprints.of_weights(policy)},
+        "backbone": fingerprints.of_weights(backbone),
+    }

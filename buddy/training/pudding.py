@@ -18,7 +18,6 @@ below the run's checkpoints, and go on from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -30,17 +29,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from buddy.checkpoints import FOLDER, Checkpoints
 from buddy.config import digest
 from buddy.data.choices import Item, Tokens
 from buddy.errors import UserError
 from buddy.peers.pudding import Answers, by_length, outputs_without
 from buddy.policies.pudding import BACKBONE, PuddingPolicy, StateReader, TextReader
-from buddy.records import write_bytes, write_json
 from buddy.routing.padding import leading, padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 from buddy.settings import Pudding
-from buddy.training.sft import CHECKPOINTS
+from buddy.training import fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +80,20 @@ def omission_losses(
         (N, sets) float64, nats per token.
     """
     parts = []
+    weights = fingerprints.of_weights(backbone) if folder else ""
     with tqdm(total=len(items), desc="omission losses", unit="question") as bar:
         for number, start in enumerate(range(0, len(items), SHARD)):
             pairs = [item.solution for item in items[start : start + SHARD]]
-            of = digest(sets, pairs, str(backbone.dtype))
-            path = folder / CHECKPOINTS / "pudding" / f"losses-{number:05d}.json" if folder else None
-            found = _stored(path, of)
-            if found is None:
+            made_by = {"sets": list(sets), "questions": digest(pairs), "backbone": weights}
+            kept = Checkpoints(folder / FOLDER / "pudding", made_by) if folder else None
+            name = f"losses-{number:05d}.json"
+            done = kept.read(name) if kept else None
+            if done is None:
                 found = _losses(backbone, pairs, sets, batch_size, bar).tolist()
-                if path:
-                    write_json(path, {"of": of, "found": found})
+                if kept:
+                    kept.write(name, json.dumps(found).encode())
             else:
+                found = json.loads(done)
                 bar.update(len(pairs))
             parts.append(torch.tensor(found, dtype=torch.float64))
     return torch.cat(parts)
@@ -110,14 +112,6 @@ def _losses(
         losses[members] = torch.stack(columns, dim=1)
         bar.update(len(members))
     return losses
-
-
-def _stored(path: Path | None, of: str) -> Any:
-    """What an earlier attempt found, if it is whole and was about the same."""
-    if path is None or not path.exists():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content["found"] if content["of"] == of else None
 
 
 # ---- the router ----------------------------------------------------------------------------------------------------------
@@ -189,32 +183,33 @@ def fit_router(
     rows = [(index, prompt) for index, item in enumerate(items) for prompt in item.prompts]
     question = torch.tensor([index for index, _ in rows])
     rate = settings.learning_rate or (STATE_RATE if policy.encoder == BACKBONE else ENCODER_RATE)
-    start = hashlib.sha256(b"".join(_bytes(value) for value in policy.state_dict().values())).hexdigest()
-    of = digest(rows, losses.tolist(), policy.sets, settings.epochs, settings.batch_size, rate, seed, start)
-    paths = (
-        [folder / CHECKPOINTS / "pudding" / name for name in ("router.json", "router.safetensors")] if folder else []
-    )
-    found = _stored(paths[0] if paths else None, of)
-    if found is not None:
-        from safetensors.torch import load_file
+    made_by = {
+        "settings": {"epochs": settings.epochs, "batch_size": settings.batch_size, "learning_rate": rate},
+        "seed": seed,
+        "sets": policy.sets,
+        "prompts": digest(rows),
+        "losses": digest(losses.tolist()),
+        "router": fingerprints.of_weights(policy),
+        "backbone": fingerprints.of_weights(backbone),
+    }
+    kept = Checkpoints(folder / FOLDER / "pudding", made_by) if folder else None
+    fit, state = (kept.read("router.json"), kept.read("router.safetensors")) if kept else (None, None)
+    if fit is not None and state is not None:
+        from safetensors.torch import load
 
-        policy.load_state_dict(load_file(paths[1]))
-        return Fit(**found)
+        policy.load_state_dict(load(state))
+        return Fit(**json.loads(fit))
     held = _held_out(len(items), seed)[question]
     inputs = router_inputs(policy, backbone, [prompt for _, prompt in rows])
     targets = losses[question]
-    fit = _fit(policy, inputs, targets, held, settings, rate, seed, on_log)
-    if paths:
+    found = _fit(policy, inputs, targets, held, settings, rate, seed, on_log)
+    if kept:
         from safetensors.torch import save
 
-        state = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
-        write_bytes(paths[1], save(state))
-        write_json(paths[0], {"of": of, "found": asdict(fit)})
-    return fit
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().numpy().tobytes()
+        state = save({name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()})
+        kept.write("router.safetensors", state)
+        kept.write("router.json", json.dumps(asdict(found)).encode())
+    return found
 
 
 def _held_out(questions: int, seed: int) -> Tensor:

@@ -5,8 +5,9 @@ Data, template, loss, optimiser, schedule and LoRA are the same for all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Recipe:
         lora: LoRA learns (if the settings give it a rank).
         without_lora: blocks, from 0, that have none, because they never run.
         penalty: added to the cross-entropy, from the routing of the pass; None adds nothing.
+        constants: what ``budgets`` and ``penalty`` hold inside, by name: a checkpoint tells recipes apart by them.
     """
 
     budgets: Budgets = own
@@ -64,3 +66,13 @@ class Recipe:
     lora: bool = True
     without_lora: Sequence[int] = ()
     penalty: Callable[[Routing], Tensor] | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    def made_by(self) -> dict[str, Any]:
+        """The recipe as plain values."""
+        return {
+            "trains_policy": self.trains_policy,
+            "lora": self.lora,
+            "without_lora": list(self.without_lora),
+            **self.constants,
+        }

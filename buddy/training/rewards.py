@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from buddy.config import digest
+from buddy.checkpoints import Checkpoints
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.predictor import mean_feature
-from buddy.records import write_bytes
 from buddy.routing.decision import ranking
 from buddy.routing.padding import leading, padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
+from buddy.training import fingerprints
 
 Row = Mapping[str, Any]
 """An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``."""
@@ -144,20 +144,23 @@ def loss_table(
     Returns:
         Contexts (N, width) float32, and cross-entropies (N, D) float64, nats per token of the response.
     """
+    from safetensors.torch import load, save
+
     contexts, losses = [], []
+    models = {"router": fingerprints.of_weights(policy.decision), "backbone": fingerprints.of_weights(backbone)}
     with tqdm(total=len(rows), desc=f"losses at {len(depths)} depths", unit="example") as bar:
         for number, start in enumerate(range(0, len(rows), SHARD)):
             part = rows[start : start + SHARD]
-            path = folder / f"losses-{number:05d}.safetensors" if folder else None
-            of = _fingerprint(backbone, policy, part, depths, batch_size)
-            found = _stored(path, of)
-            if found is None:
+            said = {"examples": fingerprints.of_examples(part), "depths": list(depths), "batch_size": batch_size}
+            kept = Checkpoints(folder, said | models) if folder else None
+            name = f"losses-{number:05d}.safetensors"
+            done = kept.read(name) if kept else None
+            if done is None:
                 found = _measured(backbone, policy, part, depths, batch_size, bar)
-                if path:
-                    from safetensors.torch import save
-
-                    write_bytes(path, save(found, metadata={"of": of}))
+                if kept:
+                    kept.write(name, save(found))
             else:
+                found = load(done)
                 bar.update(len(part))
             contexts.append(found["contexts"])
             losses.append(found["losses"])
@@ -177,24 +180,3 @@ def _measured(
         losses[members] = batch.losses([depths] * len(members))
         bar.update(len(members))
     return {"contexts": contexts, "losses": losses}
-
-
-def _fingerprint(
-    backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], depths: Sequence[int], batch_size: int
-) -> str:
-    """What a stored part of a table is of; weights are told by the router's."""
-    router = [value.detach().cpu().double().sum().item() for value in policy.decision.state_dict().values()]
-    examples = [(list(row["input_ids"]), row["prompt_length"]) for row in rows]
-    return digest(examples, list(depths), batch_size, router, str(backbone.dtype))
-
-
-def _stored(path: Path | None, of: str) -> dict[str, Tensor] | None:
-    """What an earlier attempt found, if it was about the same."""
-    if path is None or not path.exists():
-        return None
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as found:
-        if found.metadata()["of"] != of:
-            return None
-        return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  # no mapping

@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddy import checkpoints
+from buddy.checkpoints import Checkpoints
 from buddy.routing.engine import Routing, routed
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
+from buddy.training import fingerprints
 from buddy.training import loss as losses
 from buddy.training.examples import Collator, encode
 from buddy.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS = checkpoints.FOLDER
 ROUTER_STATE = "router.safetensors"
 
 
@@ -61,7 +64,7 @@ def train(
     seed: int = 0,
     on_log: Any = None,
 ) -> Trained:
-    """Train policy, LoRA or both on one device; goes on from the last checkpoint below ``folder`` if there is one.
+    """Train policy, LoRA or both on one device; goes on from the last whole checkpoint of this very training.
 
     Args:
         backbone: frozen causal language model on its device.
@@ -85,17 +88,18 @@ def train(
             len(pairs),
             settings.max_length,
         )
+    kept = Checkpoints(folder / CHECKPOINTS, _made_by(backbone, policy, rows, settings, recipe, seed))
     model, adapted = _with_lora(backbone, settings, recipe)
     policy.requires_grad_(recipe.trains_policy)
     model.add_module(_POLICY, policy.to(backbone.device))
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     try:
-        trainer = _trainer(model, tokenizer, rows, settings, recipe, folder, seed, on_log)
-        checkpoint = _last_checkpoint(folder / CHECKPOINTS)
+        trainer = _trainer(model, tokenizer, rows, settings, recipe, kept, seed, on_log)
+        checkpoint = kept.last()
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         delattr(model, _POLICY)
     curve = [_curve_point(entry) for entry in trainer.state.log_history if "loss" in entry]
@@ -105,6 +109,20 @@ def train(
 
 
 _POLICY = "depth_policy"  # the policy's name inside the trained model while training lasts
+
+
+def _made_by(
+    backbone: CausalLM, policy: Policy, rows: list[dict[str, Any]], settings: Training, recipe: Recipe, seed: int
+) -> dict[str, Any]:
+    """All that a checkpoint depends on; the policy's state has its prior, and its start."""
+    return {
+        "settings": settings.model_dump(exclude={"save_steps", "data"}),
+        "recipe": recipe.made_by(),
+        "seed": seed,
+        "examples": fingerprints.of_examples(rows),
+        "policy": {"settings": policy.settings(), "state": fingerprints.of_weights(policy)},
+        "backbone": fingerprints.of_weights(backbone),
+    }
 
 
 def _with_lora(backbone: CausalLM, settings: Training, recipe: Recipe) -> tuple[CausalLM, Any]:
@@ -135,12 +153,6 @@ def _base(model: CausalLM) -> CausalLM:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; one cut off while it was written has no trainer state and is passed over."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if complete else None
-
-
 def _curve_point(entry: dict[str, Any]) -> dict[str, float]:
     """What a log line keeps: numbers of the step, and the policy's own; not how far and how long it has run."""
     left_out = ("epoch", "total_flos", "num_tokens", "mean_token_accuracy", "entropy")
@@ -157,7 +169,7 @@ def _trainer(
     rows: list[dict[str, Any]],
     settings: Training,
     recipe: Recipe,
-    folder: Path,
+    kept: Checkpoints,
     seed: int,
     on_log: Any,
 ) -> Any:
@@ -166,7 +178,7 @@ def _trainer(
 
     on_gpu = next(model.parameters()).is_cuda
     arguments = SFTConfig(
-        output_dir=str(folder / CHECKPOINTS),
+        output_dir=str(kept.folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -177,7 +189,7 @@ def _trainer(
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=checkpoints.KEPT,
         bf16=on_gpu,  # TRL turns bfloat16 on by itself, on CPUs too, where it is many times slower
         use_cpu=not on_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -201,6 +213,7 @@ def _trainer(
         optimizers=(_optimizer(model, settings), None),
         settings=settings,
         recipe=recipe,
+        kept=kept,
         on_log=on_log,
     )
 
@@ -224,10 +237,13 @@ def routed_trainer_class() -> type:
     class RoutedTrainer(SFTTrainer):
         """SFT in which a policy says which blocks each example runs through."""
 
-        def __init__(self, *, settings: Training, recipe: Recipe, on_log: Any = None, **kwargs: Any) -> None:
+        def __init__(
+            self, *, settings: Training, recipe: Recipe, kept: Checkpoints, on_log: Any = None, **kwargs: Any
+        ) -> None:
             super().__init__(**kwargs)
             self.settings = settings
             self.recipe = recipe
+            self.kept = kept
             self.on_log = on_log
             self.policy: Policy = getattr(self.model, _POLICY)
             self.tokens = 0
@@ -313,6 +329,11 @@ def routed_trainer_class() -> type:
                 model.save_pretrained(str(folder))
             state = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
             save_file(state, folder / ROUTER_STATE, metadata={"tokens": str(self.tokens)})
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            """Sealed when all its files are written: one without a seal was cut off."""
+            super()._save_checkpoint(*args, **kwargs)
+            self.kept.seal(self.kept.folder / f"checkpoint-{self.state.global_step}")
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None: checkpoints are not published."""

@@ -287,6 +287,9 @@ def test_a_killed_paper_training_ends_as_an_uninterrupted_one(tmp_path):
     seen = []
     resumed, again = trained("paper", tmp_path / "cut", lambda step, _: seen.append(step))
     assert seen == [6, 9, 12]  # it went on from step 5
+    seen.clear()
+    trained("paper", tmp_path / "cut", lambda step, _: seen.append(step), learning_rate=0.02)
+    assert seen == [3, 6, 9, 12]  # of another training nothing is taken
     assert resumed == whole
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
     assert any(value.abs().max() > 0 for value in (network.up.weight, network.up.bias))

@@ -285,12 +285,18 @@ def test_losses_are_those_of_a_slow_loop_and_are_kept(tmp_path, monkeypatch):
     )
     files = sorted((tmp_path / "checkpoints" / "pudding").iterdir())
     assert len(files) == 3
-    files[1].unlink()  # as if killed: only what is missing is measured again, by a model that differs
-    again = omission_losses(tiny(seed=2), items, SETS, batch_size=2, folder=tmp_path)
-    assert torch.equal(again[[0, 1, 4]], found[[0, 1, 4]])
-    assert not torch.isclose(again[2:4], found[2:4]).any()
+    measured = []
+    slow = pudding._losses
+    monkeypatch.setattr(pudding, "_losses", lambda *given: measured.append(len(given[1])) or slow(*given))
+    files[1].unlink()  # as if killed
+    files[2].write_bytes(files[2].read_bytes()[:-9])  # as if the power had failed
+    assert torch.equal(omission_losses(backbone, items, SETS, batch_size=2, folder=tmp_path), found)
+    assert measured == [2, 1]  # only what is missing or damaged
     other = omission_losses(backbone, items, SETS[:2], batch_size=2, folder=tmp_path)
     torch.testing.assert_close(other, found[:, :2], atol=1e-5, rtol=1e-5)  # other sets, other losses: measured anew
+    again = omission_losses(tiny(seed=2), items, SETS[:2], batch_size=2, folder=tmp_path)
+    assert not torch.isclose(again, other).any()  # and so with another backbone
+    assert measured == [2, 1, *[2, 2, 1] * 2]
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------------

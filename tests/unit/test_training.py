@@ -29,7 +29,7 @@ SETTINGS = Training(
     lora_rank=2, router_rank=4,
 )  # fmt: skip
 
-RECIPE = recipe.Recipe(recipe.drawn(3, 6), trains_policy=True)
+RECIPE = recipe.Recipe(recipe.drawn(3, 6), trains_policy=True, constants={"most_removed": 3})
 
 
 def policy_for(backbone, seed=0):
@@ -44,17 +44,25 @@ def tokenizer(tmp_path):
     return byte_tokenizer()
 
 
-def run(folder, settings=SETTINGS, seed=0, stop_after=None):
-    """Train a tiny model; optionally die after a number of steps. Returns (trained, policy)."""
-    backbone = tiny("llama", blocks=6)
+def backbone_of(seed=0):
+    torch.manual_seed(seed)  # of the rows that its embedding gets
+    backbone = tiny("llama", blocks=6, seed=seed)
     backbone.resize_token_embeddings(300)
-    policy = policy_for(backbone)
+    return backbone
+
+
+def run(folder, settings=SETTINGS, seed=0, stop_after=None, pairs=PAIRS, recipe=RECIPE, weights=0, router=0, seen=None):
+    """Train a tiny model; optionally die after a number of steps. Returns (trained, policy)."""
+    backbone = backbone_of(weights)
+    policy = policy_for(backbone, router)
 
     def die(step, _values):
+        if seen is not None:
+            seen.append(step)
         if stop_after is not None and step >= stop_after:
             raise KeyboardInterrupt
 
-    trained = sft.train(backbone, tokenizer(folder), policy, PAIRS, settings, RECIPE, folder, seed, on_log=die)
+    trained = sft.train(backbone, tokenizer(folder), policy, pairs, settings, recipe, folder, seed, on_log=die)
     return trained, policy
 
 
@@ -132,30 +140,88 @@ def test_training_moves_router_and_lora_and_nothing_else(tmp_path):
     assert all(0.5 <= point["executed_fraction"] <= 1 for point in trained.curve)
 
 
-def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
-    whole, whole_policy = run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted training."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """The folder of one that was killed at step 5 of 8: checkpoints at steps 2 and 4."""
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", stop_after=5)
-    assert (tmp_path / "cut" / sft.CHECKPOINTS / "checkpoint-4" / "trainer_state.json").exists()
-    resumed, resumed_policy = run(tmp_path / "cut")
-    assert resumed.steps == whole.steps == 8
-    assert resumed.tokens == whole.tokens
-    for name, value in whole_policy.state_dict().items():
-        torch.testing.assert_close(resumed_policy.state_dict()[name], value, atol=0, rtol=0)
-    for (name, a), (_, b) in zip(whole.adapted.named_parameters(), resumed.adapted.named_parameters(), strict=True):
+        run(tmp_path, stop_after=5)
+    assert {path.name for path in (tmp_path / sft.CHECKPOINTS).iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    return tmp_path
+
+
+def assert_same(one, other):
+    (trained, policy), (again, policy_again) = one, other
+    assert again.steps == trained.steps == 8
+    assert again.tokens == trained.tokens
+    for name, value in policy.state_dict().items():
+        assert torch.equal(policy_again.state_dict()[name], value), name
+    for (name, a), (_, b) in zip(trained.adapted.named_parameters(), again.adapted.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    losses = [[point["loss"] for point in trained.curve] for trained in (whole, resumed)]
-    assert losses[0] == losses[1]
+    assert [point["loss"] for point in trained.curve] == [point["loss"] for point in again.curve]
 
 
-def test_a_checkpoint_cut_off_while_written_is_passed_over(tmp_path):
-    for step, complete in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert sft._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert sft._last_checkpoint(tmp_path / "absent") is None
+def test_a_killed_training_resumes_to_the_same_weights(whole, cut):
+    seen = []
+    assert_same(whole, run(cut, seen=seen))
+    assert seen == [5, 6, 7, 8]
+
+
+OTHERS = {
+    "settings.learning_rate is 0.01, here 0.02": {"settings": SETTINGS.model_copy(update={"learning_rate": 2e-2})},
+    "settings.epochs is 2.0, here 3.0": {"settings": SETTINGS.model_copy(update={"epochs": 3.0})},
+    "seed is 0, here 1": {"seed": 1},
+    "examples is": {"pairs": [*PAIRS[:-1], ("another", "example")]},
+    "policy.state is": {"router": 1},
+    "backbone is": {"weights": 1},
+    "recipe.most_removed is 3, here 2": {
+        "recipe": recipe.Recipe(recipe.drawn(2, 6), trains_policy=True, constants={"most_removed": 2})
+    },
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_no_training_goes_on_from_another_ones_checkpoint(cut, caplog, said):
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, seen=seen, stop_after=1, **OTHERS[said])
+    assert seen == [1]
+    lines = [message for message in caplog.messages if "set aside as" in message]
+    assert len(lines) == 2  # both checkpoints
+    assert all(f"({said}" in line for line in lines)
+    assert {path.name for path in (cut / sft.CHECKPOINTS).glob("aside-*/*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_how_often_it_is_kept_makes_no_other_training(cut):
+    seen = []
+    run(cut, SETTINGS.model_copy(update={"save_steps": 3}), seen=seen)
+    assert seen == [5, 6, 7, 8]
+
+
+DAMAGE = {
+    "optimizer.pt": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "router.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "adapter_model.safetensors": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "trainer_state.json": lambda path: path.unlink(),
+    "seal.json": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, cut, caplog, file):
+    last = cut / sft.CHECKPOINTS / "checkpoint-4"
+    DAMAGE[file](last / file)
+    seen = []
+    assert_same(whole, run(cut, seen=seen))
+    assert seen == [3, 4, 5, 6, 7, 8]
+    (line,) = [message for message in caplog.messages if "passed over" in message]
+    assert line.startswith(f"{last}: ")
+    assert file in line
 
 
 def test_depths_cover_the_range_full_depth_included():
