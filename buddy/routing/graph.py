@@ -12,7 +12,9 @@ So the decision runs, and the host reads it, while the device still works on the
 change, or has long been the same, all of it is one graph.
 
 What is captured is Hugging Face's own layers, with the attention of `buddy.routing.attention`, over a window of the
-cache: a power of two of columns that covers its length, of which a mask shows those that are filled.
+cache: a power of two of columns that covers its length, of which a mask shows those that are filled. When the buffers
+are full, they double, and the graphs that read the old ones are captured again as they are needed: the longest window
+would have to be captured at that point anyway.
 
 In a batch, a block that some sequences run is computed for all and kept for those that run it: decoding is bound by
 reading weights, so the others cost next to nothing. Results are those of the route; the saving is per block.
@@ -56,31 +58,34 @@ when something is a little faster, never what is computed.
 
 
 class GraphCache(RoutedCache):
-    """A routed cache whose buffers are a decoder's, and so stay where they are.
+    """A routed cache whose buffers are a decoder's, and stay where they are until they are full.
 
     It works as any other: a pass over several tokens is an eager one, and writes into the same buffers. What the
-    decoder cannot hold, it does without it: then the buffers grow, and steps are eager.
+    decoder cannot do, it does without it: then steps are eager.
     """
 
     def __init__(self, decoder: GraphDecoder) -> None:
-        pieces = decoder.pieces
-        super().__init__(len(pieces.layers), pieces.kv, decoder.capacity)
-        # A cache in a reference cycle would keep its decoder from the next generation until garbage is collected.
-        owner = weakref.proxy(self)
-        for index, block in enumerate(self.blocks):
-            block.owner = owner
+        super().__init__(len(decoder.pieces.layers), decoder.pieces.kv, decoder.capacity)
+        self.graph = decoder
+        self._share()
+
+    def _share(self) -> None:
+        """Take the decoder's buffers for this cache's."""
+        pieces = self.graph.pieces
+        for block, storage in zip(self.blocks, pieces.storage, strict=True):
             # Detached: what an eager pass with gradients writes must not tie them to the next generation.
-            block.keys, block.values = (pieces.storage[index, part].detach() for part in range(2))
+            block.keys, block.values = (part.detach() for part in storage)
             block.is_initialized = True
         self.present = pieces.present
-        self.graph = decoder
 
     def reserve(self, batch: int, new: int) -> None:
-        """Make room for ``new`` columns of ``batch`` sequences before an eager pass; may cost the graphs."""
+        """Make room for ``new`` columns of ``batch`` sequences; another batch than it was made for costs the graphs."""
         if self.graph is not None and batch != self.graph.batch and self.length == 0:
             self.leave(f"the cache was made for {self.graph.batch} sequences, the input has {batch}")
         elif self.graph is not None and self.length + new > self.capacity:
-            self.leave(f"{self.length + new} tokens do not fit into a cache made for {self.capacity}")
+            self.graph.grow(self.length + new)
+            self.capacity = self.graph.capacity
+            self._share()
         super().reserve(batch, new)
 
     def leave(self, reason: str) -> None:
@@ -183,7 +188,14 @@ class GraphDecoder:
         self.retired = True
         self._graphs.clear()
         self._paths.clear()
-        self.pieces.storage = self.pieces.storage[:0]
+        self.pieces.storage = []
+
+    def grow(self, columns: int) -> None:
+        """Move to buffers of at least that many columns, a power of two; what was captured reads the old ones."""
+        self.capacity = 1 << (columns - 1).bit_length()
+        self._graphs.clear()
+        self._paths.clear()
+        self.pieces.grow(self.capacity)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -212,6 +224,7 @@ class GraphDecoder:
             self._hand_over(cache)
             return None
         with torch.no_grad():
+            cache.reserve(self.batch, 1)
             self.pieces.load(cache.length, hidden, attention_mask, position_ids)
             self._adopt(cache.routing)
             path = self._advance(cache, routing)
@@ -232,7 +245,7 @@ class GraphDecoder:
         context = routing.context_mask
         return (
             new == 1
-            and 1 < total <= self.capacity
+            and total > 1
             and batch == self.batch
             and hidden.dtype == self.pieces.hidden.dtype
             and routing.policy is self.policy

@@ -6,12 +6,14 @@ A block that is skipped at a token computes no key and value for it. What stands
 - ``mask``: the position is left out of that block's attention.
 - ``project``: the block's own k/v projections of the state that passes by (two small products, no attention, no MLP).
 
-Keys and values live in buffers that grow geometrically. A decode step writes one column; a sub-batch writes its rows and
-attends to them where they lie (`buddy.routing.attention`). Nothing is copied.
+Keys and values live in buffers that grow geometrically: what a generation may come to is no reason to hold memory before
+it does. A decode step writes one column; a sub-batch writes its rows and attends to them where they lie
+(`buddy.routing.attention`). Nothing is copied.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,27 +25,54 @@ from buddy.routing.plan import Rows
 from buddy.routing.types import CausalLM
 
 
+@dataclass(eq=False)
+class Extent:
+    """What the blocks of a cache have in common. They and their cache hold it, and none of them holds the cache: so the
+    buffers are gone with the last reference to it, and no garbage has to be collected for that.
+
+    Attributes:
+        capacity: columns of the buffers.
+        length: tokens held.
+        batch: number of sequences B; 0 before the first pass.
+        rows: rows of the batch that the block now running works on; None means all.
+        offset: first of the pass's columns that it works on (a group of prompts leaves out padding).
+        written: (B, 1, S, 1) boolean, the tokens whose K/V the block now running leaves; None means all.
+    """
+
+    capacity: int
+    length: int = 0
+    batch: int = 0
+    rows: Rows | None = None
+    offset: int = 0
+    written: Tensor | None = None
+
+
+def _of_extent(name: str) -> Any:
+    """An attribute of a cache that stands in its extent."""
+    return property(lambda cache: getattr(cache.extent, name), lambda cache, value: setattr(cache.extent, name, value))
+
+
 class BlockCache(CacheLayerMixin):
-    """Keys and values of one block: (B, KV heads, capacity, head size), of which ``owner.length`` columns are filled."""
+    """Keys and values of one block: (B, KV heads, capacity, head size), of which ``extent.length`` columns are filled."""
 
     is_sliding = False
     keys: Any
     values: Any
 
-    def __init__(self, owner: RoutedCache) -> None:
+    def __init__(self, extent: Extent) -> None:
         super().__init__()
-        self.owner = owner
+        self.extent = extent
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeros for the whole batch, shaped like these states but ``owner.capacity`` long."""
-        owner = self.owner
+        """Allocate zeros for the whole batch, shaped like these states but ``extent.capacity`` long."""
+        extent = self.extent
         _, heads, _, size = key_states.shape
-        self.keys = key_states.new_zeros(owner.batch, heads, owner.capacity, size)
-        self.values = value_states.new_zeros(owner.batch, heads, owner.capacity, value_states.shape[-1])
+        self.keys = key_states.new_zeros(extent.batch, heads, extent.capacity, size)
+        self.values = value_states.new_zeros(extent.batch, heads, extent.capacity, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new columns of ``owner.rows``, and return what attention reads.
+        """Write the new columns of ``extent.rows``, and return what attention reads.
 
         That is the states just given while nothing came before them, and afterwards the filled columns of the whole
         batch, as views.
@@ -51,18 +80,18 @@ class BlockCache(CacheLayerMixin):
         with mark(CACHE):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            owner = self.owner
-            key_states, value_states = _left(key_states, owner.written), _left(value_states, owner.written)
-            start = owner.length + owner.offset
+            extent = self.extent
+            key_states, value_states = _left(key_states, extent.written), _left(value_states, extent.written)
+            start = extent.length + extent.offset
             end = start + key_states.shape[-2]
-            rows = owner.rows
+            rows = extent.rows
             if rows is None:
                 self.keys[:, :, start:end] = key_states
                 self.values[:, :, start:end] = value_states
             else:
                 self.keys[rows.index, :, start:end] = key_states
                 self.values[rows.index, :, start:end] = value_states
-        if owner.length == 0:
+        if extent.length == 0:
             return key_states, value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -75,12 +104,12 @@ class BlockCache(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns filled, the same for every block."""
-        return self.owner.length
+        return self.extent.length
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(length of keys, offset of the first) that attention will see for this many new tokens."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.owner.length + new, 0
+        return self.extent.length + new, 0
 
     def get_max_length(self) -> int:
         """-1: it grows as needed."""
@@ -95,29 +124,30 @@ class RoutedCache(Cache):
     Args:
         blocks: number of blocks L.
         policy: what stands for the K/V of a skipped block: ``zero``, ``mask`` or ``project``.
-        capacity: columns to allocate at first; a good guess spares the growth.
+        capacity: columns of the buffers, which are allocated as blocks first write. Full ones double.
+        limit: tokens that it is expected to hold at most; short of it, buffers do not double beyond it.
 
     Attributes:
-        length: tokens held.
-        rows: rows of the batch that the block now running works on; None means all.
-        offset: first of the pass's columns that it works on (a group of prompts leaves out padding).
-        written: (B, 1, S, 1) boolean, the tokens whose K/V the block now running leaves; None means all.
+        extent: capacity, length and what else its blocks have in common; its fields are attributes of the cache too.
         present: (L, B, capacity) boolean under ``mask``: where a block has K/V. None until a route is recorded.
         complete: per block, whether no position of it is missing: known on the host, so that no step has to ask.
         routing: the policy's state and the current route, kept by the engine.
         graph: captured decode steps (`buddy.routing.graph`), or None.
     """
 
-    def __init__(self, blocks: int, policy: str = "zero", capacity: int = 64) -> None:
-        self.blocks = [BlockCache(self) for _ in range(blocks)]
+    capacity: int = _of_extent("capacity")
+    length: int = _of_extent("length")
+    batch: int = _of_extent("batch")
+    rows: Rows | None = _of_extent("rows")
+    offset: int = _of_extent("offset")
+    written: Tensor | None = _of_extent("written")
+
+    def __init__(self, blocks: int, policy: str = "zero", capacity: int = 64, limit: int = 0) -> None:
+        self.extent = Extent(max(capacity, 1))
+        self.blocks = [BlockCache(self.extent) for _ in range(blocks)]
         super().__init__(layers=list(self.blocks))
         self.policy = policy
-        self.capacity = max(capacity, 1)
-        self.length = 0
-        self.batch = 0
-        self.rows: Rows | None = None
-        self.offset = 0
-        self.written: Tensor | None = None
+        self.limit = limit
         self.present: Tensor | None = None
         self.complete = [True] * blocks
         self.routing: Any = None
@@ -128,8 +158,12 @@ class RoutedCache(Cache):
         if self.batch and batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences, the input {batch}")
         self.batch = batch
-        if self.length + new > self.capacity:
-            self.capacity = max(self.length + new, 2 * self.capacity)
+        total = self.length + new
+        if total > self.capacity:
+            room = 2 * self.capacity
+            if total <= self.limit:
+                room = min(room, self.limit)
+            self.capacity = max(total, room)
             for block in self.blocks:
                 block.grow(self.capacity)
             if self.present is not None:

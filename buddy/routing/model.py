@@ -26,6 +26,11 @@ GRAPH_TOKENS = 32
 """New tokens from which on capturing graphs is worth the while, as engine ``auto`` has it."""
 
 
+AHEAD = {"eager": 64, "graph": 1024}
+"""Tokens that a generation has room for from the start, if it may come to as many: ``max_new_tokens`` is often a mere
+limit, and most answers are short. Growing costs a copy, and with graphs capturing again."""
+
+
 class RoutedModel(nn.Module):
     """A backbone whose blocks are chosen by a policy, within a budget.
 
@@ -98,23 +103,30 @@ class RoutedModel(nn.Module):
             raise UserError("save: this model was not loaded from a run; `buddy.runs.save` writes one from its parts")
         return self.origin.save(folder, self.policy)
 
-    def new_cache(self, capacity: int = 64, engine: str = "eager", batch: int = 1) -> RoutedCache:
+    def new_cache(
+        self, capacity: int = 64, engine: str = "eager", batch: int = 1, limit: int | None = None
+    ) -> RoutedCache:
         """An empty cache for this model.
 
         Args:
             capacity: tokens it has room for before it grows.
-            engine: ``eager``; ``graph``, whose decode steps are captured CUDA graphs and which cannot grow; or ``auto``,
-                which takes graphs where they are possible. What keeps graphs from being used is logged.
+            engine: ``eager``; ``graph``, whose decode steps are captured CUDA graphs; or ``auto``, which takes graphs where
+                they are possible. What keeps graphs from being used is logged.
             batch: number of sequences B, which graphs have to know.
+            limit: tokens it may come to: given that, it has room for some more than ``capacity`` (`AHEAD`), and grows no
+                further than this before it must.
         """
         if engine not in ("auto", *ENGINES):
             raise UserError(f"engine: {engine!r} is not one of {choices(('auto', *ENGINES))}")
         reason = None if engine == "eager" else decoders.obstacle(self)
-        if engine != "eager" and reason is None:
+        graphs = engine != "eager" and reason is None
+        if limit is not None:
+            capacity = min(capacity + AHEAD["graph" if graphs else "eager"], limit)
+        if graphs:
             return decoders.lease(self, capacity, batch)
         if reason is not None:
             log.log(logging.WARNING if engine == "graph" else logging.INFO, "no CUDA graphs: %s", reason)
-        return RoutedCache(self.blocks, self.kv, capacity)
+        return RoutedCache(self.blocks, self.kv, capacity, limit or 0)
 
     def forward(
         self,
@@ -209,7 +221,7 @@ class RoutedModel(nn.Module):
         new, copies = self._expected(prompt, kwargs)
         if engine == "auto" and new < GRAPH_TOKENS:
             engine = "eager"
-        cache = self.new_cache(prompt + new, engine, len(input_ids) * copies)
+        cache = self.new_cache(prompt, engine, len(input_ids) * copies, limit=prompt + new)
         with routed(self.backbone, routing):
             return self.backbone.generate(
                 input_ids=input_ids,

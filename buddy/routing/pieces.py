@@ -56,7 +56,7 @@ class Pieces:
         capacity: columns C of the cache.
 
     Attributes:
-        storage: (L, 2, B, KV heads, C, head size), keys and values of every block.
+        storage: per block (2, B, KV heads, C, head size), its keys and values.
         present: boolean (L, B, C) under ``mask``: where a block has K/V.
         hidden: (B, 1, H), the state of the new tokens on its way through the blocks.
         normed: (B, 1, H), the same after the final norm.
@@ -82,9 +82,10 @@ class Pieces:
         config, device = backbone.config, backbone.device
         floats: dict[str, Any] = {"dtype": backbone.dtype, "device": device}
         flags: dict[str, Any] = {"dtype": torch.bool, "device": device}
-        head = self.layers[0].self_attn.head_dim
-        self.storage = torch.zeros(blocks, 2, batch, config.num_key_value_heads, capacity, head, **floats)
-        self.present = torch.zeros(blocks, batch, capacity, **flags) if self.kv == "mask" else None
+        head, masks = self.layers[0].self_attn.head_dim, self.kv == "mask"
+        shape = (2, batch, config.num_key_value_heads, capacity, head)
+        self.storage = [torch.zeros(shape, **floats) for _ in range(blocks)]
+        self.present = torch.zeros(blocks, batch, capacity, **flags) if masks else None
         self.hidden = torch.zeros(batch, 1, config.hidden_size, **floats)
         self.normed = torch.zeros_like(self.hidden)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -94,14 +95,27 @@ class Pieces:
         )
         self.seen = torch.zeros(batch, capacity, **flags)
         self.shared_bias = torch.zeros(batch, 1, 1, capacity, **floats)
-        self.biases = torch.zeros(blocks, batch, 1, 1, capacity, **floats) if self.kv == "mask" else None
+        self.biases = torch.zeros(blocks, batch, 1, 1, capacity, **floats) if masks else None
         # Scalars of the host would be copied to the device at each use, which a capture forbids.
         self.nought, self.barred = torch.zeros((), **floats), torch.full((), -torch.inf, **floats)
         self.route = torch.zeros(batch, blocks, **flags)
 
+    def grow(self, capacity: int) -> None:
+        """Move to buffers of that many columns, what is in them included; block by block, so that little of it lies in
+        two places at a time."""
+        with torch.inference_mode(False), torch.no_grad():
+            for index, storage in enumerate(self.storage):
+                self.storage[index] = _longer(storage, 3, capacity)
+            self.seen = _longer(self.seen, 1, capacity)
+            self.shared_bias = _longer(self.shared_bias, 3, capacity)
+            if self.present is not None and self.biases is not None:
+                self.present = _longer(self.present, 2, capacity)
+                self.biases = _longer(self.biases, 4, capacity)
+
     def clear(self) -> None:
         """Nothing of the last generation is left."""
-        self.storage.zero_()
+        for storage in self.storage:
+            storage.zero_()
         self.seen.zero_()
         if self.present is not None:
             self.present.zero_()
@@ -135,7 +149,8 @@ class Pieces:
         def undo() -> None:
             for tensor, value in zip(small, before, strict=True):
                 tensor.copy_(value)
-            self.storage.index_fill_(4, self.column, 0)
+            for storage in self.storage:
+                storage.index_fill_(3, self.column, 0)
 
         return undo
 
@@ -279,6 +294,15 @@ class _Column:
             shown.append(buffer[:, :, : self.window])
         self.cut()
         return shown[0], shown[1]
+
+
+def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The same with zeros behind it along a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    longer = tensor.new_zeros(shape)
+    longer.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return longer
 
 
 @contextmanager

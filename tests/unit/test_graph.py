@@ -121,10 +121,11 @@ def test_nothing_of_a_generation_is_left_for_the_next(kv, make):
     storage = first.graph.pieces.storage
     decode(model, first, *prompts(seed=5, length=15), 9, [4 / 7, 1.0, 5 / 7], "recompute")
     captured = first.graph.graphs
-    storage.masked_fill_(storage == 0, 1e6)  # whatever would be read of it, would show
+    for block in storage:
+        block.masked_fill_(block == 0, 1e6)  # whatever would be read of it, would show
     del first
     second = pool.lease(model, 32, 3)
-    assert second.graph.pieces.storage.data_ptr() == storage.data_ptr()
+    assert all(new is old for new, old in zip(second.graph.pieces.storage, storage, strict=True))
     found = decode(model, second, *prompts(seed=6), 9, [5 / 7, 4 / 7, 1.0], "recompute")
     same(found, decode(model, RoutedCache(7, kv), *prompts(seed=6), 9, [5 / 7, 4 / 7, 1.0], "recompute"))
     assert make is uncaptured or second.graph.graphs < 2 * captured
@@ -156,20 +157,21 @@ def test_eager_passes_may_come_between(kv, how):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kv", KV)
-def test_a_full_cache_goes_on_eagerly(kv, caplog):
+@pytest.mark.parametrize("make", [uncaptured, taped])
+def test_a_full_cache_grows_and_stays_captured(kv, make, caplog):
     model = routed(tiny(), kv=kv)
-    pool = taped()
-    cache = pool.lease(model, 16, 3)
-    found = decode(model, cache, *prompts(), 20, [4 / 7, 5 / 7, 1.0], "recompute")
-    same(found, decode(model, RoutedCache(7, kv), *prompts(), 20, [4 / 7, 5 / 7, 1.0], "recompute"))
-    assert cache.graph is None
-    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
-        "decoding goes on without CUDA graphs: 17 tokens do not fit into a cache made for 16"
-    ]
-    assert cache.capacity >= 29
-    before = [block.keys.clone() for block in cache.blocks]
-    decode(model, pool.lease(model, 16, 3), *prompts(seed=8), 5, 1.0, "recompute")
-    assert all(torch.equal(block.keys, kept) for block, kept in zip(cache.blocks, before, strict=True))
+    pool = make(first_window=4)
+    for seed in (0, 8):  # the second generation begins with the buffers that the first one left
+        ids, mask = prompts(seed=seed)
+        cache = pool.lease(model, 10, 3)
+        assert cache.capacity == (16 if seed == 0 else 64)
+        found = decode(model, cache, ids, mask, 30, [4 / 7, 5 / 7, 1.0], "recompute")
+        same(found, decode(model, RoutedCache(7, kv), ids, mask, 30, [4 / 7, 5 / 7, 1.0], "recompute"))
+        assert cache.graph is not None
+        assert cache.length == 39
+        assert cache.capacity == cache.graph.capacity == cache.blocks[3].keys.shape[2] == 64
+        del cache
+    assert caplog.records == []
 
 
 @torch.no_grad()
