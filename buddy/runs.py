@@ -42,6 +42,8 @@ class RunInfo:
         variant: the run's axes (feature, prior, omega, source_block).
         kv: K/V policy used unless another is asked for.
         training: settings it was trained with.
+        probes: distinct ``paths`` that a trained router took over some ``prompts`` of its training data with some blocks
+            ``removed``; empty without a router.
     """
 
     method: str
@@ -54,6 +56,7 @@ class RunInfo:
     study: str = ""
     kv: str = "zero"
     training: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, int] = field(default_factory=dict)
     commit: str = ""
     schema: int = SCHEMA
 

@@ -332,23 +332,42 @@ def figure_files(name):
 
 
 def table_records(name):
-    """The records that a table shows."""
-    table = STUDY.study.tables[name]
-    if table.kind == "ablation":
-        return accuracy_records(STUDY.ablation_runs(STUDY.ablation(table.ablation)))
-    if table.kind == "latency":
-        return latency_records([STUDY.main_run(table.backbone)])
-    if table.kind == "peer_latency":
-        return latency_records(STUDY.timed_runs(table.backbone))
-    if table.kind == "breakdown":
-        return breakdown_records(table.backbone)
+    """The records that a table shows, and those that say whether its routers take more than one path."""
+    found = measured_records(STUDY.study.tables[name])
+    return [*found, *router_records(shown_runs(STUDY.study.tables[name]))] if found else []
+
+
+def measured_records(table):
+    """The records behind the figures of a table."""
+    if table.kind == "training_cost":
+        return training_records() + predictor_records()
     if table.kind == "generation":
         return generation_records()
     if table.kind == "properties":
         return trace_records(table.backbone)
-    if table.kind == "training_cost":
-        return training_records() + predictor_records()
-    return accuracy_records(STUDY.compared_runs(table.backbone))
+    if table.kind == "breakdown":
+        return breakdown_records(table.backbone)
+    return (latency_records if table.kind in ("latency", "peer_latency") else accuracy_records)(shown_runs(table))
+
+
+def shown_runs(table):
+    """The runs that a table shows; of what training costs, all are records of trainings already."""
+    if table.kind == "ablation":
+        return STUDY.ablation_runs(STUDY.ablation(table.ablation))
+    if table.kind in ("latency", "breakdown"):
+        return [STUDY.main_run(table.backbone)]
+    if table.kind == "peer_latency":
+        return STUDY.timed_runs(table.backbone)
+    if table.kind == "generation":
+        return [run for backbone in STUDY.answering_backbones() for run in STUDY.answering_runs(backbone)]
+    if table.kind == "properties":
+        return STUDY.answering_runs(table.backbone)
+    return [] if table.kind == "training_cost" else STUDY.compared_runs(table.backbone)
+
+
+def router_records(runs):
+    """Training records of BUDDY's among these runs."""
+    return shown_files(f"{RECORDS}/training/{run.path}.json" for run in runs if run.method == "buddy")
 
 
 def path_records(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from buddy.runs import RunInfo
     from buddy.tracking import Tracker
     from buddy.training.sft import Trained
+
+logger = logging.getLogger(__name__)
 
 
 def keep(
@@ -40,6 +43,7 @@ def keep(
     from buddy import checkpoints, runs
     from buddy.records import Budget, Record
 
+    info.probes = _paths(result.probes)
     runs.save(out, info, policy, result.adapted)
     metrics: dict[str, Any] = {
         "steps": result.steps,
@@ -49,6 +53,7 @@ def keep(
         "objective": info.training.get("loss") if result.steps else None,
         "final_loss": result.curve[-1]["loss"] if result.curve else None,
         "curve": result.curve,
+        **({"probes": result.probes} if result.probes else {}),
         "trainable_parameters": result.trainable,
         "router_parameters": sum(p.numel() for p in policy.parameters()),
         **(facts or {}),
@@ -71,3 +76,15 @@ def keep(
         out / checkpoints.FOLDER, ignore_errors=True
     )  # last: a job killed before this line trains nothing anew
     tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
+
+
+def _paths(probes: dict[str, Any]) -> dict[str, int]:
+    """What ``run.json`` says of a router's paths; a router that takes one for every prompt is told of."""
+    if not probes:
+        return {}
+    found = {"paths": int(probes["last"]["paths"]), "prompts": probes["prompts"], "removed": probes["removed"]}
+    if found["paths"] == 1:
+        logger.warning(
+            "the router ends on one path: with %(removed)d blocks removed, all %(prompts)d probe prompts take it", found
+        )
+    return found

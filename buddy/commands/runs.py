@@ -34,4 +34,13 @@ def runs(
         print(f"no runs below {results}; `make demo` trains some, and so does `buddy train`")
     for path, info in found:
         axes = "  ".join(f"{axis}={value}" for axis, value in info.variant.items())
-        print(f"{info.study}  {info.backbone}  {info.method}  {axes}  seed={info.seed}\n    {path}")
+        parts = [info.study, info.backbone, info.method, axes, f"seed={info.seed}", paths(info.probes)]
+        print("  ".join(filter(None, parts)) + f"\n    {path}")
+
+
+def paths(probes: dict[str, int]) -> str:
+    """What is told of a router's paths; "" where there is no router, or a run from before they were looked at."""
+    if not probes:
+        return ""
+    number, over = probes["paths"], f"over {probes['prompts']} probe prompts"
+    return f"one path {over}" if number == 1 else f"{number} paths {over}"

@@ -100,7 +100,12 @@ def train(
             policy,
             pairs,
             settings,
-            Recipe(drawn(most_removed, blocks), trains_policy=True, constants={"most_removed": most_removed}),
+            Recipe(
+                drawn(most_removed, blocks),
+                trains_policy=True,
+                constants={"most_removed": most_removed},
+                probed=most_removed,
+            ),
             out,
             seed,
             on_log=lambda step, values: tracker.log(values, step=step),

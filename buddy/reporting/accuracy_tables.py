@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, number, provenance, trained_by
+from buddy.reporting.cells import coordinates, number, one_path, provenance, trained_by
 from buddy.reporting.grid import NEAR, Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import TASK_LABELS, series_labels
 from buddy.reporting.render import NEAR_SIGN
@@ -46,6 +46,7 @@ def accuracy(study: Study, name: str, table: Table) -> Grid:
             "Accuracy in percent, length-normalised where the task has it.",
             *rank_note(rows, compared),
             *trained_by(study, compared),
+            *one_path(study, backbone, compared),
             *provenance(study, "accuracy", backbone),
         ],
     )
@@ -116,6 +117,7 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
             *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
             *_held(study, axes, ablation),
             *trained_by(study, study.ablation_rows(ablation.name)),
+            *one_path(study, backbone, study.ablation_rows(ablation.name)),
             *provenance(study, "accuracy", backbone),
         ],
     )

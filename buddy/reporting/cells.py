@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from buddy.reporting.frame import PROBE_PATHS
+from buddy.reporting.labels import variant_labels
 from buddy.reporting.study import Series, Study
 from buddy.settings import STATIC_PEERS, Loss, Variant
 
@@ -55,6 +57,25 @@ def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
     """One note on what the methods that are compared were trained to minimise; none where none was trained."""
     trained = any(one.lora == "trained" or one.method not in ("dense", *STATIC_PEERS) for one in series)
     return [f"Trained by {LOSSES[study.config.training.loss]}."] if trained else []
+
+
+def one_path(study: Study, backbone: str, series: Iterable[Series]) -> list[str]:
+    """A note for each router that takes one path whatever the prompt, by the probes at the end of its training."""
+    shown = [one for one in series if one.method == "buddy"]
+    labels = variant_labels(shown)
+    notes = []
+    for one in shown:
+        rows = [row for row in study.training_rows.get((backbone, one.path), []) if row["seed"] in one.seeds]
+        probed = [row for row in rows if row["metric"] == PROBE_PATHS]
+        stuck = [row for row in probed if row["value"] == 1]
+        if stuck:
+            prompts, removed = (either(row[name] for row in stuck) for name in ("prompts", "removed"))
+            seeds = f" with {len(stuck)} of {len(probed)} seeds" if len(probed) > 1 else ""
+            notes.append(
+                f"{labels[one.path]}: one path over {prompts} probe prompts with {removed} blocks removed{seeds}; there it "
+                "does what a static list does."
+            )
+    return notes
 
 
 def either(values: Iterable[float]) -> str:

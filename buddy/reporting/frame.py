@@ -32,6 +32,8 @@ prompts, where the record has them; ``items`` has one digit per item of a task, 
 figure needs and fits no row (`_importance`, `_curve`, `_budget`). ``corpus`` and ``length`` of an importance are those
 that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
+PROBE_PATHS = "probe_paths"
+"""Metric of a training: distinct paths of the probe prompts at its end."""
 AUTO = "auto"
 """Execution of a profiled pass whose depths the budget predictor chose."""
 _NOT_SERIES = (
@@ -130,10 +132,14 @@ def _scalars(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _training(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per scalar; of a budget predictor, another with its curve."""
+    """One row per scalar; of a router, one with the paths it ends on; of a budget predictor, one with its curve."""
     preset = record.metrics.get("preset")
     for row in _scalars(record):
         yield {**row, "preset": preset}
+    if probes := record.metrics.get("probes"):
+        last = float(probes["last"]["paths"])
+        at = {"prompts": int(probes["prompts"]), "removed": int(probes["removed"])}
+        yield {**at, "metric": PROBE_PATHS, "value": last}
     if preset is not None:
         uniform = float(record.metrics["entropy_uniform"])
         yield {"metric": "curve", "value": uniform, "detail": _curve(record.metrics["curve"]), "preset": preset}

@@ -8,7 +8,7 @@ import pandas as pd
 
 from buddy.reporting import measures, published
 from buddy.reporting.accuracy_tables import rank_columns, rank_note
-from buddy.reporting.cells import coordinates, either, number, provenance, trained_by
+from buddy.reporting.cells import coordinates, either, number, one_path, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row, ran
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
@@ -52,9 +52,17 @@ def generation(study: Study, name: str, table: Table) -> Grid:
             *_how_answered(study, backbones),
             *rank_note(rows, every.values()),
             *trained_by(study, every.values()),
+            *_one_path(study, answering),
             *provenance(study, "generation", *backbones),
         ],
     )
+
+
+def _one_path(study: Study, answering: Mapping[str, Mapping[str, Series]]) -> list[str]:
+    """Routers that take one path, backbone by backbone."""
+    notes = {backbone: one_path(study, backbone, series.values()) for backbone, series in answering.items()}
+    named = len(answering) > 1
+    return [f"{backbone}: {note}" if named else note for backbone, told in notes.items() for note in told]
 
 
 def _row(

@@ -81,3 +81,15 @@ def series_labels(series: Sequence[Series]) -> dict[str, str]:
             told.append("no LoRA")
         labels[one.path] = method_label(one.method) + (f" ({', '.join(told)})" if told else "")
     return labels
+
+
+def variant_labels(series: Sequence[Series]) -> dict[str, str]:
+    """Labels of series by their path, as `series_labels`, with the axes in which two of one label differ."""
+    labels = series_labels(series)
+    found = {}
+    for one in series:
+        alike = [other.variant for other in series if labels[other.path] == labels[one.path]]
+        apart = [axis for axis in one.variant if len({str(variant.get(axis)) for variant in alike}) > 1]
+        told = ", ".join(f"{axis.replace('_', ' ')} {one.variant[axis]}" for axis in apart)
+        found[one.path] = labels[one.path] + (f" ({told})" if told else "")
+    return found

@@ -7,7 +7,7 @@ from itertools import compress
 from typing import NamedTuple
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import number, provenance
+from buddy.reporting.cells import number, one_path, provenance
 from buddy.reporting.grid import Cell, Grid, Row, ran
 from buddy.reporting.labels import DATASETS, method_label, series_labels
 from buddy.reporting.measures import LATENCY_METRICS, Measure
@@ -83,7 +83,11 @@ def peer_latency(study: Study, name: str, table: Table) -> Grid:
         ),
         rows=rows,
         error_note=PASSES_NOTE,
-        notes=[*_notes(study, backbone, races, shown, dense), *provenance(study, "latency", backbone)],
+        notes=[
+            *_notes(study, backbone, races, shown, dense),
+            *one_path(study, backbone, study.timed(backbone)),
+            *provenance(study, "latency", backbone),
+        ],
     )
 
 

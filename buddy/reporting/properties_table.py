@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from buddy.reporting.cells import coordinates, either, provenance, trained_by
+from buddy.reporting.cells import coordinates, either, one_path, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
@@ -59,6 +59,7 @@ def properties(study: Study, name: str, table: Table) -> Grid:
             _what_columns_mean(study, backbone, depths),
             CLAIMS_NOTE,
             *trained_by(study, pruning),
+            *one_path(study, backbone, pruning),
             *provenance(study, "trace", backbone),
         ],
     )

@@ -7,7 +7,7 @@ from itertools import compress
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, either, number, provenance
+from buddy.reporting.cells import coordinates, either, number, one_path, provenance
 from buddy.reporting.frame import AUTO
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS, PREDICTOR
@@ -42,7 +42,11 @@ def latency(study: Study, name: str, table: Table) -> Grid:
         headers=tuple(_LATENCY_HEADERS[metric] for metric in columns),
         rows=rows,
         error_note=PASSES_NOTE,
-        notes=[*_latency_notes(study, backbone, shown), *provenance(study, "latency", backbone)],
+        notes=[
+            *_latency_notes(study, backbone, shown),
+            *one_path(study, backbone, [study.main(backbone)]),
+            *provenance(study, "latency", backbone),
+        ],
     )
 
 
@@ -169,6 +173,7 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
         )
     if grid.has_published:
         grid.notes.append(PUBLISHED_BREAKDOWN_NOTE)
+    grid.notes += one_path(study, backbone, [study.main(backbone)])
     grid.notes += provenance(study, "breakdown", backbone)
     return grid
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
+from buddy.reporting.cells import one_path
 from buddy.reporting.generation_table import FILTERS, TASK
 from buddy.reporting.grid import limit_text, ran
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
@@ -95,6 +96,7 @@ def _by_depth(
         notes.append(f"{STAR} best at its depth")
     if any(measure.off_depth for measure in measured):
         notes.append("[N] blocks that ran on average, where not as many as asked for")
+    notes += one_path(study, backbone, series)
     return "\n".join([title, *_aligned([head, executed, *rows]), *notes])
 
 
@@ -123,7 +125,7 @@ def _latency(study: Study, backbone: str) -> str:
                     rows.append([DATASETS.get(race.dataset, race.dataset), str(removed), EXECUTIONS[execution], *cells])
             rows += _peer_rows(study, backbone, race, removed, columns)
     title = ", ".join(filter(None, [f"Speed of {backbone}", study.race_text(backbone), "median of the timed passes"]))
-    return "\n".join([title, *_aligned(rows, labels=3)])
+    return "\n".join([title, *_aligned(rows, labels=3), *one_path(study, backbone, study.timed(backbone))])
 
 
 def _peer_rows(study: Study, backbone: str, race: Race, removed: int, columns: Sequence[str]) -> list[list[str]]:

@@ -208,7 +208,17 @@ def _training(wr: Any) -> list[Any]:
         wr.LinePlot(title="loss", x="Step", y=["loss"], groupby=wr.Config("method"), layout=wr.Layout(w=HALF, h=8))
     ]
     plots.append(wr.LinePlot(title="tokens/s", x="Step", y=["tok_s"], layout=wr.Layout(w=HALF, h=8)))
+    for title, names in _PROBES.items():
+        plots.append(wr.LinePlot(title=title, x="Step", y=names, layout=wr.Layout(w=THIRD, h=6)))
     return plots
+
+
+_PROBES = {
+    "distinct paths of the probe prompts": ["probe_paths"],
+    "share of probe prompts off the prior's route": ["probe_off_prior"],
+    "scores: spread between prompts, and margin": ["probe_spread_prompts", "probe_margin"],
+}
+"""What a router does with the prompts that it is watched on (`buddy.training.probes`)."""
 
 
 def _shown(wr: Any, study: Config, folder: Path) -> list[Any]:

@@ -57,8 +57,10 @@ class Recipe:
         trains_policy: the policy's parameters learn, through gates that carry gradients.
         lora: LoRA learns (if the settings give it a rank).
         without_lora: blocks, from 0, that have none, because they never run.
-        penalty: added to the cross-entropy, from the routing of the pass; None adds nothing.
+        penalty: added to the loss, from the routing of the pass; None adds nothing.
         constants: what ``budgets`` and ``penalty`` hold inside, by name: a checkpoint tells recipes apart by them.
+        probed: number of removed blocks at which the router's routes are looked at (`buddy.training.probes`); 0 for a
+            policy without a router of that kind.
     """
 
     budgets: Budgets = own
@@ -67,6 +69,7 @@ class Recipe:
     without_lora: Sequence[int] = ()
     penalty: Callable[[Routing], Tensor] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
+    probed: int = 0
 
     def made_by(self) -> dict[str, Any]:
         """The recipe as plain values."""

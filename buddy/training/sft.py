@@ -27,6 +27,7 @@ from buddy.settings import Training
 from buddy.training import fingerprints
 from buddy.training import loss as losses
 from buddy.training.examples import Collator, encode
+from buddy.training.probes import Probes
 from buddy.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Trained:
         curve: a point per log line.
         steps, tokens: updates made, and real tokens seen.
         trainable: parameters that learnt.
+        probes: what the router does with prompts (`buddy.training.probes.figures`), ``first`` before training and ``last``
+            after it, how many ``prompts`` they are, and how many blocks are ``removed``; empty without a router.
     """
 
     adapted: Any = None
@@ -51,6 +54,7 @@ class Trained:
     steps: int = 0
     tokens: int = 0
     trainable: int = 0
+    probes: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -96,16 +100,19 @@ def train(
         model.enable_input_require_grads()
     try:
         trainer = _trainer(model, tokenizer, rows, settings, recipe, kept, seed, on_log)
+        first = trainer.look()
         checkpoint = kept.last()
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        last = trainer.look()
     finally:
         delattr(model, _POLICY)
     curve = [_curve_point(entry) for entry in trainer.state.log_history if "loss" in entry]
     trained = [*model.parameters(), *policy.parameters()]
     trainable = sum(parameter.numel() for parameter in trained if parameter.requires_grad)
-    return Trained(adapted, curve, trainer.state.global_step, trainer.tokens, trainable)
+    probes = {**trainer.probes.summary(), "first": first, "last": last} if trainer.probes else {}
+    return Trained(adapted, curve, trainer.state.global_step, trainer.tokens, trainable, probes)
 
 
 _POLICY = "depth_policy"  # the policy's name inside the trained model while training lasts
@@ -214,6 +221,7 @@ def _trainer(
         settings=settings,
         recipe=recipe,
         kept=kept,
+        probes=Probes.of(rows, recipe.probed) if recipe.probed else None,
         on_log=on_log,
     )
 
@@ -238,12 +246,20 @@ def routed_trainer_class() -> type:
         """SFT in which a policy says which blocks each example runs through."""
 
         def __init__(
-            self, *, settings: Training, recipe: Recipe, kept: Checkpoints, on_log: Any = None, **kwargs: Any
+            self,
+            *,
+            settings: Training,
+            recipe: Recipe,
+            kept: Checkpoints,
+            probes: Probes | None = None,
+            on_log: Any = None,
+            **kwargs: Any,
         ) -> None:
             super().__init__(**kwargs)
             self.settings = settings
             self.recipe = recipe
             self.kept = kept
+            self.probes = probes
             self.on_log = on_log
             self.policy: Policy = getattr(self.model, _POLICY)
             self.tokens = 0
@@ -310,9 +326,17 @@ def routed_trainer_class() -> type:
             self.tokens += tokens
             self._tokens_since += tokens
 
+        def look(self) -> dict[str, float]:
+            """What the router does with the probes at this moment; nothing where there are none."""
+            if self.probes is None:
+                return {}
+            with self.accelerator.autocast():
+                return self.probes.look(_base(self.model), self.policy)
+
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            """Add tokens/s, and hand the line on."""
+            """Add tokens/s and what the router does, and hand the line on."""
             if "loss" in logs:
+                logs.update({f"probe_{name}": value for name, value in self.look().items()})
                 now = time.perf_counter()
                 logs["tok_s"] = round(self._tokens_since / max(now - self._since, 1e-9), 1)
                 self._since, self._tokens_since = now, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -1208,3 +1209,28 @@ def test_tables_of_trained_methods_say_what_they_were_trained_to_minimise(
     assert len(said) > 5
     bare = study.load(Maker(tmp_path / "bare", demo(study={"methods": ["dense"], "lora": ["none"]})).folder)
     assert not any("Trained by" in note for note in tables.build(bare, "table2").notes)
+
+
+def test_a_router_on_one_path_says_so_under_the_tables_that_show_it(tmp_path: Path) -> None:
+    content = paper(seeds=2, methods=EVERY_METHOD)
+    maker = Maker(tmp_path, content)
+    main = maker.main_run("llama2-7b")
+    probes = {"prompts": 64, "removed": 16, "first": {"paths": 1.0}, "last": {"paths": 1.0}}
+    other = dict(probes, last={"paths": 9.0})
+    maker.training(main, wall_s=3600, probes=probes)
+    maker.training(dataclasses.replace(main, seed=1), wall_s=3600, probes=other)
+    opened = study.load(maker.folder)
+    kinds = {name: table.kind for name, table in opened.config.study.tables.items()}
+    notes = {name: [note for note in tables.build(opened, name).notes if "one path" in note] for name in kinds}
+    told = "BUDDY: one path over 64 probe prompts with 16 blocks removed{}; there it does what a static list does."
+    both, first = told.format(" with 1 of 2 seeds"), told.format("")
+    assert notes["table3"] == []  # another backbone
+    assert notes["table9"] == []
+    for name, kind in kinds.items():
+        if opened.config.study.tables[name].backbone == "llama2-7b":
+            expected = both if kind in ("accuracy", "latency", "breakdown") else first
+            assert [note for note in notes[name] if "one path" in note] == [expected], name
+    assert notes["table12"] == [f"llama2-7b: {first}"]
+    assert notes["table7"] == [both.replace("BUDDY", "BUDDY (omega 0.1)")]
+    assert summary(maker.folder).count(both) == 1
+    assert summary(maker.folder).count(first) >= 1
