@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ def tracked(
     return tracked_job(stage, study, path, group, {**facts, **config}, tags, reads, writes)
 
 
+@contextmanager
 def tracked_job(
     stage: str,
     study: str,
@@ -59,8 +60,10 @@ def tracked_job(
     tags: tuple[str, ...] = (),
     reads: Iterable[str | Path | None] = (),
     writes: Iterable[str | Path | None] = (),
-) -> AbstractContextManager[Tracker]:
+) -> Iterator[Tracker]:
     """A W&B run for any job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
+
+    While it lasts, nobody else writes what the job writes (`buddy.locks`).
 
     Args:
         stage: job type.
@@ -70,25 +73,34 @@ def tracked_job(
         config: every setting of the job.
         tags: besides the study's name.
         reads, writes: what of the study it is made from and makes, for W&B's lineage; None is nothing.
+
+    Raises:
+        UserError: another job writes there.
     """
+    from buddy import locks
     from buddy.tracking import track
 
-    return track(
-        stage,
-        study=study,
-        run_path=path,
-        group=group,
-        config={"study": study, **config},
-        tags=(study, *tags),
-        reads=[given for given in reads if given],
-        writes=[given for given in writes if given],
-        folder=Path(os.environ.get("WANDB_DIR", ".")),
-        settings=Tracking(
-            project=os.environ.get("WANDB_PROJECT", "buddy"),
-            entity=os.environ.get("WANDB_ENTITY") or None,
-            mode="auto",
-        ),
-    )
+    written = [given for given in writes if given]
+    with (
+        locks.held(*written),
+        track(
+            stage,
+            study=study,
+            run_path=path,
+            group=group,
+            config={"study": study, **config},
+            tags=(study, *tags),
+            reads=[given for given in reads if given],
+            writes=written,
+            folder=Path(os.environ.get("WANDB_DIR", ".")),
+            settings=Tracking(
+                project=os.environ.get("WANDB_PROJECT", "buddy"),
+                entity=os.environ.get("WANDB_ENTITY") or None,
+                mode="auto",
+            ),
+        ) as tracker,
+    ):
+        yield tracker
 
 
 def backbone_folder(given: Path, results: Path = Path("results")) -> Path:
