@@ -1,14 +1,13 @@
 """Attention of a sub-batch that reads the whole batch's cache where it lies, without copying keys or values.
 
 Hugging Face's attention wants keys and values of exactly the sequences in the pass; picking a block's sub-batch out of
-the cache would copy them at every block and step. `reading_rows` lends the model an attention function that takes the
-keys and values of the whole batch and is told which rows the queries belong to.
+the cache would copy them at every block and step. `reading_rows` gives a block an attention function that takes the keys
+and values of the whole batch and is told which rows the queries belong to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from buddy.routing.plan import Rows
-from buddy.routing.types import Decoder
+from buddy.routing.twin import twin
+from buddy.routing.types import Block
 
 NAME = "buddy_rows"
 
@@ -94,13 +94,12 @@ def _interface(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _interface)
 
 
-@contextmanager
-def reading_rows(decoder: Decoder) -> Iterator[None]:
-    """Within the context, the decoder's blocks attend by `attend_rows`; their masks are boolean, for the whole batch."""
-    config = decoder.layers[0].self_attn.config
-    before = config._attn_implementation
+def reading_rows(block: Block) -> Block:
+    """The block, attending by `attend_rows`: its mask is boolean and for the whole batch, and it is called with ``rows``.
+
+    It is a `twin`: the backbone's own block attends as before, in this thread and in others. It reads a cache, so it
+    never checkpoints its forward pass.
+    """
+    config = copy.copy(block.self_attn.config)
     config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return twin(block, self_attn=twin(block.self_attn, config=config), gradient_checkpointing=False)

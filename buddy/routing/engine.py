@@ -7,8 +7,10 @@ route that names every block computes what the untouched model computes, bit for
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -19,7 +21,6 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from buddy.errors import UserError
-from buddy.routing import attention
 from buddy.routing.attention import reading_rows
 from buddy.routing.budget import Budget
 from buddy.routing.kv import RoutedCache, Tap, project
@@ -27,8 +28,12 @@ from buddy.routing.marks import CACHE, DECISION, GATHER, mark
 from buddy.routing.plan import Plan, Rows, plan
 from buddy.routing.policy import Policy
 from buddy.routing.trace import Trace
+from buddy.routing.twin import twin
 from buddy.routing.types import Block, CausalLM, Decoder
 from buddy.settings import MODEL_TYPES
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one block, each (B, KV heads, S, head size)."""
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Routing:
         trace: filled with the routes of the call.
         gates: gates of the last pass with their gradient, (B, L) or (B, S, L), in training.
         state: state of the sequences of the last pass, for logging.
+        keeps_states: whether the pass under way hands out its hidden states, block by block.
+        readers: the blocks as sub-batches run them (`attention.reading_rows`), made once for all passes of the call.
     """
 
     policy: Policy
@@ -64,6 +71,8 @@ class Routing:
     trace: Trace = field(default_factory=Trace)
     gates: Tensor | None = None
     state: RouteState | None = None
+    keeps_states: bool = False
+    readers: list[Block] = field(default_factory=list)
 
 
 @dataclass
@@ -72,12 +81,14 @@ class RouteState:
 
     Attributes:
         policy_state: the policy's own.
+        budget: what they were started with.
         route: the current route, boolean (B, L).
         full: whether it names every block for every sequence; on the host.
         step: passes taken, a prefill being the first.
     """
 
     policy_state: Any
+    budget: Budget | None = None
     route: Tensor | None = None
     full: bool = True
     step: int = 0
@@ -97,22 +108,58 @@ def check_supported(backbone: CausalLM) -> None:
         raise UserError("backbone: sliding-window attention is in use; only full attention is supported")
 
 
+class _Here(threading.local):
+    """How the calling thread routes its passes, by the identity of the decoder."""
+
+    def __init__(self) -> None:
+        self.routings: dict[int, Routing] = {}
+
+
+_here = _Here()
+
+_borrowers: Counter[int] = Counter()
+"""Threads that route passes through a decoder, by its identity: the last one takes the lent loop back."""
+
+_lending = threading.Lock()
+
+
 @contextmanager
 def routed(backbone: CausalLM, routing: Routing) -> Iterator[Routing]:
-    """Within the context, passes through this backbone follow ``routing``; outside, it is untouched.
+    """Within the context, this thread's passes through the backbone follow ``routing``.
+
+    Outside it, and in every other thread, the backbone is untouched.
 
     Args:
         backbone: a causal language model of a supported architecture (adapters may be injected into its layers).
         routing: how to route.
     """
     decoder = backbone.get_decoder()
-    if "forward" in vars(decoder):
+    routings = _here.routings
+    if id(decoder) in routings:
         raise RuntimeError("this backbone is being routed already")
-    decoder.forward = partial(run_blocks, decoder, routing)
+    with _lending:
+        own = vars(decoder).get("forward")  # a copy made while another thread routed the original has a lent one
+        if own is not None and getattr(own, "func", None) is not _dispatch:
+            raise RuntimeError("this backbone's decoder has a forward pass of its own, which routing would replace")
+        decoder.forward = partial(_dispatch, decoder)
+        _borrowers[id(decoder)] += 1
+    routings[id(decoder)] = routing
     try:
         yield routing
     finally:
-        del decoder.forward
+        del routings[id(decoder)]
+        with _lending:
+            _borrowers[id(decoder)] -= 1
+            if _borrowers[id(decoder)] == 0:
+                del _borrowers[id(decoder)], decoder.forward
+
+
+def _dispatch(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a decoder while some thread routes it: routed in that thread, its own in all others."""
+    routing = _here.routings.get(id(decoder))
+    if routing is None:
+        return type(decoder).forward(decoder, *args, **kwargs)
+    return run_blocks(decoder, routing, *args, **kwargs)
 
 
 def run_blocks(
@@ -123,7 +170,7 @@ def run_blocks(
     position_ids: Tensor | None = None,
     past_key_values: RoutedCache | None = None,
     inputs_embeds: Tensor | None = None,
-    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
     **_: Any,
 ) -> BaseModelOutputWithPast:
     """The decoder's forward pass with routing; arguments and result as in Hugging Face's.
@@ -134,6 +181,8 @@ def run_blocks(
         input_ids: (B, S) new tokens, or ``inputs_embeds`` (B, S, H).
         attention_mask: (B, past + S), 1 for real tokens.
         past_key_values: the cache; None keeps no K/V (training, scoring).
+        output_hidden_states: return the states too: the embeddings, what left each block (a block that a sequence skips
+            leaves its state as it was), the last after the norm. What the backbone's configuration says by default.
     """
     hidden = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     batch, new = hidden.shape[:2]
@@ -141,6 +190,9 @@ def run_blocks(
     if cache is not None and not isinstance(cache, RoutedCache):
         raise TypeError(f"a routed pass needs a RoutedCache, not {type(cache).__name__}")
     past = cache.length if cache is not None else 0
+    if output_hidden_states is None:
+        output_hidden_states = decoder.config.output_hidden_states
+    routing.keeps_states = bool(output_hidden_states)
     if cache is not None:
         if cache.graph is not None:
             stepped = cache.graph.step(cache, routing, hidden, attention_mask, position_ids)
@@ -173,14 +225,19 @@ def run_blocks(
     hidden = step.run(hidden)
     if cache is not None:
         cache.commit(new)
-    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden), past_key_values=cache)
+    last = decoder.norm(hidden)
+    return BaseModelOutputWithPast(
+        last_hidden_state=last,
+        past_key_values=cache,
+        hidden_states=(*step.states[:-1], last) if routing.keeps_states else None,
+    )
 
 
 def _state(routing: Routing, cache: RoutedCache | None, batch: int, device: torch.device) -> RouteState:
     """The routing state of these sequences: from their cache, or fresh."""
     if cache is not None and cache.routing is not None:
         return cache.routing
-    state = RouteState(routing.policy.begin(routing.budget, batch, device))
+    state = RouteState(routing.policy.begin(routing.budget, batch, device), routing.budget)
     if cache is not None:
         cache.routing = state
     return state
@@ -204,10 +261,12 @@ class Step:
         self.past = self.cache.length if self.cache is not None else 0
         self.kv = self.cache.policy if self.cache is not None else self.routing.kv
         self.in_place = False
+        self.states: list[Tensor] = []
         self._inputs: dict[int, tuple[Any, ...]] = {}
 
     def run(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, S, H) after the last block."""
+        """Hidden states (B, S, H) after the last block; those before it are kept in `states` if that is asked for."""
+        self._keep(hidden)
         gated = self.routing.policy.gated
         if gated and self.routing.gradient:
             return self._weighted(hidden)
@@ -216,9 +275,8 @@ class Step:
         if self.routing.form == "causal" and not gated:
             return self._by_token(*self._read(hidden))
         self.in_place = self._needs_rows(len(hidden))
-        with self._attention():
-            hidden, tap = self._read(hidden)
-        self.choose(tap)
+        hidden, written = self._read(hidden)
+        self.choose(written)
         assert self.state.route is not None
         route = self.state.route.cpu()  # the one read from the device in a pass
         self._note(route)
@@ -228,22 +286,31 @@ class Step:
             self.cache.record(self.state.route, self.new, [all(column) for column in zip(*listed, strict=True)])
         if self.routing.gradient:
             return self._gated(hidden, plan(listed, source, device))
-        work = plan(listed, source, device, self._tokens(listed), self.routing.grouping)
+        grouping = False if self.routing.keeps_states else self.routing.grouping
+        work = plan(listed, source, device, self._tokens(listed), grouping)
         self.state.full = all(map(all, listed))
         if self.in_place != self._needs_rows(len(hidden)):
             self.in_place = not self.in_place
             self._inputs.clear()
-        with self._attention():
-            return self._by_path(hidden, work) if work.groups else self._by_block(hidden, work)
+        return self._by_path(hidden, work) if work.groups else self._by_block(hidden, work)
 
-    def _read(self, hidden: Tensor) -> tuple[Tensor, Tap | None]:
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """The same, noted among the `states` if the call asks for them."""
+        if self.routing.keeps_states:
+            self.states.append(hidden)
+        return hidden
+
+    def _read(self, hidden: Tensor) -> tuple[Tensor, KeysValues | None]:
         """Run the blocks up to the source block; without a cache, what that block would have written into it."""
-        source = self.routing.policy.source_block
-        tap = Tap() if self.cache is None else None
+        source, written = self.routing.policy.source_block, None
         for index in range(source):
-            with _uncheckpointed(self.decoder.layers[index]):
-                hidden = self.block(index, hidden, past_key_values=tap if index == source - 1 else None)
-        return hidden, tap
+            if self.cache is None and index == source - 1:
+                hidden, keys, values = self._uncached(index, hidden, self._arguments(index), hands_out=True)
+                written = keys, values
+            else:
+                hidden = self.block(index, hidden)
+            self._keep(hidden)
+        return hidden, written
 
     def _needs_rows(self, batch: int) -> bool:
         """Whether sub-batches have to attend to a cache of the whole batch.
@@ -252,19 +319,15 @@ class Step:
         """
         return self.past > 0 and batch > 1 and not self.state.full
 
-    def _attention(self) -> AbstractContextManager[None]:
-        """Attention that reads the cache in place, or the model's own."""
-        return reading_rows(self.decoder) if self.in_place else nullcontext()
-
     # ---- the choice --------------------------------------------------------------------------------------------------
 
-    def choose(self, tap: Tap | None) -> None:
-        """Let the policy read and decide; in training also the gates."""
+    def choose(self, written: KeysValues | None) -> None:
+        """Let the policy read what the source block has written, and decide; in training also the gates."""
         routing, state = self.routing, self.state
         policy = routing.policy
         with mark(DECISION):
             if policy.source_block and (routing.every or state.route is None):
-                keys, values = self._source_states(tap)
+                keys, values = self._source_states(written)
                 policy.observe(state.policy_state, keys, values, self._readable(routing.context_mask))
             if routing.gradient:
                 routing.gates = policy.gates(state.policy_state)
@@ -280,7 +343,7 @@ class Step:
         with mark(DECISION):
             self.routing.policy.read(self.state.policy_state, input_ids, self._prompt_of_gates(hidden))
 
-    def _source_states(self, tap: Tap | None) -> tuple[Tensor, Tensor]:
+    def _source_states(self, written: KeysValues | None) -> KeysValues:
         """Keys and values of the new tokens in the source block; empty where the policy reads none."""
         source = self.routing.policy.source_block
         if source == 0:
@@ -288,10 +351,8 @@ class Step:
             return nothing, nothing
         if self.cache is not None:
             return self.cache.window(source - 1, self.new)
-        assert tap is not None
-        if tap.keys is None or tap.values is None:
-            raise RuntimeError("the source block wrote no keys and values")
-        return tap.keys, tap.values
+        assert written is not None
+        return written
 
     def _readable(self, context: Tensor | None = None) -> Tensor | None:
         """(B, S) boolean mask of the new tokens that are real, and of the context if one is given; None means all."""
@@ -305,7 +366,7 @@ class Step:
     def _by_block(self, hidden: Tensor, work: Plan) -> Tensor:
         """Gather the rows that run a block, run it, scatter them back (paper sec. 4.3)."""
         for index in range(self.routing.policy.source_block, len(self.decoder.layers)):
-            hidden = self._for_some(index, hidden, work.running[index], work.skipping[index])
+            hidden = self._keep(self._for_some(index, hidden, work.running[index], work.skipping[index]))
         return hidden
 
     def _for_some(self, index: int, hidden: Tensor, running: Rows | None, skipping: Rows | None) -> Tensor:
@@ -359,7 +420,7 @@ class Step:
         hidden: Tensor,
         rows: Rows | None = None,
         columns: slice | None = None,
-        past_key_values: Any = None,
+        written: Tensor | None = None,
         present: Tensor | None = None,
     ) -> Tensor:
         """Run one block of the backbone on all sequences, or on a sub-batch.
@@ -368,32 +429,60 @@ class Step:
             index: the block.
             hidden: (n, S, H).
             rows, columns: which sequences and tokens of the pass these are; None means all.
-            past_key_values: stands in for the cache where none is kept.
+            written: boolean (B, 1, S, 1), the tokens whose K/V are left, those of the others being zero; None means all.
             present: boolean (B, S), the tokens whose K/V may be seen, where that is not for the cache to know.
 
         Returns:
             (n, S, H).
         """
-        cache = self.cache
-        if cache is not None:
-            cache.rows, cache.offset = rows, columns.start if columns is not None else 0
-            past_key_values = cache
-        position_ids, rotary, mask = self._inputs_of(index, rows, columns)
-        if present is not None:
-            mask = self._present_mask(present)
+        cache, arguments = self.cache, self._arguments(index, rows, columns, present)
+        if cache is None:
+            return self._uncached(index, hidden, arguments, written)[0]
+        cache.rows, cache.offset, cache.written = rows, columns.start if columns is not None else 0, written
         try:
-            return self.decoder.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=cache is not None,
-                position_embeddings=rotary,
-                **({"rows": rows} if self.in_place else {}),
-            )
+            return self._caching(index)(hidden, past_key_values=cache, use_cache=True, **arguments)
         finally:
-            if cache is not None:
-                cache.rows, cache.offset = None, 0
+            cache.rows, cache.offset, cache.written = None, 0, None
+
+    def _arguments(
+        self, index: int, rows: Rows | None = None, columns: slice | None = None, present: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What a block is called with beside the states and the cache."""
+        position_ids, rotary, mask = self._inputs_of(index, rows, columns)
+        return {
+            "attention_mask": mask if present is None else self._present_mask(present),
+            "position_ids": position_ids,
+            "position_embeddings": rotary,
+            **({"rows": rows} if self.in_place else {}),
+        }
+
+    def _caching(self, index: int) -> Block:
+        """The block for a pass with a cache, which a block that checkpoints itself would drop."""
+        if self.in_place:
+            if not self.routing.readers:
+                self.routing.readers.extend(map(reading_rows, self.decoder.layers))
+            return self.routing.readers[index]
+        return _unchecked(self.decoder.layers[index])
+
+    def _uncached(
+        self,
+        index: int,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        written: Tensor | None = None,
+        hands_out: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Run one block without a cache: its output, and if it ``hands_out`` them its keys and values, with gradients.
+
+        A block that checkpoints its forward pass drops its cache argument, and with it what `Tap` has to know. So the
+        engine checkpoints block and tap together: what is computed again in the backward pass is the same function.
+        """
+        layer = self.decoder.layers[index]
+        run = partial(_tapped, _unchecked(layer), arguments, written, hands_out)
+        if layer.training and layer.gradient_checkpointing and torch.is_grad_enabled():
+            outputs: tuple[Tensor, ...] = layer._gradient_checkpointing_func(run, hidden)
+            return outputs
+        return run(hidden)
 
     def skip(self, index: int, hidden: Tensor, rows: Rows) -> None:
         """A block that these rows skip: the state passes by; under ``project`` it leaves its K/V."""
@@ -476,8 +565,8 @@ class Step:
         # A padding token may have nothing to see; letting it see itself keeps its (unused) output finite.
         own = torch.arange(self.new, device=mask.device)
         mask[:, :, own, self.past + own] = True
-        implementation = self.decoder.layers[0].self_attn.config._attn_implementation
-        if implementation in ("sdpa", attention.NAME):
+        implementation = self.decoder.config._attn_implementation
+        if self.in_place or implementation == "sdpa":
             return mask
         if implementation == "eager":
             return torch.zeros_like(mask, dtype=self.rotary[0].dtype).masked_fill(
@@ -505,7 +594,8 @@ class Step:
             answer = everyone if runs is None else tuple(runs.tolist())
             if answer not in plans:
                 plans[answer] = plan([[runs] for runs in answer], 0, hidden.device)
-            hidden = self._for_some(index, hidden, plans[answer].running[0], plans[answer].skipping[0])
+            work = plans[answer]
+            hidden = self._keep(self._for_some(index, hidden, work.running[0], work.skipping[0]))
             chosen.append(answer)
         state.route = policy.decide(state.policy_state)
         state.full = all(answer == everyone for answer in chosen)
@@ -541,7 +631,7 @@ class Step:
             if weight is not None:
                 out = hidden + weight.to(hidden.dtype).unsqueeze(-1) * (out - hidden)
             gates.append(weight)
-            hidden = out
+            hidden = self._keep(out)
         always = torch.ones(hidden.shape[:2], device=hidden.device)
         self.routing.gates = torch.stack([always if weight is None else weight for weight in gates], -1)
         state.route = torch.ones(len(hidden), len(gates), dtype=torch.bool, device=hidden.device)
@@ -565,7 +655,7 @@ class Step:
             gate = _slope(gates[:, index].view(-1, 1, 1), hidden)
             if skipping is None:
                 out = self.block(index, hidden)
-                hidden = out + gate * (out - hidden).detach()
+                hidden = self._keep(out + gate * (out - hidden).detach())
                 continue
             with torch.no_grad():
                 residual = torch.zeros_like(hidden)
@@ -577,12 +667,12 @@ class Step:
                 ran = self.block(index, part, running)
                 out = hidden.index_copy(0, running.index, ran)
                 residual[running.index] = (ran - part).detach()
-            hidden = out + gate * residual
+            hidden = self._keep(out + gate * residual)
         return hidden
 
     # ---- one route per token -----------------------------------------------------------------------------------------
 
-    def _by_token(self, hidden: Tensor, tap: Tap | None) -> Tensor:
+    def _by_token(self, hidden: Tensor, written: KeysValues | None) -> Tensor:
         """The parallel form of decoding: each token has its own route, chosen from what came before it.
 
         A block that any token runs is computed for all of them and kept where it runs; its keys and values are those of
@@ -590,7 +680,7 @@ class Step:
         would have given, at the price of computing what most of them skip.
         """
         routing = self.routing
-        route, gates = self._routes_of_tokens(tap, len(hidden)), routing.gates
+        route, gates = self._routes_of_tokens(written, len(hidden)), routing.gates
         anywhere = route.any(0).any(0).tolist()
         if self.cache is not None:
             self.cache.record(route, self.new, route.all(0).all(0).tolist())
@@ -598,30 +688,25 @@ class Step:
             runs = route[:, :, index]
             if not anywhere[index] and gates is None:
                 self._project(index, hidden, None)
+                self._keep(hidden)
                 continue
             out = self._token_block(index, hidden, runs)
             kept = torch.where(runs.unsqueeze(-1), out, hidden)
             if gates is not None:
                 kept = kept + _slope(gates[:, :, index].unsqueeze(-1), hidden) * (out - hidden).detach()
-            hidden = kept
+            hidden = self._keep(kept)
         return hidden
 
     def _token_block(self, index: int, hidden: Tensor, runs: Tensor) -> Tensor:
         """One block for all tokens, of which those in ``runs`` (B, S) leave their keys and values."""
         written = runs[:, None, :, None] if self.kv == "zero" else None
         present = runs if self.kv == "mask" and self.past == 0 else None
-        if self.cache is None:
-            return self.block(index, hidden, past_key_values=Tap(written), present=present)
-        self.cache.written = written
-        try:
-            return self.block(index, hidden, present=present)
-        finally:
-            self.cache.written = None
+        return self.block(index, hidden, written=written, present=present)
 
-    def _routes_of_tokens(self, tap: Tap | None, batch: int) -> Tensor:
+    def _routes_of_tokens(self, written: KeysValues | None, batch: int) -> Tensor:
         """The routes (B, S, L); in training also the gates."""
         routing, state = self.routing, self.state
-        keys, values = self._source_states(tap)
+        keys, values = self._source_states(written)
         mask = self._readable()
         if mask is None:
             mask = torch.ones(batch, self.new, dtype=torch.bool, device=keys.device)
@@ -675,15 +760,23 @@ def _slope(gate: Tensor, like: Tensor) -> Tensor:
     return gate - gate.detach()
 
 
-@contextmanager
-def _uncheckpointed(layer: Block) -> Iterator[None]:
-    """Gradient checkpointing withholds the cache from a block, and with it the source block's K/V from the policy."""
-    checkpointing = getattr(layer, "gradient_checkpointing", False)
-    layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        layer.gradient_checkpointing = checkpointing
+def _unchecked(layer: Block) -> Block:
+    """The block, or where it checkpoints its forward pass a twin that leaves that to its caller."""
+    checkpoints = layer.training and layer.gradient_checkpointing
+    return twin(layer, gradient_checkpointing=False) if checkpoints else layer
+
+
+def _tapped(
+    layer: Block, arguments: dict[str, Any], written: Tensor | None, hands_out: bool, hidden: Tensor
+) -> tuple[Tensor, ...]:
+    """A block's output without a cache, and if it ``hands_out`` them its keys and values."""
+    tap = Tap(written)
+    out = layer(hidden, past_key_values=tap, use_cache=False, **arguments)
+    if not hands_out:
+        return (out,)
+    if tap.keys is None or tap.values is None:
+        raise RuntimeError("the source block wrote no keys and values")
+    return out, tap.keys, tap.values
 
 
 def _take(tensor: Tensor, rows: Rows | None, columns: slice | None) -> Tensor:

@@ -251,6 +251,7 @@ class GraphDecoder:
             and routing.policy is self.policy
             and routing.form == "sequence"
             and not routing.gradient
+            and not routing.keeps_states
             and (context is None or context.shape[1] != 1)
             and (attention_mask is None or attention_mask.shape == (batch, total))
             and cache.routing is not None

@@ -8,7 +8,8 @@ They round less often, so in half precision results differ in the last bit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,21 +47,31 @@ def rotate(
     return turned[:, : queries.shape[1]], turned[:, queries.shape[1] :]
 
 
+_lending = threading.RLock()
+
+
 @contextmanager
 def lean(decoder: Decoder) -> Iterator[None]:
-    """Within the context, the decoder's norms and rotary embedding take few kernels."""
-    norms = [module for module in decoder.modules() if _is_norm(module)]
+    """Within the context, the decoder's norms and rotary embedding take few kernels, in this thread alone."""
     home: Any = sys.modules[type(decoder.layers[0].self_attn).__module__]
-    usual = home.apply_rotary_pos_emb
-    for module in norms:
-        module.forward = partial(norm, module)
-    home.apply_rotary_pos_emb = rotate
-    try:
-        yield
-    finally:
-        home.apply_rotary_pos_emb = usual
+    with _lending:  # what one thread lends, another must not take for the usual
+        norms = [module for module in decoder.modules() if _is_norm(module)]
+        usual = home.apply_rotary_pos_emb
         for module in norms:
-            del module.forward
+            module.forward = _here(partial(norm, module), module.forward)
+        home.apply_rotary_pos_emb = _here(rotate, usual)
+        try:
+            yield
+        finally:
+            home.apply_rotary_pos_emb = usual
+            for module in norms:
+                del module.forward
+
+
+def _here(own: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
+    """What the calling thread gets, and what all others get."""
+    owner = threading.get_ident()
+    return lambda *args, **kwargs: (own if threading.get_ident() == owner else others)(*args, **kwargs)
 
 
 def _is_norm(module: nn.Module) -> bool:

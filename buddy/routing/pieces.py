@@ -68,7 +68,7 @@ class Pieces:
 
     def __init__(self, backbone: CausalLM, policy: Policy, kv: str, batch: int, capacity: int) -> None:
         self.decoder: Decoder = backbone.get_decoder()
-        self.layers = self.decoder.layers
+        self.layers = [reading_rows(layer) for layer in self.decoder.layers]
         self.policy = policy
         self.source = policy.source_block
         self.kv = kv
@@ -307,6 +307,6 @@ def _longer(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 @contextmanager
 def _capturable(decoder: Decoder) -> Iterator[None]:
-    """Within the context, the blocks attend by `buddy.routing.attention` in ways that can be captured, and are lean."""
-    with reading_rows(decoder), sdpa_kernel(BACKENDS), lean(decoder):
+    """Within the context, the blocks attend in ways that can be captured, and are lean."""
+    with sdpa_kernel(BACKENDS), lean(decoder):
         yield
