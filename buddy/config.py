@@ -31,6 +31,7 @@ from buddy.settings import (
     Generation,
     Importance,
     Latency,
+    Likelihood,
     Name,
     Orders,
     Peers,
@@ -94,6 +95,7 @@ class Config(Settings):
     generation: Generation = Generation()
     trace: Trace = Trace()
     summaries: Summaries = Summaries()
+    likelihood: Likelihood = Likelihood()
     predictor: Predictor = Predictor()
     latency: Latency = Latency()
     breakdown: Breakdown = Breakdown()
@@ -109,6 +111,7 @@ class Config(Settings):
             ("generation.backbones", self.generation.backbones or []),
             ("trace.backbones", self.trace.backbones or []),
             ("summaries.backbones", self.summaries.backbones or []),
+            ("likelihood.backbones", self.likelihood.backbones or []),
             ("predictor.backbones", self.predictor.backbones or []),
             ("latency.backbones", self.latency.backbones or []),
             ("breakdown.backbones", self.breakdown.backbones or []),

@@ -24,7 +24,7 @@ from buddy.errors import UserError, unknown
 
 SCHEMA = 1
 KINDS = (
-    *("accuracy", "generation", "latency", "breakdown", "trace", "rouge"),
+    *("accuracy", "generation", "latency", "breakdown", "trace", "rouge", "likelihood"),
     *("importance", "calibration", "budget", "training"),
 )
 
@@ -264,8 +264,13 @@ class Stopwatch:
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self.start = time.perf_counter()
+        self.wall: float | None = None
+
+    def share(self, parts: int) -> None:
+        """Stop: the time up to now is that of this many measurements made together, of which each counts an equal part."""
+        self.wall = (time.perf_counter() - self.start) / parts
 
     def seconds(self) -> dict[str, Any]:
-        """``{"wall_s", "gpu_s"}`` up to now."""
-        wall = time.perf_counter() - self.start
+        """``{"wall_s", "gpu_s"}`` up to now, or one measurement's part of them."""
+        wall = time.perf_counter() - self.start if self.wall is None else self.wall
         return {"wall_s": round(wall, 3), "gpu_s": round(wall, 3) if self.device.startswith("cuda") else 0.0}

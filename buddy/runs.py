@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from buddy.routing.model import RoutedModel
+    from buddy.routing.types import CausalLM
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -144,6 +145,24 @@ def load(
         model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     origin = Origin(info, folder, adapter)
     return RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer, origin).eval()
+
+
+def untouched(model: RoutedModel) -> CausalLM:
+    """The backbone of a loaded run as it was before training, in evaluation mode: the very model where the run has no
+    adapter; else loaded afresh beside it, on the same device and in the same dtype, because LoRA is in its weights.
+
+    Args:
+        model: from `load`.
+
+    Raises:
+        UserError: the model was not loaded, so its backbone is not known.
+    """
+    if model.origin is None:
+        raise UserError("untouched: this model was not loaded from a run or a backbone")
+    if model.origin.adapter is None:
+        return model.backbone
+    backbone, _ = load_backbone(model.origin.backbone, str(model.device), str(model.dtype).removeprefix("torch."))
+    return backbone
 
 
 def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> RoutedModel:

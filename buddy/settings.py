@@ -9,7 +9,7 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
@@ -28,6 +28,8 @@ Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
 Loss = Literal["ce", "kl"]
 PredictorPreset = Literal["paper", "tuned"]
+DecodeMode = Literal["recompute", "reuse"]
+ScoredData = Literal["alpaca", "gsm8k", "samsum", "wikitext2", "ptb"]
 DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
@@ -448,6 +450,40 @@ class Summaries(Settings):
     new_tokens: int = Field(128, description="longest summary, tokens", ge=1)
     batch_size: int = Field(16, description="sequences generated together", ge=1)
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
+
+
+class Likelihood(Settings):
+    """How likely held-out text is under a routed model, and how near it stays to the whole one (`buddy score`)."""
+
+    backbones: list[Name] | None = Field(None, description="backbones that are scored (all of the study by default)")
+    datasets: list[ScoredData] = Field(
+        ["alpaca", "gsm8k", "samsum", "wikitext2"],
+        description="text that is scored: responses to prompts (alpaca, gsm8k, samsum), or prose in windows whose second "
+        "half continues the first; [] for none",
+    )
+    items: int = Field(128, description="items of each data set", ge=2)
+    max_length: int = Field(
+        256, description="longest item, tokens, and length of a window of prose; a longer response is cut", ge=16
+    )
+    batch_size: int = Field(8, description="items per pass", ge=1)
+    kv: list[KV] = Field(
+        ["zero"],
+        description="K/V of skipped blocks, a record each; the tables show the first, and compare BUDDY's",
+        min_length=1,
+    )
+    decode: list[DecodeMode] = Field(
+        ["recompute"],
+        description="routes of the response, a record each: recompute, as decoding would choose them token by token; reuse, "
+        "the prompt's. The tables show the first, and compare BUDDY's",
+        min_length=1,
+    )
+
+    @field_validator("datasets", "kv", "decode")
+    @classmethod
+    def _each_once(cls, chosen: list[str]) -> list[str]:
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("one is named twice")
+        return chosen
 
 
 class Predictor(Settings):

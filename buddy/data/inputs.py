@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from buddy.data.catalogue import entry
+from buddy.data.catalogue import PROSE, entry
 from buddy.data.rows import Row
 from buddy.data.store import PROVENANCE, read
 from buddy.data.templates import prompts, text_of
@@ -44,10 +44,29 @@ def prose(path: str | Path) -> str:
         raise UserError(f"{path}: neither a data set folder (`buddy data`) nor a text file ({error})") from None
 
 
-def _rows(folder: Path, training: bool = False) -> tuple[str, list[Row]]:
+def is_prose(folder: str | Path) -> bool:
+    """Whether a data set folder holds running text, and no prompts.
+
+    Raises:
+        UserError: not a data set folder.
+    """
+    return entry(name_of(folder)).kind == PROSE
+
+
+def name_of(folder: str | Path) -> str:
+    """The data set that a folder holds, whatever the folder is called.
+
+    Raises:
+        UserError: not a data set folder.
+    """
     try:
-        name = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["name"]
+        name: str = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder}: not a data set (no {PROVENANCE}); make it with `buddy data`") from None
+    return name
+
+
+def _rows(folder: Path, training: bool = False) -> tuple[str, list[Row]]:
+    name = name_of(folder)
     data = entry(name)
     return name, read(folder, (training and data.train) or data.evaluation)
