@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from buddy.errors import UserError, choices, unknown
 from buddy.settings import (
     METHODS,
+    SOURCES,
     STATIC_PEERS,
     Ablation,
     Backbone,
@@ -318,17 +319,14 @@ def parse(content: Mapping[str, Any], origin: str = "config.yaml") -> Config:
 
 def _explain(error: ValidationError) -> str:
     """The first problem in one line; unknown keys come with the legal ones."""
-    problems = error.errors()
-    # A union reports every alternative that failed; the one that recognised the most keys is the one meant.
-    first = min(problems, key=lambda item: (item["type"] == "missing", -len(item["loc"])))
-    location = [
-        part for part in first["loc"] if part not in ("HubSource", "WheelSource", "RandomSource", "FolderSource")
-    ]
+    first = min(error.errors(), key=lambda item: item["type"] == "missing")
+    # Pydantic adds which alternative was meant: ..., source, random, random is the key `random` of a source.
+    location = [part for at, part in enumerate(first["loc"]) if first["loc"][at - 1 : at] != ("source",)]
     where = ".".join(str(part) for part in location)
     found = first.get("input")
     if first["type"] == "extra_forbidden":
         key = location[-1]
-        legal = _section(location[:-1])
+        legal = _section(first["loc"][:-1])
         return str(unknown(f"unknown key in {'.'.join(map(str, location[:-1])) or 'the study'}", key, legal))
     if first["type"] == "missing":
         return f"{where}: missing"
@@ -342,6 +340,9 @@ def _section(location: Iterable[Any]) -> list[str]:
     model: Any = Config
     for part in location:
         if isinstance(part, int):
+            continue
+        if part in SOURCES and model in SOURCES.values():
+            model = SOURCES[str(part)]
             continue
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:

@@ -129,7 +129,7 @@ def load(
 
     from safetensors.torch import load_file
 
-    from buddy import policies
+    from buddy import adapters, policies
     from buddy.routing.model import RoutedModel
 
     model, tokenizer = load_backbone(folder, device, dtype)
@@ -138,10 +138,8 @@ def load(
         policy.load_state_dict(load_file(path / ROUTER_FILE))
     adapter = None
     if (path / ADAPTER_FOLDER).is_dir():
-        from peft import PeftModel
-
         adapter = path / ADAPTER_FOLDER
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        adapted = adapters.attach(model, adapter)
         model = adapted.merge_and_unload() if merge else adapted.get_base_model()
     origin = Origin(info, folder, adapter)
     return RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer, origin).eval()
@@ -182,13 +180,16 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
         folder: a folder as `buddy backbone` leaves it.
         device, dtype: as in `load`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from buddy.backbones import linked
 
     device, kind = pick(device, dtype)
     if not (Path(folder) / "config.json").exists():
         raise UserError(f"{folder}: not a backbone (no config.json); make one with `buddy backbone`")
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    linked.check(Path(folder), str(folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, use_safetensors=True, **linked.LOCAL)
+    tokenizer = linked.tokenizer(folder, str(folder))
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

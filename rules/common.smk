@@ -39,8 +39,11 @@ PEERS = [path for path, run in RUNS.items() if run.method not in ("dense", "budd
 
 # What blocks are ranked on besides the study's own corpus, by its name in paths.
 CORPORA = {corpus_name(corpus): corpus for corpus in STUDY.orders.corpora} if STUDY.ordered_backbones() else {}
-for _corpus in CORPORA.values() if MEASURES else ():
-    checked(check_corpus, _corpus, f"{ORIGIN}: orders.corpora")
+_RANKED_ON = [("orders.corpora", corpus) for corpus in CORPORA.values()]
+_RANKED_ON += [("importance.corpus", STUDY.importance.corpus)] if STUDY.importances() else []
+_RANKED_ON += [("peers.corpus", STUDY.peers.corpus)] if {*STATIC_PEERS} & {*STUDY.study.methods} else []
+for _key, _corpus in _RANKED_ON if MEASURES else ():
+    checked(check_corpus, _corpus, f"{ORIGIN}: {_key}")
 
 # What a budget predictor is evaluated on; several data sets have a record together, too.
 HELD_OUT = [*STUDY.predictor.datasets, *(["all"] if len(STUDY.predictor.datasets) > 1 else [])]
@@ -83,7 +86,11 @@ def parent(path):
 
 
 def flags(settings):
-    """Settings as command-line flags: {"batch_size": 8} is --batch-size 8; None is left to the default."""
+    """Settings as command-line flags: {"batch_size": 8} is --batch-size 8; None is left to the default.
+
+    The text is quoted for the shell here, word by word; everything else that a rule puts into its command is quoted by
+    `:q` there.
+    """
     words = []
     for name, value in settings.items():
         option = name.replace("_", "-")

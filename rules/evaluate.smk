@@ -25,5 +25,5 @@ rule evaluate:
         settings=lambda w: model_flags(w, STUDY.evaluation),
         removed=depths_flag,
     shell:
-        "python -m buddy evaluate --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
-        "--out {output} > {log} 2>&1"
+        "python -m buddy evaluate --run {params.model:q} --data {params.data:q} --removed {params.removed:q} {params.settings} "
+        "--out {output:q} > {log:q} 2>&1"

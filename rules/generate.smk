@@ -25,8 +25,8 @@ rule solve:
         settings=lambda w: model_flags(w, STUDY.generation),
         removed=depths_flag,
     shell:
-        "python -m buddy solve --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
-        "--out {output} > {log} 2>&1"
+        "python -m buddy solve --run {params.model:q} --data {params.data:q} --removed {params.removed:q} {params.settings} "
+        "--out {output:q} > {log:q} 2>&1"
 
 
 rule trace:
@@ -53,8 +53,8 @@ rule trace:
         settings=trace_flags,
         removed=depths_flag,
     shell:
-        "python -m buddy trace --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
-        "--out {output} > {log} 2>&1"
+        "python -m buddy trace --run {params.model:q} --data {params.data:q} --removed {params.removed:q} {params.settings} "
+        "--out {output:q} > {log:q} 2>&1"
 
 
 rule rouge:
@@ -81,5 +81,5 @@ rule rouge:
         settings=section(STUDY.summaries, "backbones"),
         removed=lambda w: flags({"removed": STUDY.depths(RUNS[w.routed])}),
     shell:
-        "python -m buddy rouge --run {params.model} --data {params.data} {params.removed} {params.settings} "
-        "--out {output} > {log} 2>&1"
+        "python -m buddy rouge --run {params.model:q} --data {params.data:q} {params.removed} {params.settings} "
+        "--out {output:q} > {log:q} 2>&1"

@@ -20,8 +20,8 @@ rule backbone:
         study=STUDY.study.name,
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy backbone {params.source} --blocks {params.blocks} --dtype {params.dtype} --out {params.folder} --study {params.study} "
-        "> {log} 2>&1"
+        "python -m buddy backbone {params.source} --blocks {params.blocks:q} --dtype {params.dtype:q} --out {params.folder:q} --study {params.study:q} "
+        "> {log:q} 2>&1"
 
 
 rule data:
@@ -36,11 +36,11 @@ rule data:
         mem_mb=4000,
         runtime=60,
     params:
-        source=STUDY.data.source,
+        source=lambda w: STUDY.data.source,  # a function: braces in a plain string would be wildcards
         study=STUDY.study.name,
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy data --name {wildcards.dataset} --source {params.source:q} --out {params.folder} --study {params.study} > {log} 2>&1"
+        "python -m buddy data --name {wildcards.dataset:q} --source {params.source:q} --out {params.folder:q} --study {params.study:q} > {log:q} 2>&1"
 
 
 rule encoder:
@@ -55,10 +55,10 @@ rule encoder:
         mem_mb=4000,
         runtime=60,
     params:
-        source=STUDY.pudding.encoder,
+        source=lambda w: STUDY.pudding.encoder,
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy encoder --source {params.source:q} --out {params.folder} > {log} 2>&1"
+        "python -m buddy encoder --source {params.source:q} --out {params.folder:q} > {log:q} 2>&1"
 
 
 rule importance:
@@ -85,5 +85,5 @@ rule importance:
         settings=section(STUDY.importance, "corpus"),
         study=STUDY.study.name,
     shell:
-        "python -m buddy importance --backbone {params.backbone} --corpus {params.corpus} --indicator {wildcards.indicator} "
-        "{params.settings} --study {params.study} --out {output} > {log} 2>&1"
+        "python -m buddy importance --backbone {params.backbone:q} --corpus {params.corpus:q} --indicator {wildcards.indicator:q} "
+        "{params.settings} --study {params.study:q} --out {output:q} > {log:q} 2>&1"

@@ -26,6 +26,6 @@ rule latency:
         executions=executions_flag,
         removed=depths_flag,
     shell:
-        "python -m buddy latency --run {params.model} --data {params.data} --removed {params.removed} {params.settings} "
+        "python -m buddy latency --run {params.model:q} --data {params.data:q} --removed {params.removed:q} {params.settings} "
         "{params.executions} "
-        "--out {output} > {log} 2>&1"
+        "--out {output:q} > {log:q} 2>&1"

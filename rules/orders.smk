@@ -26,8 +26,8 @@ rule corpus_orders:
         settings=flags({"samples": STUDY.orders.samples, "length": STUDY.importance.length}),
         study=STUDY.study.name,
     shell:
-        "python -m buddy importance --backbone {params.backbone} --corpus {params.corpus:q} --indicator {wildcards.indicator} "
-        "{params.settings} --study {params.study} --out {output} > {log} 2>&1"
+        "python -m buddy importance --backbone {params.backbone:q} --corpus {params.corpus:q} --indicator {wildcards.indicator:q} "
+        "{params.settings} --study {params.study:q} --out {output:q} > {log:q} 2>&1"
 
 
 if STUDY.orders.lengths:
@@ -61,5 +61,5 @@ if STUDY.orders.lengths:
             study=STUDY.study.name,
             folder=lambda w: f"{RESULTS}/records/importance/backbone~{w.backbone}",
         shell:
-            "python -m buddy importance --backbone {params.backbone} --corpus {params.corpus:q} --indicator {wildcards.indicator} "
-            "{params.settings} --study {params.study} --out {params.folder} > {log} 2>&1"
+            "python -m buddy importance --backbone {params.backbone:q} --corpus {params.corpus:q} --indicator {wildcards.indicator:q} "
+            "{params.settings} --study {params.study:q} --out {params.folder:q} > {log:q} 2>&1"

@@ -27,9 +27,9 @@ rule calibrate:
         removed=lambda w: max(STUDY.removed(w.backbone)),
         study=STUDY.study.name,
     shell:
-        "python -m buddy calibrate --backbone {params.backbone} --corpus {params.corpus} --method {wildcards.static_peer} "
-        "--criterion {wildcards.criterion} --removed {params.removed} {params.protect} {params.settings} "
-        "--study {params.study} --out {output} > {log} 2>&1"
+        "python -m buddy calibrate --backbone {params.backbone:q} --corpus {params.corpus:q} --method {wildcards.static_peer:q} "
+        "--criterion {wildcards.criterion:q} --removed {params.removed:q} {params.protect} {params.settings} "
+        "--study {params.study:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule pool:
@@ -57,8 +57,8 @@ rule pool:
         removed=lambda w: max(STUDY.removed(w.backbone)),
         study=STUDY.study.name,
     shell:
-        "python -m buddy pool --backbone {params.backbone} --data {params.tasks} --removed {params.removed} "
-        "{params.settings} --study {params.study} --out {output} > {log} 2>&1"
+        "python -m buddy pool --backbone {params.backbone:q} --data {params.tasks:q} --removed {params.removed:q} "
+        "{params.settings} --study {params.study:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule adapt:
@@ -92,5 +92,5 @@ rule adapt:
         study=STUDY.study.name,
         folder=lambda w, output: parent(output.run),
     shell:
-        "python -m buddy adapt --backbone {params.backbone} --data {params.data} {params.inputs} {params.axes} "
-        "{params.settings} --study {params.study} --out {params.folder} --record {output.record} > {log} 2>&1"
+        "python -m buddy adapt --backbone {params.backbone:q} --data {params.data:q} {params.inputs} {params.axes} "
+        "{params.settings} --study {params.study:q} --out {params.folder:q} --record {output.record:q} > {log:q} 2>&1"

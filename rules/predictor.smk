@@ -26,8 +26,8 @@ rule predictor:
         settings=predictor_flags,
         folder=lambda w, output: parent(output.run),
     shell:
-        "python -m buddy predictor --run {params.run} {params.data} --preset {wildcards.preset} {params.settings} "
-        "--out {params.folder} --record {output.record} > {log} 2>&1"
+        "python -m buddy predictor --run {params.run:q} {params.data} --preset {wildcards.preset:q} {params.settings} "
+        "--out {params.folder:q} --record {output.record:q} > {log:q} 2>&1"
 
 
 rule evaluate_auto:
@@ -55,8 +55,8 @@ rule evaluate_auto:
         settings=section(STUDY.evaluation, "tasks"),
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy evaluate --run {params.run} --data {params.data} --budget auto --tasks {params.tasks} "
-        "{params.settings} --out {params.folder} > {log} 2>&1"
+        "python -m buddy evaluate --run {params.run:q} --data {params.data:q} --budget auto --tasks {params.tasks:q} "
+        "{params.settings} --out {params.folder:q} > {log:q} 2>&1"
 
 
 rule budget_eval:
@@ -83,4 +83,4 @@ rule budget_eval:
         settings=section_of(STUDY.predictor, "max_length", "table_batch", "limit"),
         folder=lambda w, output: parent(output[0]),
     shell:
-        "python -m buddy budget-eval --run {params.run} {params.data} {params.settings} --out {params.folder} > {log} 2>&1"
+        "python -m buddy budget-eval --run {params.run:q} {params.data} {params.settings} --out {params.folder:q} > {log:q} 2>&1"

@@ -37,8 +37,8 @@ rule table:
         settings=table_settings,
         reads=reads,
     shell:
-        "python -m buddy report --results results --study {params.study} --table {wildcards.table} --track {params.reads} "
-        "> {log} 2>&1"
+        "python -m buddy report --results results --study {params.study:q} --table {wildcards.table:q} --track {params.reads} "
+        "> {log:q} 2>&1"
 
 
 rule figure:
@@ -64,8 +64,8 @@ rule figure:
         settings=figure_settings,
         reads=reads,
     shell:
-        "python -m buddy report --results results --study {params.study} --figure {wildcards.figure} --track {params.reads} "
-        "> {log} 2>&1"
+        "python -m buddy report --results results --study {params.study:q} --figure {wildcards.figure:q} --track {params.reads} "
+        "> {log:q} 2>&1"
 
 
 # `snakemake table2` and so on: the paper's names as targets, for those that the study measures.
@@ -106,4 +106,4 @@ rule compare:
         tables=[STUDY.study.tables[name].model_dump() for name in STUDY.measured_tables()],
         removed={backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
     shell:
-        "python -m buddy report --results results --study {params.study} --compare --track > {log} 2>&1"
+        "python -m buddy report --results results --study {params.study:q} --compare --track > {log:q} 2>&1"

@@ -30,6 +30,6 @@ rule train:
         study=STUDY.study.name,
         folder=lambda w, output: parent(output.run),
     shell:
-        "python -m buddy train --backbone {params.backbone} --data {params.data} {params.prior} {params.variant} "
-        "--most-removed {params.most_removed} --study {params.study} "
-        "--out {params.folder} --record {output.record} > {log} 2>&1"
+        "python -m buddy train --backbone {params.backbone:q} --data {params.data:q} {params.prior} {params.variant} "
+        "--most-removed {params.most_removed:q} --study {params.study:q} "
+        "--out {params.folder:q} --record {output.record:q} > {log:q} 2>&1"

@@ -13,7 +13,7 @@ rule wandb_sync:
     params:
         study=STUDY.study.name,
     shell:
-        "set -o pipefail; python -m buddy wandb-sync --results results --study {params.study} --workers {threads} 2>&1 | tee {log}"
+        "set -o pipefail; python -m buddy wandb-sync --results results --study {params.study:q} --workers {threads} 2>&1 | tee {log:q}"
 
 
 rule wandb_report:
@@ -27,4 +27,4 @@ rule wandb_report:
     params:
         study=STUDY.study.name,
     shell:
-        "set -o pipefail; python -m buddy wandb-report --results results --study {params.study} 2>&1 | tee {log}"
+        "set -o pipefail; python -m buddy wandb-report --results results --study {params.study:q} 2>&1 | tee {log:q}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,8 +94,15 @@ def check(config: Mapping[str, Any], origin: str, blocks: int | None = None) -> 
         blocks: number of blocks that the study expects; None takes what there is.
 
     Raises:
-        UserError: another model type, sliding-window attention in use, or another number of blocks.
+        UserError: code of its own, another model type, sliding-window attention in use, or another number of blocks.
     """
+    if config.get("auto_map"):
+        raise UserError(f"{origin}: config.json names code of its own (auto_map), which buddy never runs")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if re.search("[/:@]", str(config.get(key) or "")):
+            raise UserError(
+                f"{origin}: config.json: {key}: {config[key]!r} is a kernel to fetch, which buddy never runs"
+            )
     kind, found = config.get("model_type"), config.get("num_hidden_layers")
     if kind not in MODEL_TYPES:
         raise UserError(f"{origin}: model type {kind!r} is not supported; supported are {choices(MODEL_TYPES)}")

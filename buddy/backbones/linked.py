@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buddy import hub
 from buddy.backbones import architectures
 from buddy.errors import UserError
 from buddy.settings import FolderSource, HubSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES = (
     "config.json",
@@ -25,6 +28,9 @@ FILES = (
     "chat_template*",
 )
 """What a backbone folder holds: weights, their configuration and the tokenizer."""
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How every folder is read by transformers: as it lies there, and no code in it is run (nor is anybody asked)."""
 
 
 def from_hub(source: HubSource, into: Path, dtype: str | None, blocks: int | None) -> str:
@@ -77,6 +83,27 @@ def check(folder: Path, origin: str, blocks: int | None = None) -> dict[str, Any
         raise UserError(f"{origin}: config.json is not valid JSON") from None
     architectures.check(config, origin, blocks)
     return config
+
+
+def tokenizer(folder: str | Path, origin: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Args:
+        folder: in the Hugging Face format.
+        origin: where it came from, for the message.
+
+    Raises:
+        UserError: there is none, or none that can be read without code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise UserError(f"{origin}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+    except Exception as error:  # the library of tokenizers raises nothing narrower for a file that it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition("You can inspect")[0].strip()
+        raise UserError(f"{origin}: its tokenizer cannot be read ({reason})") from error
 
 
 def matches(name: str) -> bool:

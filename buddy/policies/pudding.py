@@ -257,7 +257,7 @@ class TextReader(nn.Module):
         self._texts: Any = None
         self._words: Any = None
         if config is None:
-            self.model = _read(source, AutoModel.from_pretrained, dtype=torch.float32)
+            self.model = _read(source, AutoModel.from_pretrained, dtype=torch.float32, use_safetensors=True)
         else:
             self.model = AutoModel.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         self.config: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=True))
@@ -325,7 +325,7 @@ def _read(source: str, load: Callable[..., Any], **arguments: Any) -> Any:
         UserError: nothing that it can read.
     """
     try:
-        return load(source, **arguments)
+        return load(source, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

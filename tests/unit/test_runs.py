@@ -104,6 +104,24 @@ def test_what_cannot_be_loaded_is_one_line(study, tmp_path):
         buddy.load(run)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_what_lies_there_and_plain_lora(study, name):
+    _, run = study
+    (run / "adapter" / name).rename(run / "adapter" / "elsewhere")
+    with pytest.raises(UserError, match=f"no {name}: the adapter is not complete"):  # and not looked up on the Hub
+        buddy.load(run, device="cpu")
+    (run / "adapter" / "elsewhere").rename(run / "adapter" / name)
+    file = run / "adapter" / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for change, message in (
+        ({"peft_type": "LOHA"}, "'LOHA' is not LORA"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "code"}, "names code to import"),
+    ):
+        file.write_text(json.dumps({**content, **change}))
+        with pytest.raises(UserError, match=message):
+            buddy.load(run, device="cpu")
+
+
 def test_a_failed_save_leaves_the_old_run(study):
     _, run = study
     before = sorted((path.name, path.stat().st_size) for path in run.rglob("*"))

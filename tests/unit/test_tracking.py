@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import itertools
 import json
@@ -432,8 +433,27 @@ def check_no_key(server: WandbServer, folder: Path) -> None:
     assert any(KEY[:8] not in key and key.startswith("Basic ") for key in server.keys), "no request was signed"
     assert not any(KEY.encode() in body for body in server.bodies)
     assert not any(KEY in path for path in server.paths)
+    sent = base64.b64encode(f"api:{KEY}".encode())
     for file in folder.rglob("*"):
-        assert not file.is_file() or KEY.encode() not in file.read_bytes(), f"{file} holds the key"
+        content = file.read_bytes() if file.is_file() else b""
+        assert KEY.encode() not in content, f"{file} holds the key"
+        assert sent not in content, f"{file} holds the key as it is sent"
+
+
+@pytest.mark.parametrize("name", ["WANDB_DEBUG", "WANDB_CORE_DEBUG"])
+def test_debugging_wandb_never_writes_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: WandbServer, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv(name, "true")
+    with track(tmp_path / "wandb", mode="online") as tracker:
+        tracker.log({"loss": 1.0}, step=0)
+    wandb.teardown()
+    assert server.runs
+    check_no_key(server, tmp_path)
+    assert warnings(caplog) == [
+        f"W&B: {name} is not followed, since W&B would write your key into a log among the results"
+    ]
 
 
 def test_online_jobs_arrive_with_their_lineage(
