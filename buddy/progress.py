@@ -175,6 +175,10 @@ def _inputs(study: Config) -> Iterator[Job]:
         yield Job("backbone", name, f"backbones/{name}/backbone.json")
     for name in _datasets(study):
         yield Job("data", name, f"data/{name}/data.json")
+    for run in study.runs() if study.data.answers == "backbone" else []:
+        if run.method != "dense":
+            name = f"answered_by~{run.backbone}/{study.training.data}"
+            yield Job("answers", name, f"data/{name}/data.json")
     if "pudding" in study.study.methods and study.pudding.encoder != "backbone":
         yield Job("encoder", "", "encoder/encoder.json")
 

@@ -255,12 +255,19 @@ class StudyPlan(Settings):
 
 
 class Data(Settings):
-    """Where data sets come from."""
+    """Where data sets come from, and who answers the prompts that are trained on."""
 
     source: Text = Field(
         "hub",
         description="`hub` (the published sets), `embedded` (the small sets in the package) or a folder of NAME.SPLIT.jsonl[.gz] files",
     )
+    answers: Literal["given", "backbone"] = Field(
+        "given",
+        description="responses in training.data: given, the set's own; backbone, each run's backbone answers the prompts "
+        "itself, greedily (they need no responses then)",
+    )
+    new_tokens: int = Field(256, description="longest answer of a backbone, tokens", ge=1)
+    batch_size: int = Field(32, description="prompts that a backbone answers together", ge=1)
 
 
 SHORTEST_WINDOW = 8

@@ -215,6 +215,13 @@ def prior_record(wildcards):
     return f"{RESULTS}/records/importance/backbone~{run.backbone}/indicator~{prior}.json"
 
 
+def training_data(wildcards):
+    """The data set that a run is trained on: as it was fetched, or with its prompts answered by the run's backbone."""
+    run = RUNS[wildcards.get("routed") or wildcards.get("peer")]
+    answered = f"answered_by~{run.backbone}/" if STUDY.data.answers == "backbone" else ""
+    return f"{RESULTS}/data/{answered}{STUDY.training.data}/data.json"
+
+
 def variant_flags(wildcards):
     """The run's own axes; the prior is an input, and a run without LoRA has rank 0."""
     run = RUNS[wildcards.routed]

@@ -43,6 +43,36 @@ rule data:
         "python -m buddy data --name {wildcards.dataset:q} --source {params.source:q} --out {params.folder:q} --study {params.study:q} > {log:q} 2>&1"
 
 
+rule answers:
+    input:
+        data=f"{RESULTS}/data/{{dataset}}/data.json",
+        backbone=f"{RESULTS}/backbones/{{backbone}}/backbone.json",
+    output:
+        f"{RESULTS}/data/answered_by~{{backbone}}/{{dataset}}/data.json",
+    log:
+        f"{RESULTS}/logs/answers/answered_by~{{backbone}}/{{dataset}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/answers/answered_by~{{backbone}}/{{dataset}}.tsv"
+    retries: 2
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=mem_mb,
+        runtime=minutes(1),
+    params:
+        data=lambda w, input: parent(input.data),
+        backbone=lambda w, input: parent(input.backbone),
+        settings=section_of(STUDY.data, "new_tokens", "batch_size"),
+        examples=section_of(STUDY.training, "examples"),
+        study=STUDY.study.name,
+        folder=lambda w, output: parent(output[0]),
+    shell:
+        "python -m buddy data --name {wildcards.dataset:q} --source {params.data:q} --answers-by {params.backbone:q} "
+        "{params.settings} {params.examples} --out {params.folder:q} --study {params.study:q} > {log:q} 2>&1"
+
+
 rule encoder:
     output:
         f"{RESULTS}/encoder/encoder.json",

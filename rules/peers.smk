@@ -64,7 +64,7 @@ rule pool:
 rule adapt:
     input:
         backbone=lambda w: f"{RESULTS}/backbones/{RUNS[w.peer].backbone}/backbone.json",
-        data=f"{RESULTS}/data/{STUDY.training.data}/data.json",
+        data=training_data,
         calibration=calibration_record,
         tasks=router_tasks,
         encoder=router_encoder,

@@ -4,7 +4,7 @@
 rule train:
     input:
         backbone=lambda w: f"{RESULTS}/backbones/{RUNS[w.routed].backbone}/backbone.json",
-        data=f"{RESULTS}/data/{STUDY.training.data}/data.json",
+        data=training_data,
         prior=prior_record,
     output:
         run=f"{RESULTS}/runs/{{routed}}/run.json",

@@ -103,12 +103,13 @@ def tracked_job(
         yield tracker
 
 
-def backbone_folder(given: Path, results: Path = Path("results")) -> Path:
+def backbone_folder(given: Path, results: Path = Path("results"), option: str = "--backbone") -> Path:
     """The folder of a backbone that is given as one, or by the name that a study has fetched it under.
 
     Args:
         given: a folder, or a name such as ``smollm2-135m``; of several studies that have it, the latest counts.
         results: folder that holds the studies.
+        option: what it is given as, for the message.
 
     Raises:
         UserError: there is no such folder, and no study has fetched a backbone of that name.
@@ -121,7 +122,7 @@ def backbone_folder(given: Path, results: Path = Path("results")) -> Path:
         return found[-1]
     names = sorted({path.parent.name for path in fetched})
     there = f"; those that studies have fetched: {', '.join(names)}" if names else ""
-    raise UserError(f"--backbone {given}: not a backbone (no config.json); make one with `buddy backbone`{there}")
+    raise UserError(f"{option} {given}: not a backbone (no config.json); make one with `buddy backbone`{there}")
 
 
 def keep_off_the_hub() -> None:

@@ -78,6 +78,14 @@ def keep(
     tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
 
 
+def told_of(data: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the data that a run was trained on."""
+    from buddy.data import inputs
+
+    answered_by = inputs.answered_by(data)
+    return {"data": data.name, **({} if answered_by is None else {"answered_by": answered_by})}
+
+
 def _paths(probes: dict[str, Any]) -> dict[str, int]:
     """What ``run.json`` says of a router's paths; a router that takes one for every prompt is told of."""
     if not probes:

@@ -59,7 +59,7 @@ def adapt(
     from buddy import runs
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
-    from buddy.commands._trained import keep
+    from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.records import Stopwatch, claim, commit
@@ -75,7 +75,7 @@ def adapt(
         raise UserError("--tasks: the folder of data sets that PuDDing's router learns from is missing")
     if learns and data is None:
         raise UserError("--data: an instruction data set to train on is missing; make one with `buddy data`")
-    pairs = inputs.pairs(data, training=True)[: settings.examples] if learns and data is not None else []
+    pairs = inputs.training(data)[: settings.examples] if learns and data is not None else []
     found = _calibration(method, calibration, removed)
     backbone = backbone_folder(backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
@@ -97,7 +97,7 @@ def adapt(
         training={
             **settings.model_dump(exclude={"data", *NOT_OF_PEERS}),
             **({} if dynamic is None else {method: dynamic.model_dump()}),
-            "data": data.name if data and learns else None,
+            **(told_of(data) if data and learns else {"data": None}),
         },
         commit=commit(),
     )

@@ -38,7 +38,7 @@ def breakdown(
     from buddy.evaluation import breakdown as profiling
     from buddy.records import Stopwatch
 
-    prompts = [prompt for prompt, _ in inputs.pairs(data)]
+    prompts = inputs.prompts(data)
 
     def routes(model: RoutedModel) -> None:
         if not model.policy.source_block:

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from buddy.data.catalogue import CATALOGUE
 from buddy.settings import Data
 
-_SOURCE = Data.model_fields["source"]
+if TYPE_CHECKING:
+    from buddy.data.rows import Row
+    from buddy.data.store import Answerer
+
+_fields = Data.model_fields
 
 
 def data(
     name: Annotated[str, typer.Option(help="data set: " + ", ".join(CATALOGUE))],
     out: Annotated[Path, typer.Option(help="folder to make")],
-    source: Annotated[str, typer.Option(help=_SOURCE.description)] = _SOURCE.default,
+    source: Annotated[str, typer.Option(help=_fields["source"].description)] = _fields["source"].default,
+    answers_by: Annotated[
+        Path | None,
+        typer.Option(help="backbone folder, or its name in a study: it answers the prompts of the training split"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help=_fields["new_tokens"].description, min=1)] = _fields[
+        "new_tokens"
+    ].default,
+    batch_size: Annotated[int, typer.Option(help=_fields["batch_size"].description, min=1)] = _fields[
+        "batch_size"
+    ].default,
+    examples: Annotated[int | None, typer.Option(help="answer the first N prompts (all by default)", min=1)] = None,
     study: Annotated[str, typer.Option(help="study it is for: logs a W&B run; none without")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda: where a backbone answers")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
 ) -> None:
     """Fetch a data set: one JSON Lines file per split, and data.json, which says where they came from.
 
@@ -36,14 +52,75 @@ def data(
     \b
       # Your own rows, in /mine/piqa.validation.jsonl and /mine/piqa.train.jsonl
       buddy data --name piqa --source /mine --out results/mine/data/piqa
+    \b
+      # Prompts alone, in /mine/alpaca.train.jsonl, answered by a backbone; killed, it goes on when run again
+      buddy data --name alpaca --source /mine --answers-by results/demo/backbones/smollm2-135m --out answered
     """
-    from buddy.commands._common import tracked_job
+    from buddy import locks
+    from buddy.commands._common import backbone_folder, tracked_job
     from buddy.data import materialise
 
-    config = {"data": name, "source": source}
-    with tracked_job("data", study, name, "data", config, writes=[out]) if study else nullcontext() as job:
-        content = materialise(name, source, out)
+    answerer = None
+    config: dict[str, Any] = {"data": name, "source": source}
+    reads: list[str | Path] = []
+    if answers_by is not None:
+        backbone = backbone_folder(answers_by, option="--answers-by")
+        reads = [backbone, source]
+        answerer = _answerer(backbone, name, new_tokens, batch_size, examples, out, device, dtype)
+        config |= {"answered_by": backbone.name, "new_tokens": new_tokens, "examples": examples}
+    stage, path = ("data", name) if answers_by is None else ("answers", f"answered_by~{backbone.name}/{name}")
+    with (
+        tracked_job(stage, study, path, "data", config, reads=reads, writes=[out]) if study else locks.held(out) as job
+    ):
+        content = materialise(name, source, out, answerer)
         if job is not None:
             job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})
     sizes = ", ".join(f"{split} {facts['rows']} rows" for split, facts in content["splits"].items())
-    typer.echo(f"{out}: {name} from {source}, {sizes}")
+    typer.echo(f"{out}: {name} from {source}, {sizes}" + _told(content))
+
+
+def _answerer(
+    backbone: Path,
+    name: str,
+    new_tokens: int,
+    batch_size: int,
+    examples: int | None,
+    out: Path,
+    device: str,
+    dtype: str,
+) -> Answerer:
+    """What answers rows: the backbone, loaded when there are rows to answer."""
+
+    def answered(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
+        from buddy import runs
+        from buddy.commands._common import check_one_gpu
+        from buddy.evaluation.answers import answer
+        from buddy.training import fingerprints
+
+        model = runs.load(backbone, device=device, dtype=dtype)
+        check_one_gpu(model.device.type)
+        kept = out.absolute().parent / f".{out.name}.answers"
+        rows, facts = answer(
+            model, fingerprints.of_weights(model.backbone), name, rows[:examples], new_tokens, batch_size, kept
+        )
+        return rows, {"by": backbone.name, "backbone": _backbone(backbone), **facts}
+
+    return answered
+
+
+def _backbone(folder: Path) -> dict[str, Any] | None:
+    """Where a backbone came from, as far as its folder says it."""
+    from buddy import backbones
+
+    if not (folder / backbones.PROVENANCE).exists():
+        return None
+    found = backbones.read(folder)
+    return {key: found.get(key) for key in ("name", "source", "revision", "sha256")}
+
+
+def _told(content: dict[str, Any]) -> str:
+    """Who answered, and how many answers had not come to their end."""
+    if "answers" not in content:
+        return ""
+    facts = content["answers"]
+    return f", answered by {facts['by']} ({facts['cut']} cut off after {facts['new_tokens']} tokens)"

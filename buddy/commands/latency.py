@@ -44,7 +44,7 @@ def latency(
     from buddy.records import Budget, Record, Stopwatch
     from buddy.routing.budget import round_half_up
 
-    prompts = [prompt for prompt, _ in inputs.pairs(data)][: settings.prompts]
+    prompts = inputs.prompts(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype)
     model, info = measured.model, measured.info
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.

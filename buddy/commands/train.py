@@ -43,7 +43,7 @@ def train(
     from buddy import runs
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
-    from buddy.commands._trained import keep
+    from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
@@ -56,7 +56,7 @@ def train(
     if record:
         claim(record, "--record")
     choice("--feature", feature, FEATURES)
-    pairs = inputs.pairs(data, training=True)[: settings.examples]
+    pairs = inputs.training(data)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
     backbone = backbone_folder(backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
@@ -87,7 +87,7 @@ def train(
         seed=seed,
         study=study,
         kv=settings.kv,
-        training={**settings.model_dump(), "most_removed": most_removed, "data": data.name},
+        training={**settings.model_dump(), "most_removed": most_removed, **told_of(data)},
         commit=commit(),
     )
     reads, writes = [backbone, data, prior], [out, record]

@@ -28,6 +28,8 @@ class DataSet:
         kind: what its rows are.
         repository, config, revision: where it is published on the Hugging Face Hub.
         columns: columns that every row has besides ``id``, which is made where the publisher gives none.
+        optional: of them those that rows of one's own may leave out.
+        response: the column that answers the prompt; None for a set without prompts and responses.
         evaluation: the split that measurements read.
         train: the split for training and for solved examples in prompts; None where the project needs none.
         rename: published column names that differ from ours.
@@ -44,6 +46,13 @@ class DataSet:
     revision: str = "main"
     rename: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    response: str | None = None
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Columns that no row may lack."""
+        return tuple(column for column in self.columns if column not in self.optional)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -107,15 +116,32 @@ _SETS = (
         evaluation="validation",
         config="winogrande_xl",
     ),
-    DataSet("gsm8k", PROBLEMS, "openai/gsm8k", ("question", "answer"), evaluation="test", config="main"),
+    DataSet(
+        "gsm8k",
+        PROBLEMS,
+        "openai/gsm8k",
+        ("question", "answer"),
+        evaluation="test",
+        config="main",
+        response="answer",
+    ),
     DataSet(
         "alpaca",
         INSTRUCTIONS,
         "yahma/alpaca-cleaned",
         ("instruction", "input", "output"),
         evaluation="train",
+        optional=("input", "output"),
+        response="output",
     ),
-    DataSet("samsum", DIALOGUES, "knkarthick/samsum", ("dialogue", "summary"), evaluation="test"),
+    DataSet(
+        "samsum",
+        DIALOGUES,
+        "knkarthick/samsum",
+        ("dialogue", "summary"),
+        evaluation="test",
+        response="summary",
+    ),
     DataSet(
         "wikitext2",
         PROSE,

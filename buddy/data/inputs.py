@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from buddy.data.catalogue import PROSE, entry
 from buddy.data.rows import Row
-from buddy.data.store import PROVENANCE, read
-from buddy.data.templates import prompts, text_of
+from buddy.data.sources import PROVENANCE, described
+from buddy.data.store import read
+from buddy.data.templates import Example, examples, questions, text_of
 from buddy.errors import UserError
 
 
-def pairs(folder: str | Path, training: bool = False) -> list[tuple[str, str]]:
-    """Prompts and responses of an instruction, dialogue or problem set.
+def prompts(folder: str | Path) -> list[str]:
+    """Prompts of an instruction, dialogue or problem set, of the split that measurements read; it needs no responses.
 
     Args:
         folder: a data set folder.
-        training: read the training split, and not the one that measurements read.
 
     Raises:
         UserError: not a data set folder, or a set without prompts.
     """
-    name, rows = _rows(Path(folder), training)
-    return prompts(name, rows)
+    return questions(*_rows(Path(folder)))
+
+
+def pairs(folder: str | Path) -> list[tuple[str, str]]:
+    """Prompts and responses of the split that measurements read.
+
+    Args:
+        folder: a data set folder.
+
+    Raises:
+        UserError: not a data set folder, or a set without prompts or without responses.
+    """
+    return [(one.prompt, one.response) for one in examples(*_rows(Path(folder)))]
+
+
+def training(folder: str | Path) -> list[Example]:
+    """Prompts and responses to train on.
+
+    Args:
+        folder: a data set folder.
+
+    Raises:
+        UserError: not a data set folder, or a set without prompts or without responses.
+    """
+    return examples(*_rows(Path(folder), training=True))
+
+
+def answered_by(folder: str | Path) -> str | None:
+    """Name of the backbone that answered a data set's prompts; None where the responses are the set's own."""
+    answers = described(Path(folder)).get("answers")
+    return str(answers["by"]) if answers else None
 
 
 def prose(path: str | Path) -> str:
@@ -59,11 +87,10 @@ def name_of(folder: str | Path) -> str:
     Raises:
         UserError: not a data set folder.
     """
-    try:
-        name: str = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))["name"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: not a data set (no {PROVENANCE}); make it with `buddy data`") from None
-    return name
+    name = described(Path(folder)).get("name")
+    if name is None:
+        raise UserError(f"{folder}: not a data set (no {PROVENANCE}); make it with `buddy data`")
+    return str(name)
 
 
 def _rows(folder: Path, training: bool = False) -> tuple[str, list[Row]]:

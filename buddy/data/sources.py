@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from buddy import hub
 from buddy.data.catalogue import CATALOGUE, DataSet, entry
@@ -11,6 +13,9 @@ from buddy.data.rows import Row, check_columns, read_file, with_ids
 from buddy.errors import UserError, choices
 
 log = logging.getLogger(__name__)
+
+PROVENANCE = "data.json"
+"""In the folder of a data set: its name, where it came from, and what is in it."""
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -20,12 +25,14 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
 
     Args:
         name: data set, a key of ``CATALOGUE``.
-        source: "hub", "embedded", or a folder of NAME.SPLIT.jsonl[.gz] files.
+        source: "hub", "embedded", or a folder: of NAME.SPLIT.jsonl[.gz] files, or one that holds this set alone, as
+            `buddy.data.store.materialise` leaves it.
         split: the evaluation split by default.
         revision: commit of the Hub repository (see `commit`); the other sources have none.
 
     Returns:
-        Rows with the columns of the catalogue and ``id``; further columns are kept as they are.
+        Rows with the columns of the catalogue and ``id``, optional ones where a source has them; further columns are kept
+        as they are.
 
     Raises:
         UserError: the name, source or split is unknown, a file is empty or damaged, a column is missing, or the
@@ -40,7 +47,7 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
     else:
         path = find(name, source, split)
         rows, origin = read_file(path), str(path)
-    check_columns(rows, data.columns, origin)
+    check_columns(rows, data.required, origin)
     return with_ids(rows, f"{name}-{split}")
 
 
@@ -74,6 +81,15 @@ def find(name: str, source: str, split: str) -> Path:
     raise UserError(f"data source {source}: no {split} split of {name}; expected a file {names}")
 
 
+def described(folder: Path) -> dict[str, Any]:
+    """What a folder that holds one data set says of it; {} of another folder."""
+    try:
+        content = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def commit(name: str) -> str:
     """The commit that the catalogue's revision of a data set names at this moment.
 
@@ -99,7 +115,10 @@ def _folder(source: str) -> Path:
 
 
 def _candidates(folder: Path, data: DataSet, split: str) -> list[Path]:
-    """Paths that may hold a split, the best first: piqa.validation, piqa or train/piqa, gsm8k_test, ptb_valid."""
+    """Paths that may hold a split, the best first: piqa.validation, piqa or train/piqa, gsm8k_test, ptb_valid; in a folder
+    that holds the set alone, validation."""
+    if described(folder).get("name") == data.name:
+        return [folder / f"{split}.jsonl"]
     stems = [f"{data.name}.{split}"]
     if split == data.evaluation:
         stems.append(data.name)

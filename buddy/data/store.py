@@ -4,55 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from buddy import folders
 from buddy.data import sources
-from buddy.data.catalogue import entry
+from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, read_file, write_file
+from buddy.data.sources import PROVENANCE
+from buddy.data.templates import questions
 from buddy.records import write_json
 
-PROVENANCE = "data.json"
 HOLDS = "a data set"
 
 
-def materialise(name: str, source: str, out: str | Path) -> dict[str, Any]:
+Answerer = Callable[[list[Row]], tuple[list[Row], dict[str, Any]]]
+"""Called with rows: the rows with responses of its own, and what data.json says of them (``by``: whose they are)."""
+
+
+def materialise(name: str, source: str, out: str | Path, answered: Answerer | None = None) -> dict[str, Any]:
     """Write every split of a data set that the source holds as ``out/SPLIT.jsonl``, and ``out/data.json``.
 
     Args:
         name: data set.
         source: "hub", "embedded" or a folder (see `sources.load`).
         out: folder to make: absent, empty or a data set made by this function, which is replaced.
+        answered: answers the prompts of the training split, which alone is written then.
 
     Returns:
         The content of data.json: name, source, repository, config, revision (the commit found, null for files), and
-        per split its rows and the SHA-256 of its file.
+        per split its rows and the SHA-256 of its file; of a source that is itself the folder of a data set, what that
+        says of where it came from. ``answers`` is what ``answered`` says.
 
     Raises:
-        UserError: as `sources.load`; ``out`` is then as it was before.
+        UserError: as `sources.load`, or a set without prompts is to be answered; ``out`` is then as it was before.
     """
     data = entry(name)
     folders.claim(out, HOLDS, _unmarked)
-    splits = sources.available(name, source)
-    # Splits are loaded by commit, so that a repository that moves meanwhile cannot mix two states.
-    revision = sources.commit(name) if source == "hub" else None
-    content: dict[str, Any] = {
-        "name": name,
-        "source": source,
-        "repository": data.repository if source == "hub" else None,
-        "config": data.config if source == "hub" else None,
-        "revision": revision,
-        "splits": {},
-    }
+    if answered is not None and data.response is None:
+        questions(name, [])
+    splits = sources.available(name, source) if answered is None else [data.train or data.evaluation]
+    content: dict[str, Any] = {"name": name, **_origin(data, source), "splits": {}}
+    rows = {split: sources.load(name, source, split, content["revision"]) for split in splits}
+    if answered is not None:
+        rows[splits[0]], content["answers"] = answered(rows[splits[0]])
     with folders.fresh(out, HOLDS, _unmarked) as partial:
         for split in splits:
             path = partial / f"{split}.jsonl"
-            rows = sources.load(name, source, split, revision)
-            write_file(path, rows)
-            content["splits"][split] = {"rows": len(rows), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            write_file(path, rows[split])
+            content["splits"][split] = {
+                "rows": len(rows[split]),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
         write_json(partial / PROVENANCE, content)
     return content
+
+
+def _origin(data: DataSet, source: str) -> dict[str, Any]:
+    """Where the rows come from; the commit is the one that a Hub repository has at this moment."""
+    found = sources.described(Path(source)) if source not in ("hub", "embedded") else {}
+    if found.get("name") == data.name:
+        return {name: found.get(name) for name in ("source", "repository", "config", "revision")}
+    published = source == "hub"
+    return {
+        "source": source,
+        "repository": data.repository if published else None,
+        "config": data.config if published else None,
+        # Splits are loaded by commit, so that a repository that moves meanwhile cannot mix two states.
+        "revision": sources.commit(data.name) if published else None,
+    }
 
 
 def read(folder: str | Path, split: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from buddy.data.catalogue import entry
 from buddy.data.rows import Row
@@ -31,36 +32,74 @@ def instruction(text: str, context: str = "") -> str:
     return ALPACA.format(instruction=text)
 
 
-def _alpaca(row: Row) -> tuple[str, str]:
-    return instruction(row["instruction"], row["input"]), row["output"]
+def _alpaca(row: Row) -> str:
+    return instruction(row["instruction"], row.get("input") or "")
 
 
-def _samsum(row: Row) -> tuple[str, str]:
-    return SUMMARISE.format(dialogue=row["dialogue"].replace("\r\n", "\n")), row["summary"]
+def _samsum(row: Row) -> str:
+    return SUMMARISE.format(dialogue=row["dialogue"].replace("\r\n", "\n"))
 
 
-def _gsm8k(row: Row) -> tuple[str, str]:
-    return PROBLEM.format(question=row["question"]), row["answer"]
+def _gsm8k(row: Row) -> str:
+    return PROBLEM.format(question=row["question"])
 
 
-_PAIRS: dict[str, Callable[[Row], tuple[str, str]]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k}
+_QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k}
+
+CUT = "cut"
+"""Column of a row whose response was cut off before its end; others do not have it."""
 
 
-def prompts(name: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Prompt and response of each row, to be joined with nothing between; no chat template, no special tokens.
+class Example(NamedTuple):
+    """A prompt and its response, to be joined with nothing between; ``ends``: whether the response comes to its end."""
+
+    prompt: str
+    response: str
+    ends: bool = True
+
+
+def questions(name: str, rows: Sequence[Row]) -> list[str]:
+    """Prompt of each row; no chat template, no special tokens.
+
+    Args:
+        name: alpaca, samsum or gsm8k.
+        rows: rows of that data set; they need no response.
+
+    Raises:
+        UserError: the data set has no prompts and responses.
+    """
+    if name not in _QUESTIONS:
+        raise UserError(
+            f"data set {entry(name).name}: has no prompts with responses; those that have: {choices(_QUESTIONS)}"
+        )
+    return [_QUESTIONS[name](row) for row in rows]
+
+
+def examples(name: str, rows: Sequence[Row]) -> list[Example]:
+    """Prompt and response of each row.
 
     Args:
         name: alpaca, samsum or gsm8k.
         rows: rows of that data set.
 
     Raises:
-        UserError: the data set has no prompts and responses.
+        UserError: the data set has no prompts and responses, or a row has no response.
     """
-    if name not in _PAIRS:
-        raise UserError(
-            f"data set {entry(name).name}: has no prompts with responses; those that have: {choices(_PAIRS)}"
-        )
-    return [_PAIRS[name](row) for row in rows]
+    found = []
+    for row, question in zip(rows, questions(name, rows), strict=True):
+        response = row.get(str(entry(name).response))
+        if response is None:
+            raise UserError(
+                f"data set {name}: row {row.get('id')} has no {entry(name).response}; prompts alone are answered by "
+                "`buddy data --answers-by BACKBONE`, in a study by data.answers: backbone"
+            )
+        found.append(Example(question, response, ends=not row.get(CUT, False)))
+    return found
+
+
+def prompts(name: str, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """`examples` as pairs of prompt and response."""
+    return [(one.prompt, one.response) for one in examples(name, rows)]
 
 
 def text_of(rows: Sequence[Row]) -> str:

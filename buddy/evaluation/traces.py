@@ -6,7 +6,7 @@ paths per generation) and Figures 6 and 9 to 11 (how often each block runs, task
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def prompts(folder: str | Path) -> list[str]:
     data = CATALOGUE.get(folder.name)
     if data is not None and data.kind == CHOICE:
         return _contexts(folder)
-    return [prompt for prompt, _ in inputs.pairs(folder)]
+    return inputs.prompts(folder)
 
 
 def _contexts(folder: Path) -> list[str]:
@@ -94,31 +94,41 @@ def answers(
         An answer per prompt, in the order given.
     """
     rows = [model.tokenizer(text).input_ids for text in texts]
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # the longest first: trouble comes at once
-    ends = end_tokens(model)
     found: dict[int, Answer] = {}
     with tqdm(total=len(rows), desc=f"generating at {budget:.3g}", unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            padded = model.tokenizer.pad(
-                {"input_ids": [rows[number] for number in batch]}, padding_side="left", return_tensors="pt"
-            )
-            ids = model.generate(
-                padded["input_ids"].to(model.device),
-                padded["attention_mask"].to(model.device),
-                budget=budget,
-                decode=decode,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=model.tokenizer.pad_token_id,
-            )
-            new = ids[:, padded["input_ids"].shape[1] :]
-            passes = needed_passes(new, ends)
-            routes = needed_routes(model.trace, passes)
-            for number, tokens, count, ran in zip(batch, new.tolist(), passes, routes, strict=True):
-                found[number] = Answer(tokens[:count], ran)
-            bar.update(len(batch))
+        for numbers, given in batches(model, rows, budget, decode, new_tokens, batch_size):
+            found.update(zip(numbers, given, strict=True))
+            bar.update(len(numbers))
     return [found[number] for number in range(len(rows))]
+
+
+def batches(
+    model: RoutedModel, rows: Sequence[list[int]], budget: float, decode: str, new_tokens: int, batch_size: int
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """`answers` of prompts in tokens, batch by batch: the numbers of its prompts, and their answers."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # the longest first: trouble comes at once
+    ends = end_tokens(model)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        padded = model.tokenizer.pad(
+            {"input_ids": [rows[number] for number in batch]}, padding_side="left", return_tensors="pt"
+        )
+        ids = model.generate(
+            padded["input_ids"].to(model.device),
+            padded["attention_mask"].to(model.device),
+            budget=budget,
+            decode=decode,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=model.tokenizer.pad_token_id,
+        )
+        new = ids[:, padded["input_ids"].shape[1] :]
+        passes = needed_passes(new, ends)
+        routes = needed_routes(model.trace, passes)
+        yield (
+            batch,
+            [Answer(tokens[:count], ran) for tokens, count, ran in zip(new.tolist(), passes, routes, strict=True)],
+        )
 
 
 def end_tokens(model: RoutedModel) -> frozenset[int]:

@@ -56,7 +56,10 @@ LOSSES: dict[Loss, str] = {
 def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
     """One note on what the methods that are compared were trained to minimise; none where none was trained."""
     trained = any(one.lora == "trained" or one.method not in ("dense", *STATIC_PEERS) for one in series)
-    return [f"Trained by {LOSSES[study.config.training.loss]}."] if trained else []
+    text = LOSSES[study.config.training.loss]
+    if study.config.data.answers == "backbone":
+        text += ", on prompts that the backbone answered itself"
+    return [f"Trained by {text}."] if trained else []
 
 
 def one_path(study: Study, backbone: str, series: Iterable[Series]) -> list[str]:

@@ -1,26 +1,28 @@
-"""From (prompt, response) pairs to padded batches that know where the prompt ends."""
+"""From prompts and responses to padded batches that know where the prompt ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buddy.data.templates import Example
 from buddy.errors import UserError
 
 IGNORED = -100
 """Label of a token that does not enter the loss (torch's convention)."""
 
 
-def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) -> list[dict[str, Any]]:
-    """Tokenise prompt and response; the response ends with the end-of-sequence token.
+def encode(tokenizer: Any, pairs: Sequence[tuple[str, str] | Example], max_length: int) -> list[dict[str, Any]]:
+    """Tokenise prompt and response; a response that comes to its end has the end-of-sequence token there.
 
     Args:
         tokenizer: the backbone's.
-        pairs: prompts and responses.
+        pairs: prompts and responses, and whether these come to their end; a pair of two does.
         max_length: longest example, tokens; the response is cut to fit, then the example dropped if none is left.
 
     Returns:
@@ -30,9 +32,9 @@ def encode(tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int) ->
         UserError: no example fits.
     """
     rows = []
-    for prompt, response in pairs:
+    for prompt, response, ends in starmap(Example, pairs):
         start = tokenizer(prompt).input_ids
-        end = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        end = [*tokenizer(response, add_special_tokens=False).input_ids, *([tokenizer.eos_token_id] if ends else [])]
         ids = (start + end)[:max_length]
         if len(ids) > len(start):
             rows.append({"input_ids": ids, "prompt_length": len(start)})

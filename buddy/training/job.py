@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buddy.data.templates import Example
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
@@ -33,7 +34,7 @@ class Job:
 
     backbone: CausalLM
     tokenizer: Any
-    pairs: Sequence[tuple[str, str]]
+    pairs: Sequence[tuple[str, str] | Example]
     settings: Training
     removed: int
     folder: Path

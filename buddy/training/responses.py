@@ -16,7 +16,7 @@ from typing import Any
 from buddy.data import inputs
 from buddy.data.catalogue import CATALOGUE, CHOICE
 from buddy.data.choices import Item, item_of, training_items
-from buddy.data.store import PROVENANCE
+from buddy.data.sources import PROVENANCE
 from buddy.data.tasks import tasks
 from buddy.errors import UserError
 from buddy.training.examples import encode
@@ -41,7 +41,7 @@ def training_rows(folder: Path, tokenizer: Any, count: int | None, max_length: i
         return [_row(item) for item in training_items(folder.parent, [folder.name], tokenizer, None)[folder.name]][
             :count
         ]
-    pairs = inputs.pairs(folder, training=True)
+    pairs = inputs.training(folder)
     kept = pairs[: _first_held_back(len(pairs))] if _fingerprint(folder) else pairs
     return encode(tokenizer, kept[:count], max_length)
 
@@ -63,7 +63,8 @@ def held_out_rows(
         _, (task,) = tasks(folder.parent, [folder.name])
         items = [item_of(task, document, tokenizer, 2048) for document in list(task.eval_docs)[:count]]
         return [_row(item) for item in items], "evaluation split"
-    pairs, which = inputs.pairs(folder), "evaluation split"
+    pairs: Sequence[Any] = inputs.pairs(folder)
+    which = "evaluation split"
     if file := _fingerprint(folder):
         which = "held back" if file in trained_on.values() else "all rows"
         pairs = pairs[_first_held_back(len(pairs)) :] if which == "held back" else pairs

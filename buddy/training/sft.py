@@ -20,6 +20,7 @@ from torch import Tensor
 
 from buddy import checkpoints
 from buddy.checkpoints import Checkpoints
+from buddy.data.templates import Example
 from buddy.routing.engine import Routing, routed
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
@@ -61,7 +62,7 @@ def train(
     backbone: CausalLM,
     tokenizer: Any,
     policy: Policy,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, str] | Example],
     settings: Training,
     recipe: Recipe,
     folder: Path,

@@ -18,13 +18,14 @@ import slurmd
 
 TIMEOUT_S = 1500
 ON_GPU = {
-    *("importance", "corpus_orders", "length_orders", "train", "calibrate", "pool", "adapt", "predictor"),
+    *("importance", "corpus_orders", "length_orders", "answers", "train", "calibrate"),
+    *("pool", "adapt", "predictor"),
     *("evaluate", "solve", "trace", "rouge", "latency", "breakdown", "budget_eval", "evaluate_auto"),
 }
 """Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""
 VERBS = {
     **{"corpus_orders": "importance", "length_orders": "importance"},
-    **{"budget_eval": "budget-eval", "evaluate_auto": "evaluate"},
+    **{"budget_eval": "budget-eval", "evaluate_auto": "evaluate", "answers": "data"},
 }
 """Verb of ``python -m buddy`` that such a rule runs, where that is not its name."""
 NOTE = """\

@@ -69,6 +69,14 @@ def test_a_study_before_its_first_job(plan: Config, folder: Path) -> None:
     }
 
 
+def test_prompts_that_a_backbone_answers_are_a_job_of_their_own(plan: Config, folder: Path) -> None:
+    own = config.parse({**plan.model_dump(mode="json"), "data": {"source": "embedded", "answers": "backbone"}})
+    assert states(own, folder)["answers"] == {"missing": 1}
+    write(folder / "data/answered_by~tiny/alpaca/data.json")
+    assert states(own, folder)["answers"] == {"done": 1}
+    assert states(own, folder)["data"] == {"missing": 3}
+
+
 def mark(folder: Path, output: str, length: int = 1000) -> None:
     """As Snakemake marks the output of a job that it has started; names of markers are cut at a length."""
     name = base64.urlsafe_b64encode(f"results/small/{output}".encode()).decode()

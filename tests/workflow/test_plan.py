@@ -89,6 +89,19 @@ def test_methods_lora_seeds_and_criteria_span_the_peers(checkout, overlay, adapt
     assert jobs["evaluate"] == adapted + ("dense" in overlay["study"]["methods"])
 
 
+def test_each_backbone_answers_the_prompts_that_its_own_runs_are_trained_on(checkout):
+    study = {"name": "own", "backbones": ["llama2-7b", "qwen2.5-7b"], "methods": ["buddy", "sleb"], "ablations": []}
+    tables = {
+        "table2": {"kind": "accuracy", "backbone": "llama2-7b"},
+        "table3": {"kind": "accuracy", "backbone": "qwen2.5-7b"},
+    }
+    overlay = {"study": {**study, "tables": tables}, "data": {"answers": "backbone"}}
+    (checkout / "own.yaml").write_text(yaml.safe_dump(overlay))
+    jobs = planned(checkout, "table2", "table3", "--configfile", "own.yaml")
+    assert (jobs["answers"], jobs["train"], jobs["adapt"]) == (2, 2, 2 * 4)
+    assert "answers" not in planned(checkout, "table2")
+
+
 FIGURES = {  # what Llama2-7B's figures have measured
     "figure2": {"length_orders": 2},
     "figure5": {"train": 1, "importance": 1, "rouge": 1},
