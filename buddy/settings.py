@@ -450,6 +450,23 @@ class Training(Settings):
         return self
 
 
+class Router(Settings):
+    """The tuned recipe of BUDDY's router: removal orders searched on the training data, and one chosen by the input."""
+
+    examples: int = Field(512, description="training examples whose losses along the pool's routes are measured", ge=8)
+    held_out: int = Field(
+        128, description="further training examples, kept apart, by whose losses the router to keep is chosen", ge=4
+    )
+    orders: int = Field(
+        6, description="removal orders to search, each on the examples that it suits, besides one for all of them", ge=1
+    )
+    search_examples: int = Field(32, description="examples that an order is searched on", ge=1)
+    rounds: int = Field(
+        2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
+    )
+    batch_size: int = Field(8, description="examples per pass, each of which takes several routes", ge=1)
+
+
 class Evaluation(Settings):
     """Accuracy through lm-evaluation-harness."""
 

@@ -26,7 +26,7 @@ class DataSet:
     Attributes:
         name: our name of it.
         kind: what its rows are.
-        repository, config, revision: where it is published on the Hugging Face Hub.
+        repository, config, revision: where it is published on the Hugging Face Hub; no repository for rows of one's own.
         columns: columns that every row has besides ``id``, which is made where the publisher gives none.
         optional: of them those that rows of one's own may leave out.
         response: the column that answers the prompt; None for a set without prompts and responses.
@@ -133,6 +133,16 @@ _SETS = (
         evaluation="train",
         optional=("input", "output"),
         response="output",
+    ),
+    # Prompts and responses as they are, of any kinds mixed: rows of one's own, from a folder.
+    DataSet(
+        "pairs",
+        INSTRUCTIONS,
+        "",
+        ("prompt", "response"),
+        evaluation="train",
+        optional=("response",),
+        response="response",
     ),
     DataSet(
         "samsum",

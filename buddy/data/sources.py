@@ -42,6 +42,8 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
     split = split or data.evaluation
     if split not in data.splits:
         raise UserError(f"data set {name}: no split {split!r}; there is {choices(data.splits)}")
+    if source in ("hub", "embedded") and not data.repository:
+        raise UserError(f"data set {name}: rows of your own; give as source the folder that has {name}.{split}.jsonl")
     if source == "hub":
         rows, origin = _from_hub(data, split, revision or commit(name)), f"data set {data.repository}, split {split}"
     else:

@@ -44,7 +44,11 @@ def _gsm8k(row: Row) -> str:
     return PROBLEM.format(question=row["question"])
 
 
-_QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k}
+def _pairs(row: Row) -> str:
+    return str(row["prompt"])
+
+
+_QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k, "pairs": _pairs}
 
 CUT = "cut"
 """Column of a row whose response was cut off before its end; others do not have it."""
@@ -62,7 +66,7 @@ def questions(name: str, rows: Sequence[Row]) -> list[str]:
     """Prompt of each row; no chat template, no special tokens.
 
     Args:
-        name: alpaca, samsum or gsm8k.
+        name: alpaca, samsum, gsm8k or pairs.
         rows: rows of that data set; they need no response.
 
     Raises:
@@ -79,7 +83,7 @@ def examples(name: str, rows: Sequence[Row]) -> list[Example]:
     """Prompt and response of each row.
 
     Args:
-        name: alpaca, samsum or gsm8k.
+        name: alpaca, samsum, gsm8k or pairs.
         rows: rows of that data set.
 
     Raises:

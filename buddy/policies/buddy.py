@@ -54,10 +54,13 @@ class BuddyPolicy(Policy):
         omega: weight of the prior.
         rank: hidden width of the Decision Module.
         prior: standardised prior of the candidate blocks, (candidates,); None means no prior.
+        prompts_noted: whether the state has mean and deviation of what prompts pooled to in training (`note_prompts`).
         predictor: settings of the budget predictor (`BudgetPredictor.settings`); None leaves every budget to the caller.
     """
 
     prior: Tensor
+    prompts_mean: Tensor
+    prompts_deviation: Tensor
     capturable = True
 
     def __init__(
@@ -70,6 +73,7 @@ class BuddyPolicy(Policy):
         rank: int = 32,
         prior: Tensor | None = None,
         predictor: dict[str, Any] | None = None,
+        prompts_noted: bool = False,
     ) -> None:
         super().__init__()
         candidates = blocks - source_block - 1
@@ -87,6 +91,20 @@ class BuddyPolicy(Policy):
             raise UserError(f"prior: {tuple(prior.shape)} values for {candidates} candidate blocks")
         self.register_buffer("prior", prior.float())
         self.predictor = None if predictor is None else BudgetPredictor(width, **predictor)
+        self.prompts_noted = prompts_noted
+        if prompts_noted:
+            self.register_buffer("prompts_mean", torch.zeros(width))
+            self.register_buffer("prompts_deviation", torch.ones(width))
+
+    def note_prompts(self, pooled: Tensor) -> None:
+        """Keep what training prompts pooled to, so that one can say how far other prompts are from them.
+
+        Args:
+            pooled: (N, width), mean features of N prompts.
+        """
+        if self.prompts_noted:
+            self.prompts_mean.copy_(pooled.mean(0))
+            self.prompts_deviation.copy_(pooled.std(0, correction=0))
 
     def settings(self) -> dict[str, Any]:
         """Arguments that build this policy again; weights and prior come from its state dict."""
@@ -98,6 +116,7 @@ class BuddyPolicy(Policy):
             "omega": self.omega,
             "rank": self.rank,
             **({} if self.predictor is None else {"predictor": self.predictor.settings()}),
+            **({"prompts_noted": True} if self.prompts_noted else {}),
         }
 
     @property

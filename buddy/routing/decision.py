@@ -35,6 +35,18 @@ class DecisionModule(nn.Module):
         with torch.no_grad():
             self.up.weight *= START
 
+    @torch.no_grad()
+    def fold(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take standardisation into the first layer: features ``x`` are read as ``(x - mean) / deviation`` from now on.
+
+        A decode step so costs what it did.
+
+        Args:
+            mean, deviation: (width,), of the features that the weights were trained on.
+        """
+        self.down.weight /= deviation
+        self.down.bias -= self.down.weight @ mean
+
     def forward(self, features: Tensor) -> Tensor:
         """Score every candidate block for every token.
 
