@@ -275,11 +275,20 @@ class Config(Settings):
         backbones = self.predicting_backbones() if "buddy" in self.study.methods else []
         return [self.buddy_run(backbone, main, seed) for backbone in backbones for seed in self.study.seeds]
 
+    def scored_backbones(self) -> list[str]:
+        """Backbones of the study whose runs score held-out text."""
+        return self._of_study(self.likelihood.backbones) if self.likelihood.datasets else []
+
+    def scored_runs(self) -> list[Run]:
+        """The runs that score it: all that are compared, and the variants of ablations."""
+        chosen = self.scored_backbones()
+        return [run for run in self.runs() if run.backbone in chosen]
+
     def _of_study(self, chosen: list[str] | None) -> list[str]:
         return [name for name in self.study.backbones if chosen is None or name in chosen]
 
     def measured_tables(self) -> dict[str, Table]:
-        """The tables that this study measures, in the order of their numbers."""
+        """The tables that this study measures: the paper's in the order of their numbers, then that of likelihoods."""
         ablations = {ablation.name for ablation in self.study.ablations}
 
         def measured(table: Table) -> bool:
@@ -287,6 +296,8 @@ class Config(Settings):
                 return table.ablation in ablations
             if table.kind == "generation":
                 return bool(self.answering_backbones())
+            if table.kind == "likelihood":
+                return bool(self.scored_backbones())
             if table.kind == "training_cost":
                 return any(method in self.study.methods for method in METHODS if method != "dense")
             measured_on = {
@@ -298,7 +309,9 @@ class Config(Settings):
             return table.backbone in measured_on.get(table.kind, lambda: self.study.backbones)()
 
         tables = {name: table for name, table in self.study.tables.items() if measured(table)}
-        return dict(sorted(tables.items(), key=lambda item: int("".join(filter(str.isdigit, item[0])) or 0)))
+        ordered = dict(sorted(tables.items(), key=lambda item: int("".join(filter(str.isdigit, item[0])) or 0)))
+        own = Table(kind="likelihood")
+        return {**ordered, **({"likelihood": own} if measured(own) else {})}
 
 
 def parse(content: Mapping[str, Any], origin: str = "config.yaml") -> Config:

@@ -198,6 +198,7 @@ def _datasets(study: Config) -> list[str]:
     names += study.trace.datasets if "properties" in kinds or _traces(study) else []
     names += study.trace.tasks if _traces(study) else []
     names += ["samsum"] if study.summarising_runs() else []
+    names += study.likelihood.datasets if study.scored_backbones() else []
     if study.predicting_runs():
         names += study.predictor.data if "paper" in study.predictor.presets else []
         names += study.predictor.tuned_data if "tuned" in study.predictor.presets else []
@@ -258,6 +259,8 @@ def _measurements(study: Config) -> Iterator[Job]:
         yield from _per_dataset("trace", run, [*study.trace.datasets, *study.trace.tasks])
     for run in study.summarising_runs():
         yield from _per_dataset("rouge", run, ["samsum"])
+    for run in study.scored_runs():
+        yield Job("score", run.path, f"records/likelihood/{run.path}")
     for run in _timed(study, tables):
         yield from _per_dataset("latency", run, study.latency.datasets)
     for table in tables:

@@ -266,11 +266,11 @@ class Stopwatch:
         self.start = time.perf_counter()
         self.wall: float | None = None
 
-    def share(self, parts: int) -> None:
-        """Stop: the time up to now is that of this many measurements made together, of which each counts an equal part."""
-        self.wall = (time.perf_counter() - self.start) / parts
+    def stop(self) -> None:
+        """From here on `seconds` says the time up to now: records of one job that are written one after the other agree."""
+        self.wall = time.perf_counter() - self.start
 
     def seconds(self) -> dict[str, Any]:
-        """``{"wall_s", "gpu_s"}`` up to now, or one measurement's part of them."""
+        """``{"wall_s", "gpu_s"}`` up to now, or until it was stopped."""
         wall = time.perf_counter() - self.start if self.wall is None else self.wall
         return {"wall_s": round(wall, 3), "gpu_s": round(wall, 3) if self.device.startswith("cuda") else 0.0}

@@ -20,7 +20,15 @@ Criterion = Literal["block_influence", "ppl", "taylor"]
 Indicator = Literal["delta_ppl", "taylor", "cosine", "block_influence"]
 Lora = Literal["trained", "none"]
 TableKind = Literal[
-    "accuracy", "latency", "breakdown", "ablation", "generation", "peer_latency", "properties", "training_cost"
+    "accuracy",
+    "latency",
+    "breakdown",
+    "ablation",
+    "generation",
+    "peer_latency",
+    "properties",
+    "training_cost",
+    "likelihood",
 ]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
@@ -206,14 +214,18 @@ class Table(Settings):
 
     kind: TableKind = Field(
         description="accuracy by budget, latency (of BUDDY, or of all methods: peer_latency), what a pass spends its "
-        "time on, an ablation, generated answers (GSM8K), measured properties of the methods, or hours of training"
+        "time on, an ablation, generated answers (GSM8K), measured properties of the methods, hours of training, or "
+        "likelihoods (a study that has some makes the table `likelihood` unasked)"
     )
-    backbone: Name | None = Field(None, description="backbone it is about; generation and training_cost show several")
+    backbone: Name | None = Field(
+        None, description="backbone it is about; generation, training_cost and likelihood show several"
+    )
     ablation: Name | None = Field(None, description="ablation of an ablation table")
 
     @model_validator(mode="after")
     def _names_its_subject(self) -> Table:
-        needed = {"ablation": "ablation", "generation": None, "training_cost": None}.get(self.kind, "backbone")
+        several = dict.fromkeys(("generation", "training_cost", "likelihood"))
+        needed = {"ablation": "ablation", **several}.get(self.kind, "backbone")
         if needed is not None and getattr(self, needed) is None:
             raise ValueError(f"a table of kind {self.kind} needs the key {needed!r}")
         return self
@@ -535,9 +547,10 @@ class Likelihood(Settings):
 
     backbones: list[Name] | None = Field(None, description="backbones that are scored (all of the study by default)")
     datasets: list[ScoredData] = Field(
-        ["alpaca", "gsm8k", "samsum", "wikitext2"],
+        [],
         description="text that is scored: responses to prompts (alpaca, gsm8k, samsum), or prose in windows whose second "
-        "half continues the first; [] for none",
+        "half continues the first; none: nothing is scored. Priors and static peers know the corpora of `importance` and "
+        "`peers`",
     )
     items: int = Field(128, description="items of each data set", ge=2)
     max_length: int = Field(

@@ -33,6 +33,7 @@ RESULTS = f"results/{STUDY.study.name}"
 # The records behind tables and figures: those that the rules measure, or those that the study names (study.records).
 RECORDS = checked(source.records_folder, STUDY, RESULTS, ORIGIN)
 MEASURES = STUDY.study.records is None
+TABLES_OF_STUDY = STUDY.measured_tables()
 RUNS = {run.path: run for run in STUDY.runs()}
 ROUTED = [path for path, run in RUNS.items() if run.method == "buddy"]
 PEERS = [path for path, run in RUNS.items() if run.method not in ("dense", "buddy")]
@@ -76,7 +77,7 @@ wildcard_constraints:
     corpus=any_of(CORPORA),
     preset=any_of(PREDICTOR_PRESETS),
     dataset="[a-z0-9_]+",
-    table="table[0-9]+",
+    table="table[0-9]+|likelihood",
     figure="[a-z0-9_]+",
 
 
@@ -168,6 +169,11 @@ def shown(folders):
 def accuracy_records(runs):
     """Folders of accuracy records, one per run: removed~N.json."""
     return shown([f"{RECORDS}/accuracy/{run.path}" for run in runs])
+
+
+def likelihood_records(runs):
+    """Folders of likelihoods, one per run: kv~KV/decode~MODE/removed~N.json."""
+    return shown([f"{RECORDS}/likelihood/{run.path}" for run in runs])
 
 
 def latency_records(runs):
@@ -287,6 +293,13 @@ def model_flags(wildcards, settings, *leave_out):
     return flags(fields)
 
 
+def score_flags(wildcards):
+    """The settings of scoring. A dense model has all its modes in one pass, and a record of each like any other run."""
+    run = RUNS[wildcards.run]
+    whose = {"study": STUDY.study.name, "name": run.backbone} if run.method == "dense" else {}
+    return flags({**STUDY.likelihood.model_dump(exclude={"backbones", "datasets"}), **whose})
+
+
 def trace_flags(wildcards):
     """The settings of a trace; after a task's prompts nothing is generated."""
     prompts_only = {"new_tokens": 1} if wildcards.dataset in STUDY.trace.tasks else {}
@@ -347,8 +360,8 @@ def figure_files(name):
 
 def table_records(name):
     """The records that a table shows, and those that say whether its routers take more than one path."""
-    found = measured_records(STUDY.study.tables[name])
-    return [*found, *router_records(shown_runs(STUDY.study.tables[name]))] if found else []
+    found = measured_records(TABLES_OF_STUDY[name])
+    return [*found, *router_records(shown_runs(TABLES_OF_STUDY[name]))] if found else []
 
 
 def measured_records(table):
@@ -359,6 +372,8 @@ def measured_records(table):
         return generation_records()
     if table.kind == "properties":
         return trace_records(table.backbone)
+    if table.kind == "likelihood":
+        return likelihood_records(shown_runs(table))
     if table.kind == "breakdown":
         return breakdown_records(table.backbone)
     return (latency_records if table.kind in ("latency", "peer_latency") else accuracy_records)(shown_runs(table))
@@ -376,6 +391,8 @@ def shown_runs(table):
         return [run for backbone in STUDY.answering_backbones() for run in STUDY.answering_runs(backbone)]
     if table.kind == "properties":
         return STUDY.answering_runs(table.backbone)
+    if table.kind == "likelihood":
+        return STUDY.scored_runs()
     return [] if table.kind == "training_cost" else STUDY.compared_runs(table.backbone)
 
 
@@ -428,6 +445,7 @@ def measurements(kind):
         "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
         "generation": STUDY.generation.model_dump(),
+        "likelihood": [STUDY.likelihood.model_dump(), STUDY.study.model_dump(include={"main", "ablations"})],
         **dict.fromkeys(("properties", "figure4"), STUDY.trace.model_dump(exclude={"backbones", "tasks"})),
         **dict.fromkeys(figure_names.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
         "figure5": STUDY.summaries.model_dump(exclude={"backbones"}),
@@ -439,10 +457,12 @@ def measurements(kind):
 
 def table_settings(wildcards):
     """What the study says of a table: its entry, and the budgets and runs behind its rows and columns."""
-    table = STUDY.study.tables[wildcards.table]
+    table = TABLES_OF_STUDY[wildcards.table]
     backbones = [STUDY.ablation(table.ablation).backbone] if table.ablation else [table.backbone]
     if table.kind == "generation":
         backbones = STUDY.answering_backbones()
+    elif table.kind == "likelihood":
+        backbones = STUDY.scored_backbones()
     elif table.kind == "training_cost":
         backbones = STUDY.study.backbones
     return {
@@ -464,7 +484,7 @@ def figure_settings(wildcards):
 # What tables and figures are about, the parts of the report in the order of the paper.
 SECTIONS = {
     "1 Properties of the method": ["properties", "figure4", "figure5", *figure_names.HEAT_MAPS],
-    "2 Accuracy against budget": ["accuracy", "generation", "accuracy_vs_budget"],
+    "2 Accuracy and likelihood against budget": ["accuracy", "generation", "accuracy_vs_budget", "likelihood"],
     "3 Speed": ["latency", "peer_latency", "breakdown"],
     "4 Ablations": ["ablation", "figure1", "figure2", "figure7", "figure8"],
     "5 Budget predictor": ["figure12", "figure13"],
@@ -481,7 +501,7 @@ def depths_text(backbones):
 
 
 def table_section(wildcards):
-    return SECTION_OF[STUDY.study.tables[wildcards.table].kind]
+    return SECTION_OF[TABLES_OF_STUDY[wildcards.table].kind]
 
 
 def figure_section(wildcards):
@@ -490,12 +510,13 @@ def figure_section(wildcards):
 
 def table_labels(wildcards):
     """A table's parameters, as columns of the report's list."""
-    table = STUDY.study.tables[wildcards.table]
+    table = TABLES_OF_STUDY[wildcards.table]
     named = STUDY.ablation(table.ablation).backbone if table.ablation else table.backbone
-    several = STUDY.answering_backbones() if table.kind == "generation" else STUDY.study.backbones
+    shown_in = {"generation": STUDY.answering_backbones, "likelihood": STUDY.scored_backbones}
+    several = shown_in[table.kind]() if table.kind in shown_in else STUDY.study.backbones
     backbones = [named] if named else several
     return {
-        "result": wildcards.table.replace("table", "Table "),
+        "result": wildcards.table.replace("table", "Table ").capitalize(),
         "shows": table.ablation or table.kind.replace("_", " "),
         "backbone": ", ".join(backbones),
         "removed blocks": depths_text(backbones),

@@ -6,7 +6,9 @@ report: "../workflow/report/workflow.rst"
 
 
 # What `all` builds: all that the study measures, or of records given what they can show.
-TABLES = [name for name in STUDY.measured_tables() if table_records(name)]
+TABLES = [name for name in TABLES_OF_STUDY if table_records(name)]
+# What `compare` reads: the paper has no likelihoods, and their own table compares them.
+COMPARED = [name for name, table in TABLES_OF_STUDY.items() if table.kind != "likelihood"]
 FIGURES = [name for name in figure_names.planned(STUDY) if figure_records(name)]
 
 
@@ -69,7 +71,7 @@ rule figure:
 
 
 # `snakemake table2` and so on: the paper's names as targets, for those that the study measures.
-for _name in STUDY.measured_tables():
+for _name in TABLES_OF_STUDY:
 
     rule:
         name:
@@ -91,7 +93,7 @@ for _name in figure_names.NAMES:
 
 rule compare:
     input:
-        [file for name in STUDY.measured_tables() for file in table_records(name)],
+        [file for name in COMPARED for file in table_records(name)],
     output:
         [f"{RESULTS}/tables/{name}.{kind}" for name in ("compare", "significance") for kind in ("csv", "md", "tex")],
     log:
@@ -103,7 +105,7 @@ rule compare:
         runtime=15,
     params:
         study=STUDY.study.name,
-        tables=[STUDY.study.tables[name].model_dump() for name in STUDY.measured_tables()],
+        tables=[TABLES_OF_STUDY[name].model_dump() for name in COMPARED],
         removed={backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
     shell:
         "python -m buddy report --results results --study {params.study:q} --compare --track > {log:q} 2>&1"

@@ -54,7 +54,7 @@ def score(
     with measured.tracked("score", settings, out, reads=folders) as tracker:
         watch = Stopwatch(str(model.device))
         found = likelihood.measure(model, runs.untouched(model), items, wanted, settings.batch_size)
-        watch.share(len(wanted))
+        watch.stop()
         for count, budget in depths.items():
             logged: dict[str, float] = {}
             for mode in [mode for mode in wanted if mode.budget == budget.fraction]:

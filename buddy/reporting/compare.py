@@ -46,7 +46,7 @@ def overlaps(study: Study) -> list[Overlap]:
 
 
 def _of_table(study: Study, name: str) -> Iterator[Overlap]:
-    kind = study.config.study.tables[name].kind
+    kind = study.config.measured_tables()[name].kind
     grid = tables.build(study, name)
     for row in grid.rows:
         for cell in row.cells:

@@ -29,7 +29,7 @@ COLUMNS = (
 ``series`` is the run without its backbone, its seed and (of a peer) its depth, as in its path; ``value`` is in the unit that ``metric`` names
 (accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes, or
 prompts, where the record has them; ``items`` has one digit per item of a task, 1 where it was right, and ``detail`` what a
-figure needs and fits no row (`_importance`, `_curve`, `_budget`). ``corpus`` and ``length`` of an importance are those
+figure needs and fits no row (`_importance`, `_curve`, `_budget`, `_likelihood`). ``corpus`` and ``length`` of an importance are those
 that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
 PROBE_PATHS = "probe_paths"
@@ -38,7 +38,7 @@ AUTO = "auto"
 """Execution of a profiled pass whose depths the budget predictor chose."""
 _NOT_SERIES = (
     *("backbone", "seed", "dataset", "batch", "engine", "execution", "removed"),
-    *("indicator", "corpus", "length", "decode", "preset"),
+    *("indicator", "corpus", "length", "kv", "decode", "preset"),
 )
 _RATES = ("prefill_tok_s", "decode_tok_s")
 _RATIOS = (
@@ -117,6 +117,8 @@ def _rows(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]]
         yield from _importance(record, levels)
     elif record.kind == "rouge":
         yield from _rouge(record, levels)
+    elif record.kind == "likelihood":
+        yield from _likelihood(record)
     elif record.kind == "budget":
         yield from _budget(record, levels)
     elif record.kind == "training":
@@ -174,6 +176,28 @@ def _rouge(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any]
     for name in ("rouge1", "rougeL"):
         found = record.metrics[name]
         yield {**common, "metric": name, **{at: float(found[key]) for at, key in _INTERVAL.items()}}
+
+
+_LIKELIHOODS = ("nll", "kl", "agreement")
+
+
+def _likelihood(record: Record) -> Iterator[dict[str, Any]]:
+    """Two kinds of rows: of each data set every measure, with its values item by item, and in ``detail`` which items they
+    are; of the record how many distinct paths there were, over how many tokens."""
+    if record.budget is None:
+        raise ValueError("no budget")
+    metrics = record.metrics
+    common = {"kv": metrics["kv"], "decode": metrics["decode"], "executed_mean": float(metrics["executed_mean"])}
+    for dataset, scored in metrics["datasets"].items():
+        which = {"rows": scored["rows"], "sha256": scored["sha256"], "max_length": int(metrics["max_length"])}
+        told = {**common, "dataset": dataset, "detail": which, "n": int(scored["n"]), "tokens": sum(scored["tokens"])}
+        for name in _LIKELIHOODS:
+            values = tuple(map(float, scored[name]["values"]))
+            if len(values) != told["n"]:
+                raise ValueError(f"{dataset}: {len(values)} values of {name} for {told['n']} items")
+            yield {**told, "metric": name, "values": values, **{at: scored[name][key] for at, key in _INTERVAL.items()}}
+    for name in ("distinct_paths", "distinct_paths_over_prompts"):
+        yield {**common, "metric": name, "value": float(metrics[name]), "tokens": int(metrics["tokens"])}
 
 
 _INTERVAL = {"value": "mean", "low": "low", "high": "high"}

@@ -120,8 +120,9 @@ class Grid:
         return own + (self.below.records() if self.below else [])
 
 
-def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
-    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark.
+def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False) -> None:
+    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark. The best
+    is the highest, or the lowest.
 
     A cell measured at another depth than it stands for does not compete. With fewer than two that do there is nothing to
     compare and nothing is marked.
@@ -133,7 +134,7 @@ def rank(cells: Iterable[Cell | None], second: bool = True) -> None:
         shown[index] = float(f"{cell.measure.value:.{cell.decimals}f}")
     if len(measured) < 2:
         return
-    order = sorted(set(shown.values()), reverse=True)
+    order = sorted(set(shown.values()), reverse=not lowest)
     for index, cell in enumerate(measured):
         place = order.index(shown[index]) + 1
         cell.rank = place if place == 1 or (place == 2 and second) else 0

@@ -53,7 +53,7 @@ COMPONENTS = {
 }
 """Parts of a routed pass, of them the budget predictor only where it is asked (the paper's Table 8 has the backbone, the
 decision and gather/scatter), all of it, and all of it when nobody looks."""
-DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum", "gsm8k": "GSM8K"}
+DATASETS = {"alpaca": "Alpaca", "samsum": "SAMSum", "gsm8k": "GSM8K", "wikitext2": "WikiText-2", "ptb": "PTB"}
 
 
 def fraction(executed: int, blocks: int) -> str:

@@ -16,16 +16,15 @@ from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
+from buddy.resampling import RESAMPLES, estimate
 
-RESAMPLES = 10_000
-"""Of a comparison with a p value: enough that the least one, corrected for 250 comparisons, is still below the level."""
 LEVEL = 0.05
 BETTER, WORSE, UNCLEAR = "higher", "lower", "no difference shown"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two averages over the tasks, in percentage points.
+    """A difference of two averages over tasks or data sets, of accuracies in percentage points.
 
     Attributes:
         value: ours minus theirs; None where they cannot be compared, and ``note`` says why.
@@ -72,25 +71,16 @@ def _items(study: Study, backbone: str, series: Series, removed: int) -> dict[st
     return {task: np.mean(found, axis=0) for task, found in whole.items() if len({len(one) for one in found}) == 1}
 
 
-def paired(tasks: Sequence[np.ndarray], resamples: int = RESAMPLES) -> Difference:
-    """The mean over tasks of mean differences, with interval and p.
+def paired(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, unit: float = 100) -> Difference:
+    """The mean over tasks, or data sets, of mean differences, with interval and p.
 
     Args:
-        tasks: per task the difference at each item, (n,).
+        groups: per task the difference at each item, (n,).
         resamples: of the items of every task.
+        unit: how many of the difference's units are one of the items': 100 turns shares into percentage points.
     """
-    random = np.random.default_rng(0)
-    means = np.zeros(resamples)
-    for found in tasks:
-        # Only few values occur: resampling n items with replacement draws how often each occurs.
-        values, counts = np.unique(found, return_counts=True)
-        drawn = random.multinomial(len(found), counts / len(found), size=resamples)
-        means += drawn @ values / len(found) / len(tasks)
-    low, high = np.percentile(means, (2.5, 97.5))
-    value = float(np.mean([found.mean() for found in tasks]))
-    beyond = min(np.sum(means <= 1e-12), np.sum(means >= -1e-12))
-    p = min(1.0, 2 * (1 + float(beyond)) / (1 + resamples))
-    return Difference(100 * value, 100 * float(low), 100 * float(high), p, sum(map(len, tasks)))
+    found = estimate(groups, resamples)
+    return Difference(unit * found.value, unit * found.low, unit * found.high, found.p, found.items)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -169,7 +159,8 @@ def significance(study: Study) -> Grid:
     )
 
 
-def _verdict(found: Difference, corrected: float | None) -> str:
+def verdict(found: Difference, corrected: float | None) -> str:
+    """What may be said of a difference, given its p value corrected for the number of comparisons."""
     if found.value is None or corrected is None:
         return found.note
     if corrected >= LEVEL or found.low <= 0 <= found.high:
@@ -179,11 +170,11 @@ def _verdict(found: Difference, corrected: float | None) -> str:
 
 def _cells(one: Comparison, corrected: float | None) -> list[Cell | None]:
     found = one.found
-    verdict = Cell({}, Measure(note=""), text=_verdict(found, corrected))
+    said = Cell({}, Measure(note=""), text=verdict(found, corrected))
     if found.value is None:
-        return [None] * 5 + [verdict]
+        return [None] * 5 + [said]
     numbers = [(found.value, 2), (found.low, 2), (found.high, 2), (found.p, 4), (corrected, 4)]
-    return [*(Cell({}, Measure(value=value, note=""), decimals=digits) for value, digits in numbers), verdict]
+    return [*(Cell({}, Measure(value=value, note=""), decimals=digits) for value, digits in numbers), said]
 
 
 def _record(study: Study, one: Comparison, corrected: float | None, tested: int) -> dict[str, Any]:
@@ -194,5 +185,5 @@ def _record(study: Study, one: Comparison, corrected: float | None, tested: int)
         **{"method": one.one.method, "against": one.other.method, "criterion": one.other.variant.get("criterion")},
         **{"lora": one.other.lora, "unit": "percentage points", "value": found.value},
         **{"low": found.low if known else None, "high": found.high if known else None, "p": found.p if known else None},
-        **{"holm_p": corrected, "comparisons": tested, "n": found.items, "verdict": _verdict(found, corrected)},
+        **{"holm_p": corrected, "comparisons": tested, "n": found.items, "verdict": verdict(found, corrected)},
     }

@@ -122,6 +122,11 @@ class Study:
         return _grouped(self.frame, "rouge", ("backbone", "series", "removed"))
 
     @cached_property
+    def likelihood_rows(self) -> dict[tuple[str, str, int, str, str], list[dict[str, Any]]]:
+        """Rows of the frame by backbone, series, number of removed blocks, K/V policy and decode mode."""
+        return _grouped(self.frame, "likelihood", ("backbone", "series", "removed", "kv", "decode"))
+
+    @cached_property
     def training_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Rows of the frame by backbone and series: of runs, and of the budget predictors trained on them."""
         return _grouped(self.frame, "training", ("backbone", "series"))

@@ -1,4 +1,4 @@
-"""The paper's tables, rebuilt from a study's records: a function per kind of table."""
+"""The paper's tables and the likelihoods, rebuilt from a study's records: a function per kind of table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from buddy.errors import unknown
 from buddy.reporting.accuracy_tables import ablation, accuracy
 from buddy.reporting.generation_table import generation
 from buddy.reporting.grid import Grid, add_notes
+from buddy.reporting.likelihood_table import likelihood
 from buddy.reporting.peer_latency_table import peer_latency
 from buddy.reporting.properties_table import properties
 from buddy.reporting.speed_tables import breakdown, latency
@@ -17,7 +18,7 @@ from buddy.settings import Table
 
 
 def names(study: Study) -> list[str]:
-    """The tables that the study measures, in the order of their numbers."""
+    """The tables that the study measures, in the order of their numbers, those without one last."""
     return list(study.config.measured_tables())
 
 
@@ -41,7 +42,7 @@ def build(study: Study, name: str) -> Grid:
         study: settings and records.
         name: a name from `names`; cells without a record are marked and explained, never an error.
     """
-    table = study.config.study.tables[name]
+    table = study.config.measured_tables()[name]
     builders: dict[str, Callable[[Study, str, Table], Grid]] = {
         "accuracy": accuracy,
         "ablation": ablation,
@@ -51,5 +52,6 @@ def build(study: Study, name: str) -> Grid:
         "peer_latency": peer_latency,
         "properties": properties,
         "training_cost": training_cost,
+        "likelihood": likelihood,
     }
     return add_notes(builders[table.kind](study, name, table))

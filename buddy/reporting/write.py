@@ -15,8 +15,7 @@ from buddy.reporting.study import Study
 
 def table(study: Study, name: str) -> list[Path]:
     """Build one table and write it as ``tables/<name>.csv``, ``.md``, ``.tex`` and ``.html``."""
-    stem = name if name.startswith("table") else f"table{name}"
-    return _written(study, tables.build(study, name), stem)
+    return _written(study, tables.build(study, name), name)
 
 
 def comparison(study: Study) -> dict[str, list[Path]]:

@@ -41,7 +41,7 @@ def buddy(folder, *arguments):
 
 def test_tables_and_figures_are_there(finished):
     study = finished / "results/tiny"
-    for table in ("table1", "table2", "table4", "table5", "table8", "table9", "table12", "table14"):
+    for table in ("table1", "table2", "table4", "table5", "table8", "table9", "table12", "table14", "likelihood"):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
     shown = (1, 2, 4, 5, 7, 9, 10, 12, 13)
@@ -62,6 +62,7 @@ def test_every_measurement_left_a_record(finished):
     # beside dense
     assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1 + 2 * 2 * 2
     assert kinds.count("rouge") == 2 * 2  # depths and decode modes
+    assert kinds.count("likelihood") == 2 * (2 * 2 + 1 + 3 * 2)  # every run at its depths, with two K/V policies
     assert kinds.count("breakdown") == 2
     assert kinds.count("importance") == 1 + 1 + 2  # on the study's corpus, on another, at two context lengths
     assert kinds.count("calibration") == 2
@@ -86,7 +87,9 @@ def test_every_job_logged_one_wandb_run(finished):
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
     inputs = 8 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
     made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
-    measured = 9 + 2 + 8 + 9 + 1 + 3 + 1 + 2  # accuracy, GSM8K, traces, ROUGE, latency, breakdown, budgets
+    measured = (
+        9 + 2 + 8 + 9 + 1 + 9 + 3 + 1 + 2
+    )  # accuracy, GSM8K, traces, ROUGE, likelihoods, latency, breakdown, budgets
     study = finished / "results/tiny"
     shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
     assert len(ids) == inputs + made + measured + shown
@@ -100,7 +103,7 @@ def test_a_second_run_finds_nothing_to_do(finished):
 
 
 SHOWN = ("table", "figure", "all")
-MEASURED = ("evaluate", "solve", "trace", *SHOWN)
+MEASURED = ("evaluate", "solve", "trace", "score", *SHOWN)
 OF_BUDDY = ("train", "predictor", "budget_eval", "evaluate_auto", "rouge", "latency", "breakdown", *MEASURED)
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
@@ -111,6 +114,7 @@ KNOBS = [
     ({"trace": {"tasks": ["piqa", "arc_easy"]}}, {"trace", "figure", "all"}),
     ({"orders": {"samples": 3}}, {"corpus_orders", "length_orders", "figure", "all"}),
     ({"summaries": {"new_tokens": 2}}, {"rouge", "figure", "all"}),
+    ({"likelihood": {"items": 3}}, {"score", "table", "all"}),
     ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
     ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),

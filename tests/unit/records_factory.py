@@ -231,6 +231,40 @@ class Maker:
         path = self.records / "rouge" / run.path / "dataset~samsum" / f"decode~{decode}" / f"removed~{removed}.json"
         return self.record("rouge", run, removed, metrics, n=100).write(path)
 
+    def likelihood(
+        self,
+        run: Run,
+        removed: int,
+        values: dict[str, dict[str, list[float]]],
+        kv: str = "zero",
+        decode: str = "recompute",
+        executed: float | None = None,
+        paths: int = 1,
+        items: str = "same",
+    ) -> Path:
+        """Write a likelihood record of these values item by item, by data set and measure; ``items`` stands for the
+        digest of which items they are."""
+        whole = {name: len(found["nll"]) for name, found in values.items()}
+        metrics = {
+            "datasets": {
+                name: {
+                    **{"rows": "evaluation split", "n": whole[name], "sha256": items},
+                    **{"tokens": [10] * whole[name]},
+                    **{
+                        measure: {"mean": sum(one) / len(one), "low": min(one), "high": max(one), "values": one}
+                        for measure, one in found.items()
+                    },
+                }
+                for name, found in values.items()
+            },
+            **{"tokens": 10 * sum(whole.values()), "executed_mean": self._executed(run, removed, executed)},
+            **{"distinct_paths": paths, "distinct_paths_over_prompts": paths, "max_length": 128, "items": 99},
+            **{"kv": kv, "decode": decode},
+        }
+        path = self.records / "likelihood" / run.path / f"kv~{kv}" / f"decode~{decode}" / f"removed~{removed}.json"
+        variant = {**run.variant, "kv": kv, "decode": decode}
+        return self.record("likelihood", run, removed, metrics, n=sum(whole.values()), variant=variant).write(path)
+
     def budget(self, run: Run, preset: str, dataset: str = "alpaca", gain: float = 0.02) -> Path:
         """Write the record of an evaluated budget predictor whose points are that far below constant depths."""
         blocks = self.config.backbones[run.backbone].blocks

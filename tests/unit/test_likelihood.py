@@ -225,6 +225,7 @@ def test_what_a_record_says(arguments, capsys):
     assert (record.kind, record.study, record.n, record.seed) == ("likelihood", "small", 6, 3)
     assert record.variant == {"feature": "value", "kv": "mask", "decode": "recompute"}
     metrics = record.metrics
+    assert record.budget is not None
     assert metrics["executed_mean"] == metrics["executed_min"] == metrics["executed_max"] == record.budget.executed == 4
     assert metrics["tokens"] == sum(one.scored for one in items)
     assert metrics["distinct_paths"] == len(torch.cat([score.routes for score in scores]).unique(dim=0))

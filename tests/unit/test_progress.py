@@ -29,7 +29,7 @@ def plan() -> Config:
             "tables": {"table2": {"kind": "accuracy", "backbone": "tiny"}},
         },
         "evaluation": {"tasks": ["piqa"]},
-        **{name: {"backbones": []} for name in ("latency", "trace", "predictor", "orders", "summaries")},
+        **{name: {"backbones": []} for name in ("latency", "trace", "predictor", "orders", "summaries", "likelihood")},
     }
     base = config.read(ROOT / "config.yaml", ROOT / "tests" / "tiny.yaml").model_dump(mode="json")
     return config.parse({**base, **small, "study": {**base["study"], **small["study"]}})

@@ -46,14 +46,16 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
     assert jobs["trace"] == 3 + 5 * 4 + 8  # on Alpaca; BUDDY's on the tasks
     assert jobs["rouge"] == 1
+    assert jobs["score"] == 2 + 5 * 4 + 1 + 3 + 2 + 5 + 3  # Llama2-7B: every run of its accuracy table and ablations
     assert jobs["data"] == 8 + 5  # eight tasks, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
-    assert jobs["table"] == 14
+    assert jobs["table"] == 14 + 1  # and that of likelihoods
     assert seconds < 10
 
 
 TRAINED = {  # runs of BUDDY, and of peers, that a table needs
     "table1": (1, 21), "table2": (1, 21), "table4": (1, 0), "table5": (3, 0), "table6": (4, 0), "table7": (6, 0),
     "table8": (1, 0), "table9": (17, 84), "table12": (2, 42), "table13": (4, 0), "table14": (1, 8),
+    "likelihood": (14, 21),
 }  # fmt: skip
 
 
