@@ -8,6 +8,7 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/session.smk"
 include: "rules/inputs.smk"
 include: "rules/orders.smk"
 include: "rules/train.smk"
@@ -34,8 +35,13 @@ localrules:
 
 
 onstart:
+    start()
     # Reports read the whole study from here. It is no rule's input: a knob must rerun what it changes and nothing else.
     write_json(f"{RESULTS}/study.json", STUDY.model_dump(mode="json"))
+
+
+onerror:
+    print(summary(FAILURES.found()), file=sys.stderr)
 
 
 rule all:
@@ -43,3 +49,4 @@ rule all:
     input:
         [table_files(name) for name in TABLES],
         [figure_files(name) for name in FIGURES],
+        planned_outputs(),

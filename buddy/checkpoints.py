@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from buddy.config import digest
+from buddy.config import differences, digest
 from buddy.records import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Checkpoints:
             return True
         aside = self.folder / f"aside-{digest(found)}" / path.name
         logger.warning(
-            "%s: not of this making (%s): set aside as %s", path, "; ".join(_differences(found, self._made_by)), aside
+            "%s: not of this making (%s): set aside as %s", path, "; ".join(differences(found, self._made_by)), aside
         )
         aside.parent.mkdir(parents=True, exist_ok=True)
         _remove(aside)
@@ -177,21 +177,6 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
         if path.is_file() and path.name != SEAL:
             with path.open("rb") as stream:
                 yield path.relative_to(folder).as_posix(), hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs, a phrase each: ``settings.learning_rate is 0.1, here 0.2``."""
-    for name in [*here, *(name for name in there if name not in here)]:
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{prefix}{name}.")
-        elif one != other:
-            yield f"{prefix}{name} is {_short(one)}, here {_short(other)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _remove(path: Path) -> None:

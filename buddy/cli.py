@@ -36,6 +36,8 @@ COMMANDS = (
     "runs",
     "report",
     "summary",
+    "check",
+    "preflight",
     "wandb_sync",
     "wandb_report",
     "config",

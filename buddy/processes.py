@@ -69,15 +69,21 @@ class Process:
 
 def slurm_state(job: str) -> str:
     """What Slurm says of a job: its state, "gone" if it knows none, "unknown" if it cannot be asked."""
+    lines = query("squeue", "--noheader", "--format=%T", f"--jobs={job}")
+    if lines is None:
+        return "unknown"
+    return lines[0] if lines else "gone"
+
+
+def query(*command: str) -> list[str] | None:
+    """The lines that a command of Slurm's prints; None where it is not installed, fails or does not answer."""
     try:
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job}"], capture_output=True, text=True, timeout=30
-        )
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return None
     if asked.returncode and "Invalid job id" not in asked.stderr:
-        return "unknown"
-    return asked.stdout.split()[0] if asked.stdout.strip() else "gone"
+        return None
+    return [line for line in asked.stdout.splitlines() if line.strip()]
 
 
 def _exists(pid: int) -> bool:

@@ -6,7 +6,6 @@ logs and Snakemake's own markers what became of the others. Nothing is imported 
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from buddy import manifest, notes
 from buddy.config import Config, Run
 from buddy.records import find
 from buddy.reporting import figure_names
@@ -37,6 +37,11 @@ class Job:
     stage: str
     name: str
     output: str
+
+    @property
+    def record(self) -> str | None:
+        """The record of a training, below the study's folder; None of another job."""
+        return f"records/training/{self.name}.json" if self.output.startswith(("runs/", "predictors/")) else None
 
     @property
     def place(self) -> str:
@@ -113,8 +118,8 @@ def spent(job: Job, folder: Path) -> tuple[float, float]:
 
 
 def _records(job: Job, folder: Path, made: Path) -> Iterator[Mapping[str, Any]]:
-    if job.output.startswith(("runs/", "predictors/")):
-        made = folder / "records" / "training" / f"{job.name}.json"
+    if job.record:
+        made = folder / job.record
     elif not job.output.startswith("records/"):
         return
     for path in [made] if made.is_file() else find(made):
@@ -126,6 +131,50 @@ def _records(job: Job, folder: Path, made: Path) -> Iterator[Mapping[str, Any]]:
             yield content
 
 
+def outputs(study: Config) -> Iterator[str]:
+    """Every file, and every folder of records, that a study's jobs make for its tables and figures, below its folder."""
+    for job in dict.fromkeys(jobs(study)):
+        if job.stage == "budget_eval":
+            names = [*study.predictor.datasets, *(["all"] if len(study.predictor.datasets) > 1 else [])]
+            yield from (f"{job.output}/dataset~{name}.json" for name in names)
+        elif job.stage not in ("table", "figure"):
+            yield job.output
+            if job.record:
+                yield job.record
+
+
+def damaged(study: Config, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Outputs that are there and not whole, each with what is wrong, seen at a glance: nothing is read but ends of files.
+
+    Args:
+        study: its settings.
+        folder: its folder.
+    """
+    for output in outputs(study):
+        path = folder / output
+        if path.is_dir():
+            problems = manifest.lacking(path) or _cut_short(path)
+        elif path.name == "run.json" and path.is_file():
+            problems = manifest.lacking(path.parent) or _cut_short(path)
+        elif path.is_file():
+            problems = _cut_short(path)
+        else:
+            continue  # what is not there is made anyway
+        if problems:
+            yield path, "; ".join(problems[:3])
+
+
+def _cut_short(path: Path) -> list[str]:
+    if path.is_file():
+        return ["cut short"] if manifest.cut_short(path) else []
+    records = find(path)
+    return (
+        [f"{one.relative_to(path)} is cut short" for one in records if manifest.cut_short(one)]
+        if records
+        else ["empty"]
+    )
+
+
 def markers(folder: Path) -> tuple[set[str], bool]:
     """What Snakemake notes about a study.
 
@@ -135,27 +184,14 @@ def markers(folder: Path) -> tuple[set[str], bool]:
     """
     folder = folder.absolute()
     for place in (folder.parent.parent, Path.cwd()):
-        notes = place / ".snakemake"
-        if notes.is_dir():
+        kept = place / notes.FOLDER
+        if kept.is_dir():
             break
     else:
         return set(), False
-    started = set()
-    for path in (notes / "incomplete").rglob("*"):
-        if path.is_file() and (output := _decoded(path.relative_to(notes / "incomplete"))) is not None:
-            output = place / output
-            if output.is_relative_to(folder):
-                started.add(output.relative_to(folder).as_posix())
-    return started, any((notes / "locks").glob("*.lock"))
-
-
-def _decoded(marker: Path) -> Path | None:
-    """The output that a marker is for: Snakemake writes its path in base 64, cut where file names would be too long."""
-    text = "".join(part.removeprefix("@") for part in marker.parts)
-    try:
-        return Path(base64.urlsafe_b64decode(text).decode())
-    except ValueError:
-        return None
+    outputs = {(place / output) for output in notes.started(kept)}
+    below = {output.relative_to(folder).as_posix() for output in outputs if output.is_relative_to(folder)}
+    return below, notes.locked(kept)
 
 
 def jobs(study: Config) -> Iterator[Job]:

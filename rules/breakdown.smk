@@ -18,7 +18,7 @@ rule breakdown:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.1),
+        runtime=minutes("breakdown"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),

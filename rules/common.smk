@@ -1,4 +1,5 @@
 # The study in typed form, where its files are, and what a job of each backbone needs.
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from buddy import config as buddy_config
+from buddy import limits
 from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError
 from buddy.records import find as find_records
@@ -24,7 +26,8 @@ def checked(ask, *arguments):
         raise WorkflowError(str(error)) from None
 
 
-ORIGIN = " with ".join(str(file) for file in ["config.yaml", *workflow.overwrite_configfiles])
+CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
+ORIGIN = " with ".join(str(file) for file in ["config.yaml", *CONFIGFILES])
 STUDY = checked(buddy_config.parse, config, ORIGIN)
 # Defaults come from the typed study: filling them in here would mix the keys of alternative backbone sources.
 validate(config, "../workflow/schemas/config.schema.json", set_default=False)
@@ -135,9 +138,14 @@ def mem_mb(wildcards, attempt):
     return int(1000 * backbone_of(wildcards).mem_gb * (1 + 0.5 * (attempt - 1)))
 
 
-def minutes(share):
-    """Time limit of a job: a share of the backbone's training hours, more at each retry."""
-    return lambda wildcards, attempt: max(15, int(60 * backbone_of(wildcards).hours * share * attempt))
+MINUTES_AT_MOST = {}  # by rule, once the session has asked the cluster: a retry gets no more than its partition grants
+
+
+def minutes(name, times=1):
+    """Time limit of a rule's jobs, from the hours of the backbone; more at each retry."""
+    return lambda wildcards, attempt: limits.minutes(
+        name, backbone_of(wildcards).hours, attempt, times, MINUTES_AT_MOST.get(name)
+    )
 
 
 def model_file(run):

@@ -18,7 +18,7 @@ rule evaluate:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.5),
+        runtime=minutes("evaluate"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(parent(input.data[0])),

@@ -18,7 +18,7 @@ rule solve:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.5),
+        runtime=minutes("solve"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(parent(input.data[0])),
@@ -46,7 +46,7 @@ rule trace:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.1),
+        runtime=minutes("trace"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),
@@ -74,7 +74,7 @@ rule rouge:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.2),
+        runtime=minutes("rouge"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),

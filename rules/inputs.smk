@@ -60,7 +60,7 @@ rule answers:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(1),
+        runtime=minutes("answers"),
     params:
         data=lambda w, input: parent(input.data),
         backbone=lambda w, input: parent(input.backbone),
@@ -108,7 +108,7 @@ rule importance:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.25),
+        runtime=minutes("importance"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         corpus=corpus_path,

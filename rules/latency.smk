@@ -18,7 +18,7 @@ rule latency:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.2 * len(STUDY.latency.batch_sizes)),
+        runtime=minutes("latency", times=len(STUDY.latency.batch_sizes)),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: parent(input.data),

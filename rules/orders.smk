@@ -19,7 +19,7 @@ rule corpus_orders:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.25),
+        runtime=minutes("corpus_orders"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         corpus=corpus_path,
@@ -53,7 +53,7 @@ if STUDY.orders.lengths:
         resources:
             gpu=1,
             mem_mb=mem_mb,
-            runtime=minutes(0.25),
+            runtime=minutes("length_orders"),
         params:
             backbone=lambda w, input: parent(input.backbone),
             corpus=corpus_path,

@@ -18,7 +18,7 @@ rule calibrate:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.5),
+        runtime=minutes("calibrate"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         corpus=corpus_path,
@@ -49,7 +49,7 @@ rule pool:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(1),
+        runtime=minutes("pool"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         tasks=lambda w, input: parent(parent(input.tasks[0])),
@@ -82,7 +82,7 @@ rule adapt:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(1),
+        runtime=minutes("adapt"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         data=lambda w, input: parent(input.data),

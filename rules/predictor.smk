@@ -19,7 +19,7 @@ rule predictor:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.5),
+        runtime=minutes("predictor"),
     params:
         run=lambda w, input: parent(input.run),
         data=lambda w, input: folders_flag(input.data),
@@ -47,7 +47,7 @@ rule evaluate_auto:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.25),
+        runtime=minutes("evaluate_auto"),
     params:
         run=lambda w, input: parent(input.run),
         data=lambda w, input: parent(parent(input.data[0])),
@@ -76,7 +76,7 @@ rule budget_eval:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.5),
+        runtime=minutes("budget_eval"),
     params:
         run=lambda w, input: parent(input.run),
         data=lambda w, input: folders_flag(input.data),

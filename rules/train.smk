@@ -20,7 +20,7 @@ rule train:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(1),
+        runtime=minutes("train"),
     params:
         backbone=lambda w, input: parent(input.backbone),
         data=lambda w, input: parent(input.data),

@@ -63,7 +63,8 @@ def tracked_job(
 ) -> Iterator[Tracker]:
     """A W&B run for any job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
 
-    While it lasts, nobody else writes what the job writes (`buddy.locks`).
+    While it lasts, nobody else writes what the job writes (`buddy.locks`); when it has succeeded, its files are listed
+    (`buddy.manifest`).
 
     Args:
         stage: job type.
@@ -77,7 +78,7 @@ def tracked_job(
     Raises:
         UserError: another job writes there.
     """
-    from buddy import locks
+    from buddy import locks, manifest
     from buddy.tracking import track
 
     written = [given for given in writes if given]
@@ -100,7 +101,11 @@ def tracked_job(
             ),
         ) as tracker,
     ):
+        for folder in map(Path, written):
+            manifest.remove(folder)
         yield tracker
+        for folder in map(Path, written):
+            manifest.write(folder)
 
 
 def backbone_folder(given: Path, results: Path = Path("results"), option: str = "--backbone") -> Path:

@@ -1,0 +1,50 @@
+"""``buddy preflight``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def preflight(
+    config: Annotated[
+        list[Path] | None, typer.Argument(help="study file and its overlays; config.yaml by default")
+    ] = None,
+    profile: Annotated[Path, typer.Option(help="Snakemake profile for Slurm: its folder")] = Path("slurm"),
+    jobs: Annotated[
+        int | None, typer.Option(help="jobs queued or running at once; the profile's by default", min=1)
+    ] = None,
+    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+) -> None:
+    """Ask a Slurm cluster, in seconds, whether a study can run there, and say which line to edit where it cannot.
+
+    MinJobAge against how often the end of a job is looked for, time limits against the partitions', the number of jobs
+    against yours, GPU types, account and free space. `snakemake --profile slurm` asks the same before its first job.
+
+    \b
+    Examples:
+      buddy preflight
+      buddy preflight config.yaml workflow/demo.yaml --jobs 200
+    """
+    from buddy import config as studies
+    from buddy import preflight as flight
+    from buddy.errors import UserError
+    from buddy.processes import query
+
+    if query("scontrol", "ping") is None:
+        raise UserError("no Slurm answers here (scontrol ping); run it where you would call sbatch")
+    study = studies.read(*(config or [Path("config.yaml")]))
+    settings = flight.read_profile(profile)
+    asked = flight.of_study(study, settings)
+    found = flight.check(
+        asked, jobs or settings.get("jobs"), settings.get("slurm-status-command"), results / study.study.name
+    )
+    for line in found.warnings:
+        typer.echo(f"warning: {line}")
+    for line in found.errors:
+        typer.echo(f"error: {line}")
+    typer.echo(f"{len(found.errors)} errors, {len(found.warnings)} warnings")
+    if found.errors:
+        raise typer.Exit(1)

@@ -1,0 +1,125 @@
+"""What a cluster grants against what jobs ask for, told by commands that answer as Slurm's do."""
+
+import pytest
+
+from buddy import limits, preflight
+from buddy.preflight import Asked
+
+ANSWERS = {
+    "scontrol": """case "$*" in
+  "show config") echo "MinJobAge               = {age} sec"; echo "MaxJobCount             = {count}" ;;
+  "show partition --oneliner")
+    echo "PartitionName=cpu AllowGroups=ALL Default=YES MaxTime=02:00:00 State=UP"
+    echo "PartitionName=gpu AllowGroups=ALL Default=NO MaxTime=1-12:00:00 State=UP"
+    echo "PartitionName=long Default=NO MaxTime=UNLIMITED State=DOWN" ;;
+esac""",
+    "sinfo": 'echo "cpu (null)"; echo "gpu gpu:a100:4(S:0-1),tmpdisk:9"; echo "gpu gpu:h100:8"; echo "long gpu:2"',
+    "sacctmgr": """case "$*" in
+  *format=MaxSubmitJobs) echo {submit} ;;
+  *format=Account) echo ours; echo "theirs" ;;
+esac""",
+    "sacct": "exit {sacct}",
+}
+FINE = Asked("train", 36 * 60, "gpu", "ours", 1, "h100")
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Stand-ins for Slurm's commands."""
+
+    def answers(age=300, count=10_000, submit="", sacct=0):
+        for name, script in ANSWERS.items():
+            text = script.format(age=age, count=count, submit=submit, sacct=sacct)
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    answers()
+    return answers
+
+
+def errors(*asked, jobs=64, status="squeue", results="/tmp"):
+    from pathlib import Path
+
+    return preflight.check(asked, jobs, status, Path(results)).errors
+
+
+def test_what_fits_is_not_found_fault_with(cluster):
+    assert errors(FINE) == []
+    assert preflight.check([FINE], 64, "squeue", preflight.Path("/tmp")).minutes_at_most == {"train": 36 * 60}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (Asked("train", 36 * 60 + 1, "gpu", gpus=1), ["train asks for 2161 minutes", "gpu grants 2160", "`hours`"]),
+        (Asked("report", 121), ["report asks for 121 minutes", "partition cpu grants 120"]),
+        (Asked("train", 60, "gpus", gpus=1), ["slurm_partition: gpus", "cpu, gpu, long"]),
+        (Asked("train", 60, "long", gpus=1), ["Partition long is not up"]),
+        (Asked("train", 60, gpus=1), ["asks for a GPU, partition cpu has none", "sinfo"]),
+        (Asked("train", 60, "gpu", gpus=1, gpu_model="v100"), ["gpu_model: v100", "a100, h100"]),
+        (Asked("train", 60, "gpu", "nobody", 1), ["slurm_account: nobody", "ours, theirs"]),
+    ],
+)
+def test_what_cannot_work_names_what_to_edit(cluster, asked, words):
+    (error,) = errors(asked)
+    assert all(word in error for word in words), error
+    assert "Edit workflow/profiles/slurm/config.yaml" in error or "workflow/profiles/slurm/config.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("age", "status", "fine"),
+    [(50, "squeue", False), (239, "squeue", False), (240, "squeue", True), (50, "sacct", True)],
+)
+def test_squeue_must_remember_a_job_for_longer_than_the_longest_poll(cluster, age, status, fine):
+    cluster(age=age)
+    found = errors(FINE, status=status)
+    assert (found == []) is fine
+    if not fine:
+        assert f"MinJobAge is {age} s" in found[0]
+        assert "slurm-status-command: sacct" in found[0]
+
+
+def test_a_status_command_that_does_not_answer(cluster):
+    cluster(sacct=1)
+    (error,) = errors(FINE, status="sacct")
+    assert "slurm-status-command: squeue" in error
+
+
+@pytest.mark.parametrize(
+    ("limits_", "jobs", "said"),
+    [({"submit": 20}, 64, 20), ({"submit": 64}, 64, None), ({"submit": 20}, None, 20), ({"count": 50}, 64, 50)],
+)
+def test_more_jobs_than_may_be_submitted(cluster, limits_, jobs, said):
+    cluster(**limits_)
+    found = errors(FINE, jobs=jobs)
+    assert len(found) == (said is not None)
+    assert all(f"Start with -j {said} or fewer" in error for error in found)
+
+
+def test_where_slurm_does_not_answer_nothing_is_claimed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert errors(FINE) == []
+
+
+# Time limits
+
+
+def test_every_retry_raises_the_time_until_the_partition_ends_it():
+    for rule in limits.SHARES:
+        for hours in (0.2, 1, 14):
+            asked = [limits.minutes(rule, hours, attempt) for attempt in (1, 2, 3)]
+            assert asked[0] >= limits.SHORTEST
+            assert asked[1] >= 1.99 * asked[0]
+            assert asked[2] > asked[1]
+    assert [limits.minutes("train", 20, attempt, at_most=2000) for attempt in (1, 2, 3)] == [1200, 2000, 2000]
+    assert limits.minutes("train", 20, 1, at_most=60) == 1200  # the first try is refused, not cut short
+    assert limits.minutes("latency", 10, times=3) == 360
+
+
+def test_every_rule_that_asks_for_a_gpu_has_a_share():
+    from checkout import ROOT
+
+    rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    named = {line.partition("minutes(")[2].split('"')[1] for line in rules.splitlines() if "runtime=minutes(" in line}
+    assert named == set(limits.SHARES)

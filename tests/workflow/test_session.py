@@ -1,0 +1,259 @@
+"""Calls of Snakemake that meet what earlier ones left: locks, damaged records, edited studies, jobs that failed."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from checkout import clone, planned, snakemake
+from records_factory import Maker
+
+from buddy import manifest, notes, progress
+from buddy.config import digest, merge, parse
+from buddy.processes import Process
+from buddy.records import Record, write_json
+
+STUDY = ("--configfile", "small.yaml")
+RUN = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+ACCURACY = f"results/small/records/accuracy/{RUN}"
+SMALL = {
+    "study": {
+        "name": "small",
+        "backbones": ["smollm2-135m"],
+        "methods": ["dense", "buddy"],
+        "removed": {"smollm2-135m": [4, 8]},
+        "ablations": [],
+        "tables": {"table2": {"backbone": "smollm2-135m"}},
+    },
+    "evaluation": {"tasks": ["piqa", "arc_easy"]},
+    **{name: {"backbones": []} for name in ("latency", "trace", "predictor", "orders", "summaries", "breakdown")},
+    "generation": {"backbones": []},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkout with a study whose jobs have all ended, its tables and figures included."""
+    folder = clone(tmp_path_factory.mktemp("clone"))
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    content = merge(yaml.safe_load((folder / "config.yaml").read_text()), SMALL)
+    # The paper's tables are merged in: only this study's is of a backbone that it has.
+    maker = Maker(folder / "results", content)
+    maker.everything(items=8)
+    study = parse(content)
+    results = folder / "results" / "small"
+    shared = {"study": "small", "backbone": "smollm2-135m", "metrics": {}, "n": 8}
+    Record(kind="training", method="buddy", **shared).write(results / f"records/training/{RUN}.json")
+    for output in progress.outputs(study):
+        if not (results / output).exists():
+            write_json(results / output, {"made": output})
+    for path in (results / "records/accuracy").rglob("seed~0"):
+        manifest.write(path)
+    # In the order in which jobs make them, so that nothing is older than what it is made from.
+    for age, place in enumerate(
+        ("backbones", "data", "records/importance", "runs", "records/training", "records/accuracy")
+    ):
+        for path in [results / place, *(results / place).rglob("*")]:
+            os.utime(path, (1e9 + age, 1e9 + age))
+    for job in progress.jobs(study):
+        if job.stage in ("table", "figure"):
+            for kind in ("csv", "md", "tex", "html", "png", "pdf"):
+                path = (results / job.output).with_suffix(f".{kind}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("")
+    assert planned(folder, *STUDY) == {}
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "clone", symlinks=True)
+
+
+def session(folder, process, **fields):
+    """As a call of Snakemake notes itself."""
+    os.chdir(folder)
+    one = notes.Session(process, "small", "snakemake", **fields)
+    one.write()
+    return one
+
+
+@pytest.fixture(autouse=True)
+def back():
+    before = os.getcwd()
+    yield
+    os.chdir(before)
+
+
+def lock(folder, names=f"{ACCURACY}\n"):
+    path = folder / ".snakemake/locks/0.output.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(names)
+    return path
+
+
+def gone():
+    """A process that has been and is no more."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    me = Process.this()
+    process = Process(me.host, child.pid, _started(child.pid), me.since)
+    child.kill()
+    child.communicate()
+    assert not process.alive
+    return process
+
+
+def _started(pid):
+    from buddy import processes
+
+    return processes._started(pid)
+
+
+# ---- what is gone or cut is made again -----------------------------------------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "stage"),
+    [
+        (lambda f: (f / ACCURACY / "removed~8.json").unlink(), "evaluate"),
+        (lambda f: cut(f / ACCURACY / "removed~4.json"), "evaluate"),
+        (lambda f: cut(f / f"results/small/records/training/{RUN}.json"), "train"),
+        (lambda f: (f / f"results/small/records/training/{RUN}.json").unlink(), "train"),
+    ],
+)
+def test_a_record_that_is_gone_or_cut_is_made_again(folder, spoil, stage):
+    spoil(folder)
+    jobs = planned(folder, *STUDY)
+    assert jobs.pop(stage) == 1
+    assert jobs["table"] >= 1
+    assert set(jobs) <= {"evaluate", "table", "figure", "all"}
+
+
+# ---- locks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_of_a_killed_snakemake_is_removed_with_a_line(folder):
+    left, other = lock(folder), folder / ".snakemake/locks/1.output.lock"
+    other.write_text("results/another/records\n")
+    session(folder, gone())
+    result = snakemake(folder, "-n", *STUDY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Removed .snakemake/locks/0.output.lock: its Snakemake is gone." in result.stdout + result.stderr
+    assert not left.exists()
+    assert other.exists()  # another study's
+
+
+def test_the_lock_of_a_live_one_stays_and_its_process_is_named(folder):
+    left = lock(folder)
+    session(folder, Process.this())
+    shutil.rmtree(folder / ACCURACY)
+    result = snakemake(folder, "--cores", "1", ACCURACY, *STUDY)
+    assert result.returncode != 0
+    assert f"Study small is at work already: process {os.getpid()} on" in result.stdout + result.stderr
+    assert "cannot be locked" in result.stdout + result.stderr
+    assert left.exists()
+
+
+# ---- what a job refuses --------------------------------------------------------------------------------------------------
+
+
+def test_a_job_refuses_a_study_that_was_edited_since_it_was_submitted(folder):
+    content = parse(merge(yaml.safe_load((folder / "config.yaml").read_text()), SMALL)).model_dump(mode="json")
+    write_json(folder / "results/small/study.json", content)
+    (folder / "small.yaml").write_text(
+        yaml.safe_dump({**SMALL, "evaluation": {"tasks": ["piqa", "arc_easy"], "limit": 3}})
+    )
+    remote = ("--mode", "remote", "--cores", "1", "--nolock", "--force", ACCURACY)
+    result = snakemake(folder, *remote, *STUDY, BUDDY_STUDY=digest(content))
+    said = [line for line in (result.stdout + result.stderr).splitlines() if "buddy: " in line]
+    assert result.returncode != 0
+    assert said == [
+        "buddy: config.yaml with small.yaml: the study was edited after this job was submitted "
+        "(evaluation.limit is null, here 3). Put it back, or stop Snakemake (Ctrl-C) and start it again."
+    ]
+
+
+# ---- jobs that fail, and jobs that outlive their Snakemake ---------------------------------------------------------------
+
+FAKE = """\
+import json, os, sys, time
+from pathlib import Path
+from buddy import locks, cli
+stage = sys.argv[1]
+with open("tries", "a") as tries:
+    tries.write(stage + "\\n")
+if stage == "evaluate" and os.path.exists("slow"):
+    with locks.held("results/small/records/accuracy/x"):
+        Path("started").touch()
+        time.sleep(300)
+if stage == "evaluate":
+    print("INFO loading")
+    print("buddy: --data: nothing there" if os.path.exists("mistake") else "RuntimeError: CUDA error", file=sys.stderr)
+    sys.exit(2 if os.path.exists("mistake") else 1)
+cli.main()
+"""
+
+
+@pytest.fixture
+def failing(folder):
+    """One evaluation is to be done, and its command is no real one."""
+    shutil.rmtree(folder / ACCURACY)
+    (folder / "buddy/__main__.py").write_text(FAKE)
+    return folder
+
+
+@pytest.mark.parametrize(("mistake", "tries"), [(True, 1), (False, 3)])
+def test_a_failed_jobs_own_line_stands_at_the_end_and_a_mistake_is_not_tried_again(failing, mistake, tries):
+    if mistake:
+        (failing / "mistake").touch()
+    result = snakemake(failing, "--cores", "1", *STUDY)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert (failing / "tries").read_text().split() == ["evaluate"] * tries, output
+    end = output[output.index("1 job failed:") :]
+    assert len(end.splitlines()) <= 12, end
+    line = "buddy: --data: nothing there" if mistake else "RuntimeError: CUDA error"
+    assert f"evaluate: {line}\n  made   {ACCURACY}\n  log    results/small/logs/evaluate/{RUN}.log\n" in end
+    (command,) = re.findall(r"  alone  (.*)", end)
+    assert shlex.split(command) == ["snakemake", ACCURACY, "--cores", "1", "--configfile", "small.yaml"]
+
+
+def test_after_kill_9_the_same_command_names_what_still_runs_and_then_recovers(failing):
+    (failing / "slow").touch()
+    environment = {**os.environ, "PYTHONPATH": str(failing)}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "--cores", "1", *STUDY],
+        cwd=failing, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (failing / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)  # Snakemake alone: its job goes on
+    first.wait()
+    try:
+        again = snakemake(failing, "--cores", "1", *STUDY)
+        output = again.stdout + again.stderr
+        assert again.returncode != 0
+        assert "Removed .snakemake/locks/" in output
+        (job,) = re.findall(r"is still being written by process (\d+) on .*End it: kill \1;", output)
+        assert (failing / "tries").read_text().split() == ["evaluate"]  # it was not started a second time
+        os.kill(int(job), signal.SIGTERM)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    (failing / "slow").unlink()
+    (failing / "mistake").touch()
+    time.sleep(1)
+    last = snakemake(failing, "--cores", "1", *STUDY)
+    assert "evaluate: buddy: --data: nothing there" in last.stdout + last.stderr  # the job itself was reached
+    assert json.loads((failing / "results/small/study.json").read_text())["study"]["name"] == "small"
