@@ -10,7 +10,7 @@ SHARES = {
     **dict.fromkeys(("calibrate", "predictor", "budget_eval", "evaluate", "solve"), 0.5),
     **dict.fromkeys(("train", "adapt", "pool", "answers"), 1.0),
     **dict.fromkeys(("trace", "breakdown"), 0.1),
-    **dict.fromkeys(("rouge", "latency"), 0.2),
+    **dict.fromkeys(("rouge", "latency", "score"), 0.2),
 }
 """Of each rule whose jobs go to the cluster: the share of the backbone's training hours that its first try gets."""
 

@@ -19,7 +19,7 @@ rule score:
     resources:
         gpu=1,
         mem_mb=mem_mb,
-        runtime=minutes(0.2),
+        runtime=minutes("score"),
     params:
         model=lambda w, input: parent(input.model),
         data=lambda w, input: folders_flag(input.data),
