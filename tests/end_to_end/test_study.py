@@ -85,7 +85,9 @@ def test_every_job_logged_one_wandb_run(finished):
     """One offline run per job, without a key."""
     folders = list((finished / "results/tiny/wandb").rglob("offline-run-*"))
     ids = {folder.name.rsplit("-", 1)[1] for folder in folders if folder.is_dir()}
-    inputs = 8 + 3 + 1 + 1  # backbone and data sets, importance, SLEB's order, PuDDing's pool
+    inputs = (
+        8 + 1 + 3 + 1 + 1
+    )  # backbone and data sets, the backbone's answers, importance, SLEB's order, PuDDing's pool
     made = 2 + 6 + 2  # BUDDY's runs, peers, predictors
     measured = (
         9 + 2 + 8 + 9 + 1 + 9 + 3 + 1 + 2
@@ -120,6 +122,7 @@ KNOBS = [
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
     ({"evaluation": {"limit": 5}}, {"evaluate", "evaluate_auto", "table", "figure", "all"}),
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
+    ({"data": {"new_tokens": 5}}, {"answers", "adapt", *OF_BUDDY}),
     ({"importance": {"length": 40}}, {"importance", "corpus_orders", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),
 ]

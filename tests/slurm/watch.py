@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +24,11 @@ ON_GPU = {
     *("evaluate", "solve", "trace", "rouge", "score", "latency", "breakdown", "budget_eval", "evaluate_auto"),
 }
 """Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""
+ANSWERS = "data --answers-by"
+"""A verb that fetches where Snakemake runs, and with this option loads a backbone and asks it."""
 VERBS = {
     **{"corpus_orders": "importance", "length_orders": "importance"},
-    **{"budget_eval": "budget-eval", "evaluate_auto": "evaluate", "answers": "data"},
+    **{"budget_eval": "budget-eval", "evaluate_auto": "evaluate", "answers": ANSWERS},
 }
 """Verb of ``python -m buddy`` that such a rule runs, where that is not its name."""
 NOTE = """\
@@ -127,8 +130,13 @@ def verb_of(argv: list[str]) -> str | None:
     """VERB of ``python -m buddy VERB``; None for any other process."""
     for at in range(len(argv) - 2):
         if argv[at : at + 2] == ["-m", "buddy"]:
-            return argv[at + 2]
+            return full_verb(argv[at + 2], argv)
     return None
+
+
+def full_verb(verb: str, words: Container[str]) -> str:
+    """The verb, with the option that makes it another one."""
+    return ANSWERS if verb == "data" and "--answers-by" in words else verb
 
 
 def start(cluster: slurmd.Cluster, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -192,6 +200,7 @@ def _commands(folder: Path) -> dict[str, set[str]]:
     for path in (folder / ".snakemake" / "metadata").rglob("*"):
         if path.is_file():
             content = json.loads(path.read_text())
-            verbs = re.findall(r"-m buddy (\S+)", content.get("shellcmd") or "")
-            commands.setdefault(content["rule"], set()).update(verbs)
+            command = content.get("shellcmd") or ""
+            verbs = re.findall(r"-m buddy (\S+)", command)
+            commands.setdefault(content["rule"], set()).update(full_verb(verb, command) for verb in verbs)
     return commands
