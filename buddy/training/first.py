@@ -1,8 +1,8 @@
 """FiRST's two phases: gates on a frozen backbone, then LoRA on the routes that they take (`buddy.policies.first`).
 
-Phase 1 trains the gates alone, softly, by cross-entropy plus a penalty on their mean probability. Then the threshold is
-chosen. Phase 2 freezes the gates and trains LoRA; the paper does not say on which forward pass, and we take the one of
-inference: the prompt's route, hard. Nothing in phase 1 depends on the depth asked for; the threshold does.
+Phase 1 trains the gates alone, softly, by the loss of the study plus a penalty on their mean probability. Then the
+threshold is chosen. Phase 2 freezes the gates and trains LoRA; the paper does not say on which forward pass, and we take
+the one of inference: the prompt's route, hard. Nothing in phase 1 depends on the depth asked for; the threshold does.
 
 What each phase leaves is kept below the run's checkpoints until the run is complete, so a killed training repeats no
 phase that was through.
