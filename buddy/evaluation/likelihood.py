@@ -197,32 +197,31 @@ def _passes(model: RoutedModel, batch: Batch, wanted: Sequence[Mode]) -> Iterato
     Routes come from K/V of blocks that always run, so no K/V policy changes them. Where a sequence keeps one route, a block
     that it skips is never run for it, so nothing reads what stands for that block's K/V.
     """
-    kept: Pass | None = None
     anew: dict[str, Pass] = {}
+    kept: Pass | None = None
     for mode in sorted(wanted, key=lambda mode: mode.decode != "recompute"):
+        before = next(iter(anew.values()), None)
         if mode.decode == "recompute":
             if mode.kv not in anew:
-                anew[mode.kv] = _recomputed(model, batch, mode, next(iter(anew.values()), None))
+                anew[mode.kv] = _run(model, batch, mode) if before is None else _again(model, batch, mode, before)
             yield mode, anew[mode.kv]
-            continue
-        if kept is None:
-            first = next(iter(anew.values()), None)
-            kept = first if first is not None and not _changes(batch, first.routes).any() else _run(model, batch, mode)
-        yield mode, kept
+        else:
+            if kept is None:
+                kept = _run(model, batch, mode) if before is None else _again(model, batch, mode, before)
+            yield mode, kept
 
 
-def _recomputed(model: RoutedModel, batch: Batch, mode: Mode, before: Pass | None) -> Pass:
-    """A pass with a route per token; under a second K/V policy only those items go again whose route changes."""
-    if before is None:
-        return _run(model, batch, mode)
+def _again(model: RoutedModel, batch: Batch, mode: Mode, before: Pass) -> Pass:
+    """A pass in another mode than ``before``, which had a route per token: for the items whose route changed there; that
+    of the others is the same."""
     changes = _changes(batch, before.routes)
     if not changes.any():
         return before
     again = _run(model, batch.rows(changes), mode)
     tokens = changes[batch.scored.nonzero()[:, 0]]
-    states = before.states.clone()
-    states[tokens] = again.states
-    return Pass(states, before.routes)
+    states, routes = before.states.clone(), before.routes.clone()
+    states[tokens], routes[tokens.cpu()] = again.states, again.routes
+    return Pass(states, routes)
 
 
 def _changes(batch: Batch, routes: Tensor) -> Tensor:

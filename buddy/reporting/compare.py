@@ -47,6 +47,8 @@ def overlaps(study: Study) -> list[Overlap]:
 
 def _of_table(study: Study, name: str) -> Iterator[Overlap]:
     kind = study.config.measured_tables()[name].kind
+    if kind == "likelihood":  # the paper has none
+        return
     grid = tables.build(study, name)
     for row in grid.rows:
         for cell in row.cells:

@@ -239,12 +239,12 @@ def _variants(study: Study, backbones: Iterable[str]) -> list[Pair]:
     if "buddy" not in study.config.study.methods:
         return []
     mode, settings, pairs = main_mode(study), study.config.likelihood, []
-    others = [one for kv in settings.kv for decode in settings.decode if (one := Mode(kv, decode)) != mode]
+    every = [Mode(kv, decode) for kv in settings.kv for decode in settings.decode]
     for backbone in backbones:
         main = study.main(backbone)
         variants = _ablated(study, backbone, main)
         label = variant_labels([main, *variants])
-        told = [(main, f"K/V {own.kv}, {own.decode}", own) for own in others]
+        told = [(main, f"K/V {own.kv}, {own.decode}", own) for own in every if own != mode]
         told += [(one, label[one.path], mode) for one in variants]
         for removed in study.removed(backbone):
             reference = scored(study, backbone, main, removed, mode)
@@ -284,10 +284,10 @@ def _differences(study: Study, name: str, pairs: Sequence[Pair], what: str) -> G
         rows=rows,
         tidy=tidy,
         notes=[
-            f"NLL and KL in nats per token, agreement in percentage points; 95 % intervals by a paired bootstrap over the "
-            f"items of each data set ({RESAMPLES} resamples). They do not hold what another training would change, nor that "
-            "the best static method was chosen on these items. The CSV has the intervals of all measures, and of each data "
-            "set.",
+            "NLL and KL in nats per token, agreement in percentage points; 95 % intervals by a paired bootstrap over the "
+            f"items of each data set ({RESAMPLES} resamples of the NLL). They do not hold what another training would "
+            "change, nor that the best static method was chosen on these items. The CSV has the intervals of all measures, "
+            "and of each data set.",
             f"{len(tested)} comparisons were made: Holm's p corrects for all of them, and the verdict needs it below {LEVEL}.",
         ],
     )

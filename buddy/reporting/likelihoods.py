@@ -21,7 +21,7 @@ UNITS = {"nll": "nats per token", "kl": "nats per token", "agreement": "%"}
 SCALES = {"nll": 1.0, "kl": 1.0, "agreement": 100.0}
 """How many of a measure's unit in tables are 1 in the records."""
 CELL_RESAMPLES = 1000
-"""Of an interval without a p value."""
+"""Of what no verdict rests on."""
 AVERAGE = "average"
 """Stands for all data sets, each counting alike."""
 
@@ -143,4 +143,5 @@ def difference(one: Scored | None, other: Scored | None, measure: str, dataset: 
         for name, values in one.values[measure].items()
         if dataset in (AVERAGE, name)
     ]
-    return paired(groups, RESAMPLES if dataset == AVERAGE else CELL_RESAMPLES, SCALES[measure])
+    tested = measure == "nll" and dataset == AVERAGE
+    return paired(groups, RESAMPLES if tested else CELL_RESAMPLES, SCALES[measure])
