@@ -14,8 +14,8 @@ fixed route and the oracle (the best route of each kind) are exact. Then the rou
   marker   the kinds differ in one token of thirteen
 
 ``closed`` is the share of the gap between the best fixed route and the oracle that the router closes: 1 is the oracle,
-0 the best fixed route, less than 0 is worse than that. An update sees eight examples; the tuned recipe measures as many
-examples as the updates of the paper's would see.
+0 the best fixed route, less than 0 is worse than that. An update sees eight examples; the tuned recipe has as many as the
+paper's updates would see, and measures 768 of them at most.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def train(model: LlamaForCausalLM, task: Task, recipe: str, updates: int, seed: 
     policy = BuddyPolicy(BLOCKS, 2 * HEAD, prior=_prior(model, pairs[:32]), prompts_noted=recipe == "tuned")
     if recipe == "tuned":
         held_out = len(pairs) // 8
-        settings = Router(examples=len(pairs) - held_out, held_out=held_out, orders=4, rounds=4,
-                          search_examples=64, batch_size=64)  # fmt: skip
+        examples = min(len(pairs) - held_out, 768)
+        settings = Router(examples=examples, held_out=held_out, orders=3, rounds=3, search_examples=48, batch_size=64)
         router.fit(model, TOKENIZER, policy, pairs, settings, Training(max_length=64), [REMOVED], None, seed)
         return policy
     settings = Training(
@@ -265,10 +265,8 @@ def _prior(model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]]) -> Tensor:
     return standardise(normalise(values[1 : BLOCKS - 1], "taylor")).float()
 
 
-def measured(task_name: str, recipe: str, updates: int, seed: int, pretraining: int) -> dict[str, Any]:
-    """Everything: the backbone, what is known of it, and what a router makes of it."""
-    task = Task.of(task_name, seed)
-    model = pretrained(task, seed, pretraining)
+def measured(task: Task, model: LlamaForCausalLM, recipe: str, updates: int, seed: int) -> dict[str, Any]:
+    """What is known of a backbone's routes, and what a router makes of it."""
     tests = [task.batch(kind, 64, random.Random(104729 + kind)) for kind in (0, 1)]
     fixed, oracle = landscape(model, tests)
     started = time.perf_counter()
@@ -277,7 +275,7 @@ def measured(task_name: str, recipe: str, updates: int, seed: int, pretraining: 
     seconds = time.perf_counter() - started
     loss, paths, own = routed_loss(model.eval(), policy, tests)
     return {
-        "task": task_name, "recipe": recipe, "seed": seed, "updates": updates, "fixed": fixed, "oracle": oracle,
+        "task": task.name, "recipe": recipe, "seed": seed, "updates": updates, "fixed": fixed, "oracle": oracle,
         "loss": loss, "closed": (fixed - loss) / (fixed - oracle), "paths": paths, "own_blocks": own, "seconds": seconds,
     }  # fmt: skip
 
@@ -293,7 +291,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    found = measured(given.task, given.recipe, given.updates, given.seed, given.pretraining)
+    task = Task.of(given.task, given.seed)
+    model = pretrained(task, given.seed, given.pretraining)
+    found = measured(task, model, given.recipe, given.updates, given.seed)
     if given.json:
         print(json.dumps(found))
         return

@@ -473,6 +473,7 @@ class Router(Settings):
         6, description="removal orders to search, each on the examples that it suits, besides one for all of them", ge=1
     )
     search_examples: int = Field(32, description="examples that an order is searched on", ge=1)
+    response_tokens: int = Field(32, description="tokens of each response that are measured, at most", ge=1)
     rounds: int = Field(
         2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
     )

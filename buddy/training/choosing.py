@@ -15,9 +15,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-FOLDS = 5
-STEPS, EVERY = 300, 15
-RATE, DECAY = 3e-3, 0.1
+FOLDS = 4
+STEPS, EVERY = 150, 10
+RATE, DECAY = 6e-3, 0.1
 
 
 class Pooled(nn.Module):

@@ -79,24 +79,26 @@ class Search:
         return [frozenset(self.candidates[at : at + length]) for at in range(len(self.candidates) - length + 1)]
 
     def climb(self, start: Collection[int]) -> frozenset[int]:
-        """Exchange one block of a set for another for as long as that lowers the cost."""
+        """Exchange one block of a set for another for as long as that lowers the cost.
+
+        What could go instead is ranked once, beside the set that the climb starts from.
+        """
         now = frozenset(start)
+        out = self._cheapest([block for block in self.candidates if block not in now], now.__or__)
         for _ in range(EXCHANGES):
-            others = [block for block in self.candidates if block not in now]
-            back = self._cheapest(sorted(now), now.__sub__, BACK)
-            out = self._cheapest(others, now.__or__, OUT)
-            following = self.best([now, *(now - {one} | {other} for one in back for other in out)])
+            back = self._cheapest(sorted(now), now.__sub__)[:BACK]
+            others = [block for block in out if block not in now][:OUT]
+            following = self.best([now, *(now - {one} | {other} for one in back for other in others)])
             if following == now:
                 break
+            out += [block for block in now - following if block not in out]
             now = following
         return now
 
-    def _cheapest(
-        self, blocks: Sequence[int], changed: Callable[[frozenset[int]], frozenset[int]], count: int
-    ) -> list[int]:
-        """The blocks whose going, or coming back, costs least."""
+    def _cheapest(self, blocks: Sequence[int], changed: Callable[[frozenset[int]], frozenset[int]]) -> list[int]:
+        """Blocks by what their going, or coming back, costs."""
         costs = dict(zip(blocks, self.costs([changed(frozenset([block])) for block in blocks]), strict=True))
-        return sorted(blocks, key=lambda block: costs[block])[:count]
+        return sorted(blocks, key=lambda block: costs[block])
 
     def order(self, blocks: Collection[int]) -> list[int]:
         """A set's blocks in the order in which they are left out; of equal costs the earlier block goes."""

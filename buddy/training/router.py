@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 SHARD = 64
 """Examples of the table that are written together."""
-EPOCHS, RATE = 300, 3e-3
+EPOCHS, RATE = 200, 5e-3
 """Adam on the Decision Module, all examples at once: a second or two on a CPU."""
 SHARES = (1.0, 0.5, 0.25)
 """Of the examples for which another order than the best for all is predicted to be better, the share that gets it, those
@@ -141,7 +141,10 @@ def fit(
             f"router: {len(rows)} training examples are too few for {settings.held_out} held out and twice "
             f"{settings.search_examples} to search on; lower router.held_out and router.search_examples"
         )
-    chosen = [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()[:wanted]]
+    chosen = [
+        _cut(rows[index], settings.response_tokens)
+        for index in torch.randperm(len(rows), generator=generator).tolist()[:wanted]
+    ]
     examples = _Examples(chosen, _read(backbone, policy, chosen, settings.batch_size))
     held_out, learnt = examples.part(0, settings.held_out), examples.part(settings.held_out, len(chosen))
     made_by = {
@@ -156,6 +159,11 @@ def fit(
     kept = Checkpoints(folder / FOLDER / "router", made_by) if folder else None
     fitting = _Fitting(backbone, policy, settings, training, sorted(depths), kept, generator)
     return fitting.run(learnt, held_out, on_log)
+
+
+def _cut(row: Row, tokens: int) -> Row:
+    """An example whose response has at most so many tokens."""
+    return {**row, "input_ids": row["input_ids"][: row["prompt_length"] + tokens]}
 
 
 @torch.no_grad()
@@ -305,13 +313,13 @@ class _Fitting:
         start = _copied(decision)
         states = {"start": start}
         places = torch.stack([self._places(order) for order in orders.values()])
-        for name, given in [
-            *((f"fixed {name}", torch.full((len(suits),), place)) for place, name in enumerate(names)),
-            *((f"chosen {share:g}", self._given(suits, share, names.index(best))) for share in SHARES),
-        ]:
+        for name, alike in zip(names, places, strict=True):
+            self._fix(alike)
+            states[f"fixed {name}"] = _copied(decision)
+        for share in SHARES:
             decision.load_state_dict(start)
-            self._learn(learnt, places[given])
-            states[name] = _copied(decision)
+            self._learn(learnt, places[self._given(suits, share, names.index(best))])
+            states[f"chosen {share:g}"] = _copied(decision)
         losses = {}
         seen: dict[bytes, float] = {}
         for name, state in states.items():
@@ -334,6 +342,13 @@ class _Fitting:
         for place, block in enumerate(order):
             places[block - self.policy.source_block] = place
         return places
+
+    @torch.no_grad()
+    def _fix(self, places: Tensor) -> None:
+        """Scores that are the same for all inputs, and rank the blocks as one order does."""
+        up, policy = self.policy.decision.up, self.policy
+        up.weight.zero_()
+        up.bias.copy_(places.to(up.bias) / len(places) - policy.omega * policy.prior)
 
     def _learn(self, learnt: _Examples, places: Tensor) -> None:
         """Fit the Decision Module: at every depth, blocks that run rank above those left out.
