@@ -31,7 +31,7 @@ TableKind = Literal[
     "likelihood",
 ]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
-Execution = Literal["dense", "sliced", "reuse", "recompute", "mixed"]
+Execution = Literal["dense", "sliced", "full", "reuse", "recompute", "varied", "mixed", "nested"]
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
 Loss = Literal["ce", "kl"]
@@ -513,6 +513,12 @@ class Generation(Settings):
     decode: Literal["recompute", "reuse"] = Field(
         "recompute", description="recompute chooses a path at every step, reuse keeps the prompt's"
     )
+    slack: int | None = Field(
+        None,
+        description="blocks that a step of a batch may call beyond those that its deepest sequence runs; 0 is one set for "
+        "all, nothing leaves sequences independent; methods that score single blocks (BUDDY)",
+        ge=0,
+    )
     kv: KV = Field("zero", description="K/V of skipped blocks: zero (the paper's), mask or project")
 
 
@@ -665,9 +671,16 @@ class Latency(Settings):
     )
     executions: list[Execution] = Field(
         ["dense", "sliced", "reuse", "recompute"],
-        description="what is timed side by side; dense is always timed; mixed is a batch whose sequences have different "
-        "budgets (batch sizes above 1)",
+        description="what is timed side by side; dense is always timed; full is the run with all blocks, which shows what "
+        "the engine costs; varied has routes that are drawn for every sequence and step, where a trained router may take one "
+        "path; mixed is a batch whose sequences have different budgets, nested one whose budgets share one set of blocks "
+        "(both at batch sizes above 1)",
         min_length=1,
+    )
+    slack: list[Annotated[int, Field(ge=0)]] = Field(
+        [],
+        description="varied routes are timed under these bounds too: blocks that a step of a batch may call beyond those of "
+        "one sequence; 0 is one set for all (batch sizes above 1)",
     )
     engines: list[Engine] = Field(
         ["eager", "graph"], description="eager, and on a GPU also decoding by captured CUDA graphs", min_length=1

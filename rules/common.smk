@@ -298,6 +298,8 @@ def model_flags(wildcards, settings, *leave_out):
     if run.method == "dense":
         fields = {name: value for name, value in fields.items() if name not in ("kv", "routing", "decode")}
         fields |= {"study": STUDY.study.name, "name": run.backbone}
+    if run.method != "buddy":
+        fields.pop("slack", None)  # the peers do not score single blocks
     return flags(fields)
 
 

@@ -42,7 +42,7 @@ def solve(
 
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
-    lm = BuddyLM(model, decode=settings.decode, batch_size=settings.batch_size)
+    lm = BuddyLM(model, decode=settings.decode, slack=settings.slack, batch_size=settings.batch_size)
 
     def measure(budget: Budget) -> tuple[dict[str, Any], int]:
         metrics = accuracy.solve(lm, budget.fraction, settings, data)

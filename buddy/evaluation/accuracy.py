@@ -65,7 +65,7 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
         ``metrics`` of a generation record: per task the share of exact matches and its standard error by the way an
         answer is found in the text (the harness's filters: for GSM8K ``strict-match`` and ``flexible-extract``), n
         and one digit per item; the mean number of blocks executed; few_shot (as asked, the harness's own number where
-        the settings have none), limit, new_tokens, decode and the harness version.
+        the settings have none), limit, new_tokens, decode, slack and the harness version.
 
     Raises:
         UserError: the model's context has no room for a prompt beside that many new tokens.
@@ -75,7 +75,11 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
             f"--new-tokens: {settings.new_tokens} leaves no room for a prompt in a context of {lm.max_length} tokens"
         )
     results = _run(lm, budget, settings, data, gen_kwargs={"max_gen_toks": settings.new_tokens})
-    facts = {"few_shot": results["n-shot"][PREFIX + settings.tasks[0]], "decode": settings.decode}
+    facts = {
+        "few_shot": results["n-shot"][PREFIX + settings.tasks[0]],
+        "decode": settings.decode,
+        "slack": settings.slack,
+    }
     return _metrics(lm, settings, results, _answer_metrics) | facts | {"new_tokens": settings.new_tokens}
 
 

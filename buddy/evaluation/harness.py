@@ -33,6 +33,8 @@ class BuddyLM(TemplateLM):
         run: a `RoutedModel`, or the path of a run or a backbone.
         budget: fraction of blocks; 1 runs them all; ``auto`` and ``auto:PRICE`` leave it to the run's budget predictor.
         decode: ``recompute`` or ``reuse``, for tasks that generate.
+        slack: blocks that a step of a batch may call beyond those that its deepest sequence runs; None leaves sequences
+            independent (`RoutedModel.generate`). With it, what an item gets depends on which others share its batch.
         routing: how answers and texts are scored. ``sequence``: the context's route holds for the answer too. ``causal``:
             each token of the answer has the route that decoding it would have had.
         batch_size: sequences per pass.
@@ -45,6 +47,7 @@ class BuddyLM(TemplateLM):
         run: RoutedModel | str,
         budget: float | str = 1.0,
         decode: str = "recompute",
+        slack: int | str | None = None,
         routing: str = "sequence",
         batch_size: int | str = 16,
         max_length: int | None = None,
@@ -56,6 +59,7 @@ class BuddyLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.budget = budget if str(budget).startswith("auto") else float(budget)
         self.decode = decode
+        self.slack = None if slack is None else int(slack)
         self.routing = routing
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
         self.max_length = int(max_length or min(self.model.config.max_position_embeddings, 4096))
@@ -141,6 +145,7 @@ class BuddyLM(TemplateLM):
             ids.to(device),
             mask.to(device),
             budget=self.budget,
+            slack=self.slack,
             routing=self.routing,
             context_mask=context.to(device),
             logits_to_keep=torch.arange(first, longest, device=device),
@@ -201,6 +206,7 @@ class BuddyLM(TemplateLM):
             inputs["attention_mask"].to(self.model.device),
             budget=self.budget,
             decode=self.decode,
+            slack=self.slack,
             max_new_tokens=new,
             pad_token_id=self.tokenizer.pad_token_id,
             **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),

@@ -21,7 +21,7 @@ from buddy.routing.decision import (
     straight_through,
 )
 from buddy.routing.marks import PREDICTOR, mark
-from buddy.routing.policy import Policy
+from buddy.routing.policy import Choices, Policy
 
 
 @dataclass
@@ -62,6 +62,7 @@ class BuddyPolicy(Policy):
     prompts_mean: Tensor
     prompts_deviation: Tensor
     capturable = True
+    shares = True
 
     def __init__(
         self,
@@ -176,6 +177,15 @@ class BuddyPolicy(Policy):
         """Exactly ``executed`` blocks per sequence; softmax is monotone, so the choice needs only the scores."""
         self._settle(state)
         return state.every.scatter(1, ranking(self.scores(state)) + self.source_block, state.first)
+
+    def choices(self, state: BuddyState) -> Choices:
+        """The fused scores, and how many of the candidates each sequence keeps."""
+        self._settle(state)
+        return Choices(self.scores(state), state.first, self.source_block, 1)
+
+    def choices_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Choices:
+        """The same for every token, by cumulative means."""
+        return Choices(self._scores_each(state, keys, values, mask, prompt), state.first, self.source_block, 1)
 
     def decide_each(self, state: BuddyState, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
         """One pass over all tokens: cumulative means of their scores, top-k for each."""

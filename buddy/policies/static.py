@@ -23,6 +23,7 @@ class StaticPolicy(Policy):
     """
 
     capturable = True
+    nested = True
 
     def __init__(self, blocks: int, removal_order: Sequence[int] = ()) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from buddy.routing.kv import RoutedCache, Tap, project
 from buddy.routing.marks import CACHE, DECISION, GATHER, mark
 from buddy.routing.plan import Plan, Rows, plan
 from buddy.routing.policy import Policy
+from buddy.routing.shared import Sharing, decide, decide_each
 from buddy.routing.trace import Trace
 from buddy.routing.twin import twin
 from buddy.routing.types import Block, CausalLM, Decoder
@@ -53,6 +54,8 @@ class Routing:
         gradient: training: gates are straight-through and skipped blocks are computed to give them a gradient; those of
             a gated policy are soft.
         grouping: go path by path (True) or block by block (False); None leaves it to `plan.grouping_pays`.
+        slack: blocks that a pass may call beyond those of its deepest sequence (`buddy.routing.shared`); None leaves
+            every sequence to itself.
         trace: filled with the routes of the call.
         gates: gates of the last pass with their gradient, (B, L) or (B, S, L), in training.
         state: state of the sequences of the last pass, for logging.
@@ -68,6 +71,7 @@ class Routing:
     context_mask: Tensor | None = None
     gradient: bool = False
     grouping: bool | None = None
+    slack: int | None = None
     trace: Trace = field(default_factory=Trace)
     gates: Tensor | None = None
     state: RouteState | None = None
@@ -85,6 +89,7 @@ class RouteState:
         route: the current route, boolean (B, L).
         full: whether it names every block for every sequence; on the host.
         step: passes taken, a prefill being the first.
+        sharing: how the batch chooses together; None if each sequence does on its own.
     """
 
     policy_state: Any
@@ -92,6 +97,7 @@ class RouteState:
     route: Tensor | None = None
     full: bool = True
     step: int = 0
+    sharing: Sharing | None = None
 
 
 def check_supported(backbone: CausalLM) -> None:
@@ -237,7 +243,8 @@ def _state(routing: Routing, cache: RoutedCache | None, batch: int, device: torc
     """The routing state of these sequences: from their cache, or fresh."""
     if cache is not None and cache.routing is not None:
         return cache.routing
-    state = RouteState(routing.policy.begin(routing.budget, batch, device), routing.budget)
+    sharing = Sharing.of(routing.slack, routing.policy, routing.budget, batch)
+    state = RouteState(routing.policy.begin(routing.budget, batch, device), routing.budget, sharing=sharing)
     if cache is not None:
         cache.routing = state
     return state
@@ -333,7 +340,7 @@ class Step:
                 routing.gates = policy.gates(state.policy_state)
                 state.route = routing.gates.detach().bool()
             elif state.route is None or (routing.every and state.step % routing.every == 0):
-                state.route = policy.decide(state.policy_state)
+                state.route = decide(policy, state.policy_state, state.sharing)
             state.step += 1
 
     def read(self, input_ids: Tensor | None, hidden: Tensor) -> None:
@@ -716,7 +723,7 @@ class Step:
                 routing.gates = routing.policy.gates_each(state.policy_state, keys, values, mask, prompt)
                 route = routing.gates.detach().bool()
             else:
-                route = routing.policy.decide_each(state.policy_state, keys, values, mask, prompt)
+                route = decide_each(routing.policy, state.policy_state, keys, values, mask, prompt, state.sharing)
                 steps = state.step + (mask & ~prompt).cumsum(1) - (1 if state.step else 0)
                 route = _held(route, steps, routing.every, state.route)
                 state.step = int(steps.max()) + 1

@@ -39,6 +39,7 @@ from buddy.routing.engine import RouteState, Routing
 from buddy.routing.kv import RoutedCache
 from buddy.routing.pieces import ALL, NONE, SOME, Key, Path, Pieces
 from buddy.routing.policy import Policy
+from buddy.routing.shared import Sharing
 from buddy.routing.types import CausalLM
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class GraphDecoder:
         self._paths: OrderedDict[Key, None] = OrderedDict()
         self._walked: Counter[Path] = Counter()
         self._due: list[Key] = []
+        self._sharing: Sharing | None = None
         self._holder: Callable[[], GraphCache | None] = _nobody
         pinned = backbone.device.type == "cuda"
         self._route = torch.zeros(batch, policy.blocks, dtype=torch.bool, pin_memory=pinned)
@@ -270,6 +272,7 @@ class GraphDecoder:
                 self._graphs.clear()
                 self._paths.clear()
             state.policy_state = self.pieces.state
+        self._sharing = state.sharing
         if state.route is not self.pieces.route:
             assert state.route is not None
             self.pieces.route.copy_(state.route)
@@ -296,7 +299,7 @@ class GraphDecoder:
         self._replay(("front", window))
         if observes:
             with self._recorder.beside() if self._recorder is not None else nullcontext():
-                self._replay(("choose", self._choice_window(window)) if path is None else ("observe", 0))
+                self._replay(self._choice(window) if path is None else ("observe", 0))
                 if path is None:
                     self._route.copy_(self.pieces.route, non_blocking=True)
         self._replay(("front", window), part=1)
@@ -331,9 +334,9 @@ class GraphDecoder:
     def _window(self, length: int) -> int:
         return min(max(self._first_window, 1 << (length - 1).bit_length()), self.capacity)
 
-    def _choice_window(self, window: int) -> int:
+    def _choice(self, window: int) -> Key:
         """Under ``mask`` a choice makes the masks of the blocks; otherwise it is the same for all windows."""
-        return window if self._masks else 0
+        return "choose", window if self._masks else 0, self._sharing
 
     def _walk(self, window: int, whole: bool, path: Path) -> None:
         """Count the steps on a path; one that has been walked for long gets a graph of its own at the next step."""
@@ -365,7 +368,7 @@ class GraphDecoder:
             yield "path", window, True, path
             return
         yield "front", window
-        yield "choose", self._choice_window(window)
+        yield self._choice(window)
         if only_observes:
             yield "observe", 0
         if self._masks:

@@ -16,6 +16,7 @@ from buddy.routing.budget import Budget
 from buddy.routing.engine import Routing, check_supported, routed
 from buddy.routing.kv import RoutedCache
 from buddy.routing.policy import Policy
+from buddy.routing.shared import Sharing
 from buddy.routing.trace import Trace
 from buddy.routing.types import CausalLM
 from buddy.settings import ENGINES, KV_POLICIES, ROUTING_FORMS
@@ -135,6 +136,7 @@ class RoutedModel(nn.Module):
         *,
         budget: Budget | None = None,
         decode: str | int = "recompute",
+        slack: int | None = None,
         routing: str = "sequence",
         context_mask: Tensor | None = None,
         past_key_values: RoutedCache | None = None,
@@ -150,6 +152,7 @@ class RoutedModel(nn.Module):
                 so do ``auto`` and, at a price in [0, 1], ``auto:0.3``. A cache keeps the budget it was started with.
             decode: ``recompute`` chooses a new path at every step, ``reuse`` keeps the prefill's, an integer n chooses at
                 every n-th step.
+            slack: as in `generate`; a cache keeps that, too, as it was started with.
             routing: ``sequence``: the tokens of this pass share their sequence's route. ``causal``: each token has the
                 route that decoding would give it, so one pass has the logits of as many decode steps.
             context_mask: (B, S), True where the policy may read; by default all real tokens. With ``causal`` it marks the
@@ -168,7 +171,7 @@ class RoutedModel(nn.Module):
             past_key_values = self.new_cache(2 * input_ids.shape[1])
         if routing not in ROUTING_FORMS:
             raise UserError(f"routing: {routing!r} is not one of {choices(ROUTING_FORMS)}")
-        call = Routing(self.policy, budget, _every(decode), routing, self.kv, context_mask)
+        call = Routing(self.policy, budget, _every(decode), routing, self.kv, context_mask, slack=slack)
         self.trace = call.trace
         with routed(self.backbone, call):
             return self.backbone(
@@ -187,6 +190,7 @@ class RoutedModel(nn.Module):
         *,
         budget: Budget | None = None,
         decode: str | int = "recompute",
+        slack: int | None = None,
         engine: str = "auto",
         **kwargs: Any,
     ) -> Tensor:
@@ -198,6 +202,9 @@ class RoutedModel(nn.Module):
             budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor, once per
                 sequence, at the prompt), and so do ``auto`` and, at a price in [0, 1], ``auto:0.3``.
             decode: ``recompute``, ``reuse`` or an integer, as in `forward`.
+            slack: how many different blocks a step of a batch may call beyond those that its deepest sequence runs: 0 is
+                one set for all, of which smaller budgets run a part; None, the default, leaves sequences independent. It
+                buys speed, since a step reads every block that is called; a sequence runs as many blocks as ever.
             engine: ``eager``; ``graph``, which decodes by captured CUDA graphs; ``auto``, which takes graphs on a GPU if
                 the generation is long enough to pay for their capture. What keeps graphs from being used is logged.
             kwargs: arguments of ``GenerationMixin.generate``.
@@ -215,7 +222,8 @@ class RoutedModel(nn.Module):
             )
         if budget is not None or self.policy.source_block:
             self.policy.begin(budget, input_ids.shape[0], torch.device("cpu"))
-        routing = Routing(self.policy, budget, _every(decode))
+        Sharing.of(slack, self.policy, budget, len(input_ids))
+        routing = Routing(self.policy, budget, _every(decode), slack=slack)
         self.trace = routing.trace
         prompt = input_ids.shape[1]
         new, copies = self._expected(prompt, kwargs)

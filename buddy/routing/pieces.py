@@ -21,6 +21,7 @@ from buddy.routing.capture import Cut, nowhere
 from buddy.routing.kv import project
 from buddy.routing.lean import lean
 from buddy.routing.policy import Policy
+from buddy.routing.shared import Sharing, decide
 from buddy.routing.types import CausalLM, Decoder
 
 # cuDNN's attention has had faults under graph capture with masks; the others have not.
@@ -36,7 +37,8 @@ Key = tuple[Any, ...]
 """Which piece: its kind, the window of the cache that it reads, and what else tells it from its like.
 
 - ``("front", window)``: the blocks up to the source block; cut in two where that block has written its K/V.
-- ``("choose", window)``, ``("observe", 0)``: the policy reads the new token, and chooses or not.
+- ``("choose", window, sharing)``, ``("observe", 0)``: the policy reads the new token, and chooses, for each sequence or
+  for the batch, or not.
 - ``("hold", window)``: under ``mask``, what a step without a choice does instead.
 - ``("block", window, index)``: a block that any sequence runs.
 - ``("project", 0, index)``: under ``project``, what a block leaves that no sequence runs.
@@ -184,10 +186,10 @@ class Pieces:
         keys, values = self.storage[self.source - 1].index_select(3, self.column)
         self.policy.observe(self.state, keys, values, self.seen.index_select(1, self.column))
 
-    def _choose(self, window: int) -> None:
+    def _choose(self, window: int, sharing: Sharing | None) -> None:
         """Read, and choose the route."""
         self._observe(window)
-        self.route.copy_(self.policy.decide(self.state))
+        self.route.copy_(decide(self.policy, self.state, sharing))
         if self.kv == "mask":
             self._hold(window)
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from buddy.errors import UserError
 from buddy.routing.budget import Budget
+
+
+class Choices(NamedTuple):
+    """What a policy that scores single blocks chooses from, for a batch to choose together (`buddy.routing.shared`).
+
+    Attributes:
+        scores: (B, C) of the candidate blocks, the higher the better; floats.
+        first: (B, C) boolean, the places of a sequence's ranking that its budget keeps.
+        before, after: blocks ahead of and behind the candidates, which always run.
+    """
+
+    scores: Tensor
+    first: Tensor
+    before: int
+    after: int
 
 
 class Policy(nn.Module, ABC):
@@ -27,6 +42,9 @@ class Policy(nn.Module, ABC):
         gated: in the prefill the route grows block by block: `gate` sees each block's input before the block runs. It
             holds from then on; `decide` gives it again. Such a policy reads no K/V (``source_block`` is 0).
         reads_tokens: `read` is called with the tokens of each prompt, before any block runs.
+        shares: it scores single blocks, so that a batch can choose together: it has `choices`.
+        nested: of two routes at one step the one with fewer blocks is always part of the other, so that a batch calls no
+            more blocks than its deepest sequence runs.
     """
 
     blocks: int
@@ -34,6 +52,8 @@ class Policy(nn.Module, ABC):
     capturable: bool = False
     gated: bool = False
     reads_tokens: bool = False
+    shares: bool = False
+    nested: bool = False
 
     @property
     def always(self) -> int:
@@ -82,6 +102,27 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def decide(self, state: Any) -> Tensor:
         """Choose the route of every sequence: boolean (B, L), True where the block runs."""
+
+    def choices(self, state: Any) -> Choices:
+        """What `decide` chooses from, where the policy `shares`.
+
+        Raises:
+            UserError: it does not.
+        """
+        raise UserError(f"{type(self).__name__} does not score single blocks")
+
+    def choices_each(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Choices:
+        """Take in tokens, and for each of them what decoding token by token would have it choose from.
+
+        Args: as in `decide_each`.
+
+        Returns:
+            Choices whose scores are (B, S, C).
+
+        Raises:
+            UserError: the policy does not share.
+        """
+        raise UserError(f"{type(self).__name__} does not score single blocks")
 
     def decide_each(self, state: Any, keys: Tensor, values: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
         """Take in tokens and give each the route that decoding token by token would give it.

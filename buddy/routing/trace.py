@@ -50,6 +50,14 @@ class Trace:
         """Integer (steps, B): blocks executed by each sequence at each step."""
         return torch.stack([step.sum(-1) for step in self.steps])
 
+    def called(self) -> Tensor:
+        """Integer (steps,): blocks that any sequence executed at each step, whose weights it had to read."""
+        return torch.stack([step.any(0).sum() for step in self.steps])
+
+    def paths_at_once(self) -> Tensor:
+        """Integer (steps,): different paths among the sequences at each step."""
+        return torch.tensor([len(step.unique(dim=0)) for step in self.steps])
+
     def frequency(self) -> Tensor:
         """(L,) float: how often each block ran, over sequences and steps."""
         return torch.cat(self.steps).float().mean(0)

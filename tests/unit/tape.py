@@ -45,6 +45,7 @@ class Graph(TorchDispatchMode):
         self.before: dict[int, tuple[Any, Any]] = {}
         self.sibling: Graph | None = None
         self.ahead = False
+        self.begins: Callable[[Graph], None] = lambda _: None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,6 +73,7 @@ class Graph(TorchDispatchMode):
         if self.ahead:
             self.ahead = False
             return
+        self.begins(self)
         for func, args, kwargs, out in self.calls:
             new = func(*args, **kwargs)
             for place, value in self._own(func, out, new):
@@ -109,7 +111,7 @@ class Tape:
         self.seconds, self.memory_mb, self.graphs = 0.0, 0.0, 0
         self.waits = 0
         self.failing = False
-        self._fronts: list[Graph] = []
+        self._front: Graph | None = None
 
     def record(self, pieces: Sequence[Any], undo: Callable[[], None]) -> list[list[Graph]]:
         for piece in pieces:
@@ -128,7 +130,7 @@ class Tape:
             graphs.append(Graph())
             graphs[0].sibling = graphs[1]
             graphs[1].__enter__()
-            self._fronts.append(graphs[0])
+            graphs[0].begins = self._began
 
         piece.run(cut)
         graphs[-1].__exit__(None, None, None)
@@ -140,14 +142,17 @@ class Tape:
     @contextmanager
     def beside(self) -> Iterator[None]:
         if self.late:  # the main stream is through with what follows before the work beside it begins
-            self._latest_front().replay()
-            self._latest_front().ahead = True
+            self._rest_of_front().replay()
+            self._rest_of_front().ahead = True
         yield
 
-    def _latest_front(self) -> Graph:
-        sibling = self._fronts[-1].sibling
-        assert sibling is not None
-        return sibling
+    def _began(self, front: Graph) -> None:
+        self._front = front
+
+    def _rest_of_front(self) -> Graph:
+        assert self._front is not None
+        assert self._front.sibling is not None
+        return self._front.sibling
 
     def wait(self) -> None:
         self.waits += 1

@@ -466,7 +466,7 @@ def test_pieces_ask_the_device_for_nothing(architecture, kv, batch, monkeypatch)
         pieces.state = policy.begin(5 / 7, batch, torch.device("meta"))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no such device
     some = (ALL, ALL, ALL if batch == 1 else SOME, NONE, ALL, NONE, ALL)
-    keys = [("front", 256), ("choose", 256), ("observe", 0), ("block", 256, 3), ("block", 256, 6), ("tail", 0)]
+    keys = [("front", 256), ("choose", 256, None), ("observe", 0), ("block", 256, 3), ("block", 256, 6), ("tail", 0)]
     keys += [("path", 512, True, some), ("path", 512, False, some)]
     keys += [("hold", 256)] if kv == "mask" else [("project", 0, 3)]
     for key in keys:
