@@ -207,12 +207,15 @@ class Plan:
         """Records of one data set that any machine leaves: without a GPU the engine graph is left out."""
         settings = self.study.latency
         engine = "eager" if "eager" in settings.engines else "graph"
-        depths: dict[str, list[Any]] = {"dense": [0], "mixed": ["mixed"]}
+        depths: dict[str, list[Any]] = {"dense": [0], "full": [0], "mixed": ["mixed"], "nested": ["mixed"]}
         for batch in settings.batch_sizes:
-            names = [name for name in dict.fromkeys(["dense", *settings.executions]) if name != "mixed" or batch > 1]
-            for name in names:
-                for depth in depths.get(name, removed):
-                    yield Path(f"batch~{batch}", f"engine~{engine}", f"execution~{name}", f"removed~{depth}.json")
+            for name in dict.fromkeys(["dense", *settings.executions]):
+                if batch == 1 and name in ("mixed", "nested"):
+                    continue
+                bounds = [f"slack~{slack}" for slack in settings.slack] if name == "varied" and batch > 1 else []
+                for bound in ["", *bounds]:
+                    folder = Path(f"batch~{batch}", f"engine~{engine}", f"execution~{name}", bound)
+                    yield from (folder / f"removed~{depth}.json" for depth in depths.get(name, removed))
 
     def _breakdown(self, run: Run) -> Step:
         folder, removed = self.out / "records" / "breakdown" / run.path, self.study.removed(run.backbone)

@@ -22,7 +22,9 @@ def latency(
     removed: Annotated[str, typer.Option(help="numbers of removed blocks, such as 4,8,12,16")],
     out: Annotated[
         Path,
-        typer.Option(help="folder for the records: batch~B/engine~E/execution~X/removed~N.json; written at the end"),
+        typer.Option(
+            help="folder for the records: batch~B/engine~E/execution~X[/slack~S]/removed~N.json; written at the end"
+        ),
     ],
     settings: Latency,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -36,6 +38,7 @@ def latency(
           --prompts 4 --new-tokens 32 --out records
       buddy latency --run RUN --data DIR --removed 16 --executions dense,sliced,recompute --out records
       buddy latency --run RUN --data DIR --removed 4,8,15 --batch-sizes 1,4,16 --executions mixed --out records
+      buddy latency --run RUN --data DIR --removed 15 --batch-sizes 8 --executions sliced,varied --slack 0,2,4 --out records
     """
     from buddy.commands._common import provenance
     from buddy.commands._measured import open_run
@@ -57,8 +60,8 @@ def latency(
         # where its records are, all are.
         for timing in reversed(timings):
             execution, sequences = timing.entry.execution, timing.entry.depths
-            routed = execution not in ("dense", "sliced")
-            decode = "recompute" if execution == "mixed" else execution
+            routed = timing.entry.routed
+            decode = "reuse" if execution == "reuse" else "recompute"
             removed_mean = round_half_up(sum(sequences) / len(sequences))
             Record(
                 kind="latency",
@@ -78,9 +81,10 @@ def _log(tracker: Tracker, timings: list[Timing]) -> None:
     mixed: dict[str, Any] = {}
     for timing in timings:
         entry = timing.entry
-        point = mixed if entry.execution == "mixed" else curves.setdefault(entry.depths[0], {})
+        point = mixed if entry.mixed else curves.setdefault(entry.depths[0], {})
+        execution = entry.execution if entry.slack is None or entry.mixed else f"{entry.execution}_slack{entry.slack}"
         for phase in ("prefill", "decode"):
-            name = f"b{timing.batch_size}/{timing.engine}/{entry.execution}/{phase}_tok_s"
+            name = f"b{timing.batch_size}/{timing.engine}/{execution}/{phase}_tok_s"
             point[name] = timing.metrics[f"{phase}_tok_s"]["median"]
     for depth in sorted(curves):
         tracker.log(curves[depth], step=depth)

@@ -1,8 +1,14 @@
 """Prefill and decode speed, side by side in one process.
 
 *Dense* is the untouched model; *sliced* has the blocks physically removed and is the limit for its depth; *reuse* and
-*recompute* are the routed model; *mixed* is a batch whose sequences have different budgets. Each is timed eagerly and,
-on a GPU, by captured graphs too.
+*recompute* are the routed model, and *full* is the same with all blocks: what the engine costs. A batch reads every block
+that any of its sequences calls, so what a trained router saves depends on how far its sequences agree; *varied* has
+routes that are drawn for each of them, the worst case, each on its own or under a bound on the blocks that a step calls
+(`buddy.routing.shared`). *Mixed* is a batch whose sequences have different budgets, *nested* one of drawn routes whose
+budgets share one set of blocks. Each is timed eagerly and, on a GPU, by captured graphs too.
+
+All of them are given the same prompts, sorted by length, so that nobody carries much padding, and a cache with room for
+all tokens.
 
 A machine drifts by more than the differences that matter here. So what is compared shares a *heat*: in every repeat its
 contenders take turns of a few tokens, in an order that rotates, and a ratio is taken between seconds of one repeat.
@@ -15,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -23,11 +29,15 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache
 
 from buddy.errors import UserError
+from buddy.evaluation.memory import Peak
+from buddy.evaluation.varied import VariedPolicy
+from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
+from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
+from buddy.routing.quantised import stored
 from buddy.routing.sliced import sliced
 from buddy.routing.types import CausalLM
 from buddy.settings import Engine, Latency
@@ -40,15 +50,26 @@ Lap = dict[str, float]
 
 
 class Entry(NamedTuple):
-    """What is timed: an execution, and the removed blocks of each sequence of the batch."""
+    """What is timed: an execution, the removed blocks of each sequence of the batch, and the bound on what it calls."""
 
     execution: str
     depths: tuple[int, ...]
+    slack: int | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its sequences have depths of their own."""
+        return self.execution in ("mixed", "nested")
+
+    @property
+    def routed(self) -> bool:
+        """Whether a policy chooses its blocks."""
+        return self.execution not in ("dense", "sliced")
 
     @property
     def removed(self) -> int | str:
         """The depth of all sequences, or "mixed"."""
-        return "mixed" if self.execution == "mixed" else self.depths[0]
+        return "mixed" if self.mixed else self.depths[0]
 
 
 class Batch(NamedTuple):
@@ -61,20 +82,44 @@ class Batch(NamedTuple):
 # ---- who is timed ----------------------------------------------------------------------------------------------------
 
 
-def heats(removed: Sequence[int], executions: Sequence[str], batch_size: int) -> list[list[Entry]]:
+def heats(
+    removed: Sequence[int], executions: Sequence[str], batch_size: int, slack: Sequence[int] = ()
+) -> list[list[Entry]]:
     """What is timed in turns, for one batch size and engine; dense opens every heat.
 
-    There is one heat per depth, with sliced, reuse and recompute as far as they are asked for, so that at most four
-    K/V caches are alive. Where mixed is asked for and the batch has several sequences, another heat has it beside the
-    sliced models of its depths, which make its ideal. Without any of these, dense is timed alone.
+    At each depth there is a heat of the trained run, reuse and recompute, and one of varied routes, as far as they are
+    asked for, each beside sliced. What has no one depth has a heat of its own: full; mixed beside the sliced models of
+    its depths, which make its ideal; nested beside that of its deepest sequence. Without any of these, dense is timed
+    alone.
+
+    Args:
+        removed: numbers of removed blocks.
+        executions: what is asked for.
+        batch_size: sequences in the batch; a single one has neither mixed budgets nor a bound to keep.
+        slack: bounds for varied routes.
     """
-    dense = Entry("dense", (0,) * batch_size)
-    rivals = [name for name in ("sliced", "reuse", "recompute") if name in executions]
-    found = [[dense, *(Entry(name, (depth,) * batch_size) for name in rivals)] for depth in removed if rivals]
-    if "mixed" in executions and batch_size > 1:
+    several = batch_size > 1
+
+    def entry(execution: str, depth: int, bound: int | None = None) -> Entry:
+        return Entry(execution, (depth,) * batch_size, bound)
+
+    dense, found = entry("dense", 0), []
+    limit = ["sliced"] if "sliced" in executions else []
+    for depth in removed:
+        own = [name for name in ("reuse", "recompute") if name in executions]
+        if own or (limit and "varied" not in executions):
+            found.append([dense, *(entry(name, depth) for name in [*limit, *own])])
+        if "varied" in executions:
+            varied = [entry("varied", depth, bound) for bound in (None, *(slack if several else ()))]
+            found.append([dense, *(entry(name, depth) for name in limit), *varied])
+    if "full" in executions:
+        found.append([dense, entry("full", 0)])
+    if several and "mixed" in executions:
         mixed = Entry("mixed", mixed_depths(removed, batch_size))
-        ideals = [Entry("sliced", (depth,) * batch_size) for depth in sorted(set(mixed.depths) - {0})]
-        found.append([dense, *ideals, mixed])
+        found.append([dense, *(entry("sliced", depth) for depth in sorted(set(mixed.depths) - {0})), mixed])
+    if several and "nested" in executions:
+        depths = tuple(islice(cycle(removed), batch_size))
+        found.append([dense, entry("sliced", min(depths)), Entry("nested", depths, 0)])
     return found or [[dense]]
 
 
@@ -96,6 +141,14 @@ def usable_engines(asked: Sequence[Engine], device: torch.device) -> list[Engine
         raise UserError("--engines: 'graph' needs a GPU, and the model is not on one; eager runs anywhere")
     log.info("engine graph is left out: it captures CUDA graphs, and the model is not on a GPU")
     return ["eager"]
+
+
+class Ran(NamedTuple):
+    """What a decode step ran: blocks over all sequences of the batch, blocks that any of them called, different paths."""
+
+    executed: int
+    called: int
+    paths: int
 
 
 @dataclass(frozen=True)
@@ -122,13 +175,16 @@ class Contender:
         ran = [True] * len(decoder.layers) if self.router is None else self.router.trace.steps[-1].any(0).tolist()
         read = [layer for layer, runs in zip(decoder.layers, ran, strict=True) if runs]
         read += [decoder.norm, self.backbone.get_output_embeddings()]
-        return sum(parameter.nbytes for module in read for parameter in module.parameters())
+        parameters = [parameter for module in read for parameter in module.parameters()]
+        return sum(part.nbytes for parameter in parameters for part in stored(parameter))
 
-    def executed(self) -> int:
-        """Blocks that the last decode step ran, over all sequences of the batch."""
+    def ran(self) -> Ran:
+        """What the last decode step ran."""
+        blocks = self.backbone.config.num_hidden_layers
         if self.router is None:
-            return self.backbone.config.num_hidden_layers * len(self.entry.depths)
-        return int(self.router.trace.steps[-1].sum())
+            return Ran(blocks * len(self.entry.depths), blocks, 1)
+        route = self.router.trace.steps[-1]
+        return Ran(int(route.sum()), int(route.any(0).sum()), len(route.unique(dim=0)))
 
     def kv_bytes(self, tokens: float) -> float:
         """What a block reads of a sequence's keys and values, in a cache of that many tokens."""
@@ -136,21 +192,40 @@ class Contender:
         return 2 * self.backbone.config.num_key_value_heads * size * self.backbone.dtype.itemsize * tokens
 
 
-def contender(entry: Entry, model: RoutedModel, engine: Engine) -> Contender:
+def contender(entry: Entry, model: RoutedModel, engine: Engine, steps: int = 256) -> Contender:
     """Make an entry ready to run.
 
     Dense and sliced are plain Hugging Face models; under the engine graph they are routed models with a fixed path,
     which is captured whole: the strongest baseline.
+
+    Args:
+        entry: what to run.
+        model: the run.
+        engine: eager or graph.
+        steps: passes of a generation, for as many of which varied routes are drawn.
+
+    Raises:
+        UserError: routes cannot be drawn for this policy.
     """
-    if entry.execution not in ("dense", "sliced"):
+    if entry.routed:
         decode = "reuse" if entry.execution == "reuse" else "recompute"
-        return Contender(entry, model.backbone, *_routed(model, entry.depths, decode, engine), model)
+        router = _varied(model, len(entry.depths), steps) if entry.execution in ("varied", "nested") else model
+        return Contender(entry, model.backbone, *_routed(router, entry, decode, engine), router)
     kept = _kept(model, entry.depths[0])
     backbone = sliced(model.backbone, kept) if entry.depths[0] else model.backbone
     if engine == "eager":
-        return Contender(entry, backbone, lambda _: DynamicCache(config=backbone.config), _plain(backbone))
+        return Contender(entry, backbone, partial(RoutedCache, len(kept), model.kv), _plain(backbone))
     fixed = RoutedModel(backbone, StaticPolicy(len(kept)), model.kv).eval()
-    return Contender(entry, backbone, *_routed(fixed, (0,) * len(entry.depths), "reuse", engine))
+    return Contender(entry, backbone, *_routed(fixed, Entry("dense", (0,) * len(entry.depths)), "reuse", engine))
+
+
+def _varied(model: RoutedModel, batch: int, steps: int) -> RoutedModel:
+    """The run with routes that are drawn."""
+    if not isinstance(model.policy, BuddyPolicy):
+        raise UserError(
+            f"--executions: varied and nested draw routes for BUDDY's router, not for {type(model.policy).__name__}"
+        )
+    return RoutedModel(model.backbone, VariedPolicy(model.policy, batch, steps), model.kv).eval()
 
 
 def _kept(model: RoutedModel, removed: int) -> list[int]:
@@ -165,25 +240,27 @@ def _kept(model: RoutedModel, removed: int) -> list[int]:
 
 
 def _plain(backbone: CausalLM) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """The model's own pass; its cache is the routed model's, whose buffers have room for all tokens from the start."""
+
     def step(ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        cache.reserve(*ids.shape)
         outputs = backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.commit(ids.shape[1])
         return outputs.logits[:, -1]
 
     return step
 
 
 def _routed(
-    model: RoutedModel, depths: tuple[int, ...], decode: str, engine: Engine
+    model: RoutedModel, entry: Entry, decode: str, engine: Engine
 ) -> tuple[Callable[[int], Any], Callable[[Tensor, Tensor, Any], Tensor]]:
-    budgets = [(model.blocks - depth) / model.blocks for depth in depths]
+    call = {"budget": [(model.blocks - depth) / model.blocks for depth in entry.depths], "slack": entry.slack}
 
     def begin(capacity: int) -> Any:
-        return _checked(model.new_cache(capacity, engine=engine, batch=len(depths)), engine)
+        return _checked(model.new_cache(capacity, engine=engine, batch=len(entry.depths)), engine)
 
     def step(ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        outputs = model(
-            ids, mask, budget=budgets, decode=decode, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        outputs = model(ids, mask, **call, decode=decode, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return outputs.logits[:, -1]
 
     return begin, step
@@ -197,10 +274,11 @@ def _checked(made: Any, engine: Engine) -> Any:
 
 
 def batches(model: RoutedModel, prompts: Sequence[str], batch_size: int, new_tokens: int) -> list[Batch]:
-    """Prompts in the order given, in as few full batches as hold each once; the last begins again with the first."""
+    """Prompts by length, in as few full batches as hold each once; where they do not fill the last, the first ones given
+    come up once more."""
     encoded = [model.tokenizer(prompt).input_ids for prompt in prompts]
     count = -(-len(encoded) // batch_size)
-    rows = list(islice(cycle(encoded), count * batch_size))
+    rows = sorted(islice(cycle(encoded), count * batch_size), key=len)
     found = []
     for start in range(0, len(rows), batch_size):
         some = {"input_ids": rows[start : start + batch_size]}
@@ -224,7 +302,7 @@ class Racer:
     Attributes:
         seconds: spent so far, by phase.
         weight_bytes: weights that a decode step had to read, one sample per turn.
-        executed: blocks that a decode step ran, over all sequences, one sample per turn.
+        ran: what a decode step ran, one sample per turn.
     """
 
     def __init__(self, contender: Contender, batch: Batch, capacity: int) -> None:
@@ -234,7 +312,7 @@ class Racer:
         self.cache = contender.begin(capacity)
         self.seconds: Lap = dict.fromkeys(PHASES, 0.0)
         self.weight_bytes: list[int] = []
-        self.executed: list[int] = []
+        self.ran: list[Ran] = []
 
     def prefill(self) -> None:
         """The pass over the prompts, which gives the first new token."""
@@ -244,7 +322,7 @@ class Racer:
         """One turn of decoding."""
         self._run("decode", tokens)
         self.weight_bytes.append(self.contender.weight_bytes())
-        self.executed.append(self.contender.executed())
+        self.ran.append(self.contender.ran())
 
     @torch.no_grad()
     def _run(self, phase: str, passes: int) -> None:
@@ -294,7 +372,7 @@ class Result:
         kv_bytes: keys and values that a block reads for one sequence in a decode step, on average.
         peak_memory_mb: see `_peak_memory_mb`.
         weight_bytes: weights that a decode step had to read, samples.
-        executed: blocks that a decode step ran, over all sequences of the batch, samples.
+        ran: what a decode step ran, samples.
         capture: cost of its captured graphs, {seconds, memory_mb, graphs}; None without.
     """
 
@@ -302,15 +380,19 @@ class Result:
     kv_bytes: float
     peak_memory_mb: float | None
     weight_bytes: list[int] = field(default_factory=list)
-    executed: list[int] = field(default_factory=list)
+    ran: list[Ran] = field(default_factory=list)
     capture: dict[str, float] | None = None
+
+    def mean(self, of: str) -> float:
+        """Mean of a field of `Ran`."""
+        return statistics.mean(getattr(ran, of) for ran in self.ran)
 
     def add(self, racer: Racer, repeat: int) -> None:
         """Book what a racer needed on its batch."""
         for phase in PHASES:
             self.laps[repeat][phase] += racer.seconds[phase]
         self.weight_bytes += racer.weight_bytes
-        self.executed += racer.executed
+        self.ran += racer.ran
         graph = getattr(racer.cache, "graph", None)
         if graph is not None:
             self.capture = {"seconds": graph.capture_seconds, "memory_mb": graph.memory_mb, "graphs": graph.graphs}
@@ -329,7 +411,7 @@ def run(
         settings: the section `latency` of the study.
         bar: progress, moved on by one per batch.
     """
-    contenders = [contender(entry, model, engine) for entry in heat]
+    contenders = [contender(entry, model, engine, settings.new_tokens + 1) for entry in heat]
     capacity = max(batch.mask.shape[1] for batch in work)  # one for all batches: captured graphs serve every one
     tokens = statistics.mean(batch.ids.shape[1] for batch in work) + settings.new_tokens / 2
     untimed = warmups(engine, settings)
@@ -361,18 +443,16 @@ def warmups(engine: Engine, settings: Latency) -> int:
 
 
 def _peak_memory_mb(contender: Contender, work: Sequence[Batch], capacity: int, turn: int) -> float | None:
-    """Most GPU memory held while a contender works alone on the longest batch, MB of 2**20 bytes; None on a CPU.
+    """Most memory held while a contender works alone on the longest batch (`buddy.evaluation.memory.Peak`).
 
     No other contender's cache is alive. The weights are those of the whole backbone, for sliced models as well.
     """
     longest = max(work, key=lambda batch: batch.ids.shape[1])
-    if not longest.ids.is_cuda:
-        return None
-    torch.cuda.reset_peak_memory_stats()
+    peak = Peak(longest.ids.device)
     racer = Racer(contender, longest, capacity)
     racer.prefill()
     racer.decode(min(turn, longest.mask.shape[1] - longest.ids.shape[1]))
-    return torch.cuda.max_memory_allocated() / 2**20
+    return peak.mb()
 
 
 @cache
@@ -410,7 +490,9 @@ class Timing:
     @property
     def path(self) -> Path:
         """The record's place below the folder of its run and data set."""
-        levels = (f"batch~{self.batch_size}", f"engine~{self.engine}", f"execution~{self.entry.execution}")
+        levels = [f"batch~{self.batch_size}", f"engine~{self.engine}", f"execution~{self.entry.execution}"]
+        if self.entry.execution == "varied" and self.entry.slack is not None:
+            levels.append(f"slack~{self.entry.slack}")
         return Path(*levels, f"removed~{self.entry.removed}.json")
 
 
@@ -436,7 +518,8 @@ def benchmark(
     """
     engines = usable_engines(settings.engines, model.device)
     work = {size: batches(model, prompts, size, settings.new_tokens) for size in settings.batch_sizes}
-    plan = [(size, engine, heats(removed, settings.executions, size)) for size in work for engine in engines]
+    asked = settings.executions
+    plan = [(size, engine, heats(removed, asked, size, settings.slack)) for size in work for engine in engines]
     races = sum(len(some) * (warmups(name, settings) + settings.repeats) * len(work[size]) for size, name, some in plan)
     facts = {"dataset": dataset, "prompts": len(prompts), "copy_gb_s": copy_gb_s(model.device)}
     found = []
@@ -446,7 +529,7 @@ def benchmark(
             amount = Amount.of(work[size], settings.new_tokens)
             found += [
                 Timing(entry, size, engine, {**facts, "engine": engine, **metrics})
-                for entry, metrics in _metrics(results, amount).items()
+                for entry, metrics in _metrics(results, amount, asked).items()
             ]
     return found
 
@@ -473,36 +556,57 @@ class Amount:
         return {"prefill": self.prompt_tokens, "decode": self.sequences * self.new_tokens}
 
 
-def _metrics(results: Sequence[dict[Entry, Result]], amount: Amount) -> dict[Entry, dict[str, Any]]:
-    """Metrics of every entry that has a record, from the heats of one batch size and engine."""
+def _metrics(
+    results: Sequence[dict[Entry, Result]], amount: Amount, asked: Sequence[str]
+) -> dict[Entry, dict[str, Any]]:
+    """Metrics of every entry that is asked for, from the heats of one batch size and engine: of an entry in several the
+    first one's, of dense all."""
     dense = next(iter(results[0]))
     joined = replace(results[0][dense], laps=[lap for heat in results for lap in heat[dense].laps])
     found = {dense: _described(dense, joined, {}, amount)}
     for heat in results:
-        mixed = [entry for entry in heat if entry.execution == "mixed"]
-        # The sliced models of a mixed heat are there for its ideal; their own records come from their own heats.
-        for entry in mixed or [entry for entry in heat if entry != dense]:
-            found[entry] = _described(entry, heat[entry], _references(entry, heat), amount)
+        for entry in heat:
+            if entry.execution in asked and entry not in found:
+                found[entry] = _described(entry, heat[entry], _references(entry, heat), amount)
     return found
 
 
 def _references(entry: Entry, heat: dict[Entry, Result]) -> dict[str, list[Lap]]:
     """What an entry is compared with, repeat by repeat of its heat, by the name of the ratio."""
-    dense = next(result.laps for other, result in heat.items() if other.execution == "dense")
+    own = heat[entry]
+    dense = next(result for other, result in heat.items() if other.execution == "dense")
     limits = {other.removed: result for other, result in heat.items() if other.execution == "sliced"}
-    found = {"speedup": dense}
-    if entry.execution in ("reuse", "recompute") and entry.removed in limits:
+    found = {"speedup": dense.laps}
+    if not entry.routed:
+        return found
+    if entry.removed in limits:
         limit = limits[entry.removed]
         # A policy that does not keep the budget ran another depth than the sliced model, which is no limit of it then.
-        if statistics.mean(limit.executed) == statistics.mean(heat[entry].executed):
+        if limit.mean("executed") == own.mean("executed"):
             found["of_sliced"] = limit.laps
     if entry.execution == "mixed":
-        alone = [limits[depth].laps if depth else dense for depth in entry.depths]
+        alone = [limits[depth].laps if depth else dense.laps for depth in entry.depths]
         found["of_ideal"] = [
             {phase: statistics.mean(lap[phase] for lap in laps) for phase in PHASES}
             for laps in zip(*alone, strict=True)
         ]
+    if limits:
+        found["of_called"] = _of_called(own, dense, max(limits.values(), key=lambda limit: limit.mean("called")))
     return found
+
+
+def _of_called(own: Result, dense: Result, limit: Result) -> list[Lap]:
+    """Laps of a sliced model that has as many blocks as this one's steps call: what reading them allows.
+
+    A sliced model's time is a constant and so much per block, so it lies on the line through the dense model and a sliced
+    one.
+    """
+    most, fewest = dense.mean("called"), limit.mean("called")
+    share = (own.mean("called") - fewest) / (most - fewest)
+    return [
+        {phase: low[phase] + share * (high[phase] - low[phase]) for phase in PHASES}
+        for low, high in zip(limit.laps, dense.laps, strict=True)
+    ]
 
 
 def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], amount: Amount) -> dict[str, Any]:
@@ -513,8 +617,11 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
         "prompt_tokens_mean": amount.prompt_tokens / amount.sequences,
         "new_tokens": amount.new_tokens,
         "repeats": len(result.laps),
-        "executed_mean": statistics.mean(result.executed) / amount.batch_size,
-        "removed_per_sequence": list(entry.depths) if entry.execution == "mixed" else None,
+        "executed_mean": result.mean("executed") / amount.batch_size,
+        "called_mean": result.mean("called"),
+        "paths_mean": result.mean("paths"),
+        "slack": entry.slack,
+        "removed_per_sequence": list(entry.depths) if entry.mixed else None,
     }
     for phase in PHASES:
         metrics[f"{phase}_tok_s"] = spread([amount.tokens[phase] / lap[phase] for lap in result.laps])
@@ -525,6 +632,12 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
                 if laps is None
                 else spread([other[phase] / own[phase] for other, own in zip(laps, result.laps, strict=True)])
             )
+    called = references.get("of_called")
+    metrics["decode_of_called"] = (
+        None
+        if called is None
+        else spread([other["decode"] / own["decode"] for other, own in zip(called, result.laps, strict=True)])
+    )
     ideal = references.get("of_ideal")
     metrics["total_of_ideal"] = (
         None
@@ -532,7 +645,7 @@ def _described(entry: Entry, result: Result, references: dict[str, list[Lap]], a
         else spread([sum(best.values()) / sum(own.values()) for best, own in zip(ideal, result.laps, strict=True)])
     )
     steps_per_s = metrics["decode_tok_s"]["median"] / amount.batch_size
-    read = statistics.mean(result.weight_bytes) + statistics.mean(result.executed) * result.kv_bytes
+    read = statistics.mean(result.weight_bytes) + result.mean("executed") * result.kv_bytes
     metrics["decode_gb_s"] = read * steps_per_s / 1e9
     metrics["peak_memory_mb"] = result.peak_memory_mb
     metrics["capture"] = result.capture

@@ -18,7 +18,7 @@ VARIANT = ("feature", "prior", "omega", "source_block", "criterion", "lora", "kv
 ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
 COLUMNS = (
     *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
-    *("dataset", "batch_size", "engine", "execution", "removed_per_sequence"),
+    *("dataset", "batch_size", "engine", "execution", "slack", "removed_per_sequence"),
     *("phase", "component", "context", "task", "filter", "indicator", "corpus", "length", "preset"),
     *("metric", "value", "stderr", "low", "high", "values", "items", "detail", "n"),
     *("limit", "few_shot", "executed_mean", "prompts", "new_tokens", "tokens", "steps"),
@@ -30,22 +30,23 @@ COLUMNS = (
 (accuracies are fractions); ``low`` and ``high`` are the 10th and 90th percentile and ``values`` the single passes, or
 prompts, where the record has them; ``items`` has one digit per item of a task, 1 where it was right, and ``detail`` what a
 figure needs and fits no row (`_importance`, `_curve`, `_budget`, `_likelihood`). ``corpus`` and ``length`` of an importance are those
-that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
+that its path names: None is the study's own. ``executed_mean`` is the number of blocks that really ran, ``slack`` the bound on
+what a step of a batch called, where one was asked for. Of a batch of mixed budgets, ``removed`` is the mean and ``removed_per_sequence`` a tuple.
 """
 PROBE_PATHS = "probe_paths"
 """Metric of a training: distinct paths of the probe prompts at its end."""
 AUTO = "auto"
 """Execution of a profiled pass whose depths the budget predictor chose."""
 _NOT_SERIES = (
-    *("backbone", "seed", "dataset", "batch", "engine", "execution", "removed"),
+    *("backbone", "seed", "dataset", "batch", "engine", "execution", "slack", "removed"),
     *("indicator", "corpus", "length", "kv", "decode", "preset"),
 )
 _RATES = ("prefill_tok_s", "decode_tok_s")
 _RATIOS = (
     *(f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode")),
-    "total_of_ideal",
+    *("decode_of_called", "total_of_ideal"),
 )
-_NUMBERS = ("decode_gb_s", "copy_gb_s", "peak_memory_mb")
+_NUMBERS = ("called_mean", "paths_mean", "decode_gb_s", "copy_gb_s", "peak_memory_mb")
 
 
 def load(folder: str | Path) -> pd.DataFrame:
@@ -283,6 +284,7 @@ def _latency(record: Record) -> Iterator[dict[str, Any]]:
     common = {
         **{name: metrics[name] for name in ("dataset", "engine", "execution")},
         **{name: int(metrics[name]) for name in ("batch_size", "prompts", "new_tokens")},
+        "slack": metrics.get("slack"),
         "removed_per_sequence": tuple(metrics.get("removed_per_sequence") or ()) or None,
         "executed_mean": metrics.get("executed_mean"),
         "n": int(metrics["repeats"]),

@@ -29,9 +29,12 @@ _METHODS = {
 EXECUTIONS = {
     "dense": "Dense",
     "sliced": "Sliced",
+    "full": "BUDDY (all blocks)",
     "reuse": "BUDDY (reuse)",
     "recompute": "BUDDY (recompute)",
+    "varied": "BUDDY (varied routes)",
     "mixed": "BUDDY (mixed budgets)",
+    "nested": "BUDDY (nested budgets)",
 }
 _CRITERIA = {"block_influence": "block influence", "ppl": "PPL", "taylor": "Taylor"}
 INDICATORS = {

@@ -106,7 +106,7 @@ def _depth(row: Mapping[str, Any]) -> dict[str, Any]:
     of their own (mixed budgets, a predictor's) there is no one depth to miss."""
     mean = None if pd.isna(row["executed_mean"]) else float(row["executed_mean"])
     misses = mean is not None and abs(mean - row["executed"]) > DEPTH_TOLERANCE
-    return {"executed_mean": mean, "off_depth": misses and row["execution"] not in ("mixed", AUTO)}
+    return {"executed_mean": mean, "off_depth": misses and row["execution"] not in ("mixed", "nested", "full", AUTO)}
 
 
 def average(tasks: Sequence[Measure]) -> Measure:
@@ -146,6 +146,8 @@ def over_seeds(seeds: Sequence[Measure], expected: int) -> Measure:
 
 
 LATENCY_METRICS = {
+    "paths_mean": "paths",
+    "called_mean": "blocks",
     "prefill_tok_s": "tok/s",
     "prefill_speedup": "x",
     "prefill_of_sliced": "x",
@@ -154,6 +156,7 @@ LATENCY_METRICS = {
     "decode_speedup": "x",
     "decode_of_sliced": "x",
     "decode_of_ideal": "x",
+    "decode_of_called": "x",
     "total_of_ideal": "x",
     "decode_gb_s": "GB/s",
     "decode_of_copy": "x",
@@ -163,7 +166,13 @@ LATENCY_METRICS = {
 
 
 def latency(
-    study: Study, backbone: str, race: Race, execution: str, removed: int, series: str | None = None
+    study: Study,
+    backbone: str,
+    race: Race,
+    execution: str,
+    removed: int,
+    series: str | None = None,
+    slack: int | None = None,
 ) -> dict[str, Measure]:
     """Figures of one row of the latency table, for a timed series (BUDDY's main variant by default); {} if not measured."""
     per_seed: dict[str, list[Measure]] = {}
@@ -172,6 +181,7 @@ def latency(
             row["metric"]: _timed(row)
             for row in study.race_rows(backbone, race, series)
             if (row["execution"], int(row["removed"]), row["seed"]) == (execution, removed, seed)
+            and (execution != "varied" or _bound(row) == slack)
         }
         read, copied = timed.get("decode_gb_s"), timed.get("copy_gb_s")
         if read and copied and read.value is not None and copied.value:
@@ -188,9 +198,20 @@ def latency(
     return found
 
 
-def mixtures(study: Study, backbone: str, race: Race) -> dict[int, tuple[int, ...]]:
+def _bound(row: Mapping[str, Any]) -> int | None:
+    """The slack of a timed batch; None where its sequences chose independently."""
+    return None if row["slack"] is None or pd.isna(row["slack"]) else int(row["slack"])
+
+
+def bounds(study: Study, backbone: str, race: Race) -> list[int | None]:
+    """Under which bounds varied routes were timed in a race; None, without one, first."""
+    found = {_bound(row) for row in study.race_rows(backbone, race) if row["execution"] == "varied"}
+    return sorted(found, key=lambda slack: -1 if slack is None else slack)
+
+
+def mixtures(study: Study, backbone: str, race: Race, execution: str = "mixed") -> dict[int, tuple[int, ...]]:
     """Batches of mixed budgets in a race: mean number of removed blocks to that of each sequence."""
-    rows = [row for row in study.race_rows(backbone, race) if row["execution"] == "mixed"]
+    rows = [row for row in study.race_rows(backbone, race) if row["execution"] == execution]
     found = {int(row["removed"]): row["removed_per_sequence"] for row in rows}
     return {removed: depths for removed, depths in sorted(found.items()) if isinstance(depths, tuple)}
 

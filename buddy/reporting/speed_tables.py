@@ -53,6 +53,8 @@ def latency(study: Study, name: str, table: Table) -> Grid:
 ALWAYS = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
 """Metrics that every timed row has."""
 _LATENCY_HEADERS = {
+    "paths_mean": "Paths",
+    "called_mean": "Called",
     "prefill_tok_s": "Prefill tok/s",
     "prefill_speedup": "Speed-up",
     "prefill_of_sliced": "Of sliced",
@@ -61,39 +63,55 @@ _LATENCY_HEADERS = {
     "decode_speedup": "Speed-up",
     "decode_of_sliced": "Of sliced",
     "decode_of_ideal": "Of ideal",
+    "decode_of_called": "Of called",
     "total_of_ideal": "Both of ideal",
     "decode_gb_s": "GB/s",
     "decode_of_copy": "Of copy",
     "peak_memory_mb": "Peak MB",
 }
-DECIMALS = {"tok/s": 1, "x": 2, "GB/s": 1, "MB": 0}
+DECIMALS = {"paths": 1, "blocks": 1, "tok/s": 1, "x": 2, "GB/s": 1, "MB": 0}
 """Shown digits after the point by unit."""
 
 
 def _latency_rows(study: Study, name: str, backbone: str, race: Race) -> list[Row]:
-    """Dense first; then at each depth what was timed, and BUDDY (recompute) whether timed or not; then mixed budgets."""
+    """Dense first, and the engine with all blocks; then at each depth what was timed, and BUDDY (recompute) whether timed
+    or not, as the best case, varied routes as the worst; then mixed budgets."""
     rows = [_latency_row(study, name, backbone, race, "dense", 0)]
+    full = _latency_row(study, name, backbone, race, "full", 0)
+    rows += [full] if _metrics_of(full) else []
     for removed in study.removed(backbone):
         for execution in ("sliced", "reuse", "recompute"):
             row = _latency_row(study, name, backbone, race, execution, removed)
             if execution == "recompute" or _metrics_of(row):
                 rows.append(row)
-    for removed, depths in measures.mixtures(study, backbone, race).items():
-        rows.append(_latency_row(study, name, backbone, race, "mixed", removed, depths))
+        for slack in measures.bounds(study, backbone, race):
+            row = _latency_row(study, name, backbone, race, "varied", removed, slack=slack)
+            rows += [row] if _metrics_of(row) else []
+    for execution in ("mixed", "nested"):
+        for removed, depths in measures.mixtures(study, backbone, race, execution).items():
+            rows.append(_latency_row(study, name, backbone, race, execution, removed, depths))
     return rows
 
 
 def _latency_row(
-    study: Study, name: str, backbone: str, race: Race, execution: str, removed: int, depths: tuple[int, ...] = ()
+    study: Study,
+    name: str,
+    backbone: str,
+    race: Race,
+    execution: str,
+    removed: int,
+    depths: tuple[int, ...] = (),
+    slack: int | None = None,
 ) -> Row:
-    """One row; of mixed budgets, ``removed`` is the mean and ``depths`` says what each sequence's is."""
+    """One row; of mixed budgets, ``removed`` is the mean and ``depths`` says what each sequence's is; ``slack`` is the
+    bound of varied routes."""
     method = execution if execution in ("dense", "sliced") else "buddy"
     beside: Mapping[str, float] = {}
     if execution in ("dense", "recompute") and (race.batch_size, race.engine) == (1, "eager"):
         # The paper's BUDDY re-routes at every decode step; it times no sliced model, no captured graphs, one sequence.
         paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
         beside = published.latency(number(name), paper, method, removed, race.dataset)
-    found = measures.latency(study, backbone, race, execution, removed)
+    found = measures.latency(study, backbone, race, execution, removed, slack=slack)
     blocks = study.blocks(backbone)
     cells: list[Cell | None] = []
     for metric, unit in LATENCY_METRICS.items():
@@ -103,11 +121,13 @@ def _latency_row(
                 **{"execution": execution, "removed": removed, "executed": blocks - removed},
                 **{"fraction": round((blocks - removed) / blocks, 6), "metric": metric, "unit": unit},
                 **({"removed_per_sequence": " ".join(map(str, depths))} if depths else {}),
+                **({} if slack is None else {"slack": slack}),
             }
             cells.append(Cell(at, found.get(metric, Measure()), beside.get(metric), DECIMALS[unit]))
     span = f"{min(depths)}\N{EN DASH}{max(depths)}" if depths else str(removed)
     dataset = DATASETS.get(race.dataset, race.dataset)
-    return Row((dataset, str(race.batch_size), race.engine, span, EXECUTIONS[execution]), cells)
+    label = EXECUTIONS[execution] + ("" if slack is None else f", slack {slack}")
+    return Row((dataset, str(race.batch_size), race.engine, span, label), cells)
 
 
 def _metrics_of(row: Row) -> set[str]:
@@ -122,6 +142,20 @@ def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
         notes.append("Of sliced: the same ratio to the model with as many blocks cut out.")
     if shown & {"prefill_of_ideal", "decode_of_ideal"}:
         notes.append("Of ideal: the same ratio to the mean time of the sliced models of its sequences' depths.")
+    if "called_mean" in shown:
+        notes.append(
+            "Paths: different routes among the sequences of the batch; called: blocks that any of them runs, each read once; "
+            "both of a decode step, on average."
+        )
+    if "decode_of_called" in shown:
+        notes.append(
+            "Of called: the same ratio to a sliced model with as many blocks as are called (between sliced and dense)."
+        )
+    if any(measures.bounds(study, backbone, race) for race in study.races(backbone)):
+        notes.append(
+            "Varied: routes drawn for every sequence and step; slack: blocks that a step may call beyond those of one sequence "
+            "(0: one set for all)."
+        )
     if "decode_gb_s" in shown:
         notes.append("GB/s: weights, keys and values that decoding reads; of copy: over the device's copy bandwidth.")
     captured = [[row["value"] for row in rows if row["metric"] == f"capture_{of}"] for of in ("seconds", "memory_mb")]

@@ -10,6 +10,7 @@ import torch
 
 from buddy.routing.capture import Recorder
 from buddy.routing.graph import FIRST_WINDOW, GraphCache, GraphDecoder
+from buddy.routing.quantised import stored
 
 KEPT = 2
 """Decoders that a model keeps for generations to come, besides those in use; each has a cache and its graphs."""
@@ -126,4 +127,5 @@ def _fingerprint(model: Any) -> tuple[Any, ...]:
         for module in decoder.modules()
         if hasattr(module, "active_adapters") and hasattr(module, "merged")
     ]
-    return model.kv, id(model.policy), tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters)
+    addresses = tuple(part.data_ptr() for tensor in tensors for part in stored(tensor))
+    return model.kv, id(model.policy), addresses, tuple(adapters)

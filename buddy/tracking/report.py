@@ -188,7 +188,7 @@ def _latency(wr: Any, study: Config) -> list[Any]:
                 names = [
                     f"b{size}/{engine}/{execution}/{phase}_tok_s"
                     for execution in study.latency.executions
-                    if execution != "mixed"  # no one depth: it is in the summary
+                    if execution not in ("mixed", "nested")  # no one depth: it is in the summary
                 ]
                 panels.append(
                     wr.LinePlot(

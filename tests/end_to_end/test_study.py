@@ -58,9 +58,9 @@ def test_every_measurement_left_a_record(finished):
     assert kinds.count("accuracy") == 2 * 2 + 1 + 3 * 2 + 2
     assert kinds.count("generation") == 2 + 1 + 3 * 2
     assert kinds.count("trace") == 2 + 1 + 3 * 2 + 2  # and of BUDDY's on a task
-    # per batch size dense and three executions at two depths, and for the batch of two a mixed one; PuDDing's two runs
-    # beside dense
-    assert kinds.count("latency") == 2 * (1 + 3 * 2) + 1 + 2 * 2 * 2
+    # per batch size dense, full and four executions at two depths, and for the batch of two varied routes under two bounds,
+    # mixed and nested budgets; PuDDing's two runs beside dense
+    assert kinds.count("latency") == 2 * (2 + 4 * 2) + 2 * 2 + 2 + 2 * 2 * 2
     assert kinds.count("rouge") == 2 * 2  # depths and decode modes
     assert kinds.count("likelihood") == 2 * (2 * 2 + 1 + 3 * 2)  # every run at its depths, with two K/V policies
     assert kinds.count("breakdown") == 2

@@ -334,6 +334,7 @@ class Maker:
         """
         dataset, batch_size, engine = race
         ratios = [f"{phase}_{of}" for of in ("speedup", "of_sliced", "of_ideal") for phase in ("prefill", "decode")]
+        ratios.append("decode_of_called")
         metrics = {
             **{"dataset": dataset, "execution": execution, "engine": engine, "batch_size": batch_size},
             **{"prompts": 8, "prompt_tokens_mean": 40.0, "new_tokens": 32, "repeats": len(prefill)},
@@ -344,7 +345,10 @@ class Maker:
         routed = execution not in ("dense", "sliced")
         method = run.method if routed else execution
         variant = {**run.variant, "kv": "zero", "decode": execution} if routed else {}
-        levels = f"dataset~{dataset}/batch~{batch_size}/engine~{engine}/execution~{execution}/removed~{removed}.json"
+        bound = f"slack~{more['slack']}/" if more.get("slack") is not None else ""
+        levels = (
+            f"dataset~{dataset}/batch~{batch_size}/engine~{engine}/execution~{execution}/{bound}removed~{removed}.json"
+        )
         path = self.records / "latency" / run.path / levels
         return self.record("latency", run, removed, metrics, method=method, variant=variant).write(path)
 

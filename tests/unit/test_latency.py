@@ -30,6 +30,7 @@ from buddy.settings import Latency
 EXECUTIONS = ["dense", "sliced", "reuse", "recompute", "mixed"]
 PROMPTS = ["one prompt", "another, longer prompt", "third"]  # 10, 22 and 5 tokens, one per byte
 SETTINGS = Latency(prompts=3, new_tokens=6, batch_sizes=[1, 2], repeats=3, warmup=1, turn=4, executions=EXECUTIONS)
+MORE = {"executions": [*EXECUTIONS, "full", "varied", "nested"], "slack": [0, 3]}
 CPU = torch.device("cpu")
 
 
@@ -88,6 +89,23 @@ def test_a_heat_has_one_depth_and_a_mixed_one_the_depths_of_its_ideal():
     assert heats([2, 4], ["mixed"], 1) == heats([2, 4], ["dense"], 1) == [[Entry("dense", (0,))]]
 
 
+def test_varied_routes_have_a_heat_of_their_own_and_bounds_only_where_several_sequences_could_share():
+    asked = ["sliced", "recompute", "varied", "full", "nested"]
+    one = [("sliced", None), ("varied", None)]
+    for size, bounds in ((1, []), (4, [("varied", 0), ("varied", 2)])):
+        trained, drawn, full, *nested = heats([3], asked, size, [0, 2])
+        assert [entry.execution for entry in trained] == ["dense", "sliced", "recompute"]
+        assert [(entry.execution, entry.slack) for entry in drawn[1:]] == one + bounds
+        assert {entry.depths for entry in drawn[1:]} == {(3,) * size}
+        assert full == [Entry("dense", (0,) * size), Entry("full", (0,) * size)]
+        assert len(nested) == (size > 1)
+    nested = heats([3, 5], ["nested"], 4)[0]
+    assert nested[1:] == [Entry("sliced", (3,) * 4), Entry("nested", (3, 5, 3, 5), 0)]
+    assert heats([3], ["sliced", "varied"], 1) == [
+        [Entry(name, (d,)) for name, d in (("dense", 0), ("sliced", 3), ("varied", 3))]
+    ]
+
+
 def test_without_a_gpu_graphs_are_left_out_with_a_line_and_refused_alone(caplog):
     caplog.set_level("INFO")
     assert usable_engines(["graph", "eager"], CPU) == ["eager"]
@@ -117,9 +135,9 @@ def test_every_batch_is_full_and_every_prompt_comes_up(model):
     def tokens(size):
         return [batch.mask[:, :-5].sum(-1).tolist() for batch in batches(model, PROMPTS, size, 5)]
 
-    assert tokens(1) == [[length] for length in lengths]
-    assert tokens(2) == [lengths[:2], [lengths[2], lengths[0]]]
-    assert tokens(4) == [[*lengths, lengths[0]]]
+    assert tokens(1) == [[length] for length in sorted(lengths)]
+    assert tokens(2) == [[5, 10], [10, 22]]  # by length: little padding for anybody
+    assert tokens(4) == [[5, 10, 10, 22]]
     batch = one_batch(model, 2, 5)
     assert batch.ids.shape == (2, 22)
     assert batch.mask[0].tolist() == [0] * 12 + [1] * 10 + [1] * 5
@@ -142,6 +160,60 @@ def test_a_mixed_batch_runs_the_sum_of_its_budgets(model, ran):
     batch = batches(model, PROMPTS, 4, 5)[0]
     race([Racer(contender(entry, model, "eager"), batch, 27)], new_tokens=5, turn=2, shift=0)
     assert sum(ran) == (8 + 6 + 3 + 8) * 6
+
+
+@pytest.mark.parametrize("slack", [None, 0, 1])
+@torch.no_grad()
+def test_varied_routes_differ_and_keep_depth_and_bound(model, slack):
+    called = []
+    for index, layer in enumerate(model.backbone.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, index=index: called.append((index, len(inputs[0]))))
+    batch, new = batches(model, PROMPTS, 4, 12)[0], 12
+
+    def run():
+        found, racer = [], Racer(contender(Entry("varied", (4,) * 4, slack), model, "eager", new + 1), batch, 34)
+        for step in range(new + 1):
+            called.clear()
+            racer.prefill() if step == 0 else racer.decode(1)
+            assert sum(rows for _, rows in called) == 4 * 4
+            found.append((len({index for index, _ in called}), racer.contender.router.trace.steps[-1]))
+        assert [(ran.called, ran.executed) for ran in racer.ran] == [(blocks, 16) for blocks, _ in found[1:]]
+        assert [ran.paths for ran in racer.ran] == [len(route.unique(dim=0)) for _, route in found[1:]]
+        return found
+
+    found = run()
+    most = max(blocks for blocks, _ in found)
+    assert most <= 8 if slack is None else most == 4 + slack
+    if slack is None:
+        assert most > 6
+    routes = torch.stack([route for _, route in found])
+    assert len(routes[:, 0].unique(dim=0)) > 3  # one sequence, step by step
+    assert (routes[..., 1:-1].float().mean((0, 1)) - 2 / 6).abs().max() < 0.25  # no block is preferred
+    assert torch.equal(torch.stack([route for _, route in run()]), routes)  # the same in every repeat
+
+
+def test_routes_are_drawn_for_a_router_only(static):
+    with pytest.raises(UserError, match="not for StaticPolicy"):
+        contender(Entry("varied", (2,)), static, "eager")
+
+
+def test_full_is_the_engine_with_all_blocks(model, ran):
+    racer = Racer(contender(Entry("full", (0, 0)), model, "eager"), one_batch(model, 2, 5), 27)
+    race([racer], new_tokens=5, turn=2, shift=0)
+    assert sum(ran) == 2 * 8 * 6
+    assert racer.contender.router is model
+    assert {(ran.executed, ran.called, ran.paths) for ran in racer.ran} == {(16, 8, 1)}
+
+
+def test_everybody_has_a_cache_with_room_for_all_tokens(model):
+    batch = one_batch(model, 2, 5)
+    for entry in (Entry("dense", (0, 0)), Entry("sliced", (3, 3)), Entry("recompute", (3, 3))):
+        racer = Racer(contender(entry, model, "eager"), batch, 27)
+        racer.prefill()
+        before = racer.cache.blocks[0].keys.data_ptr()
+        racer.decode(5)
+        assert racer.cache.length == racer.cache.capacity == 27
+        assert racer.cache.blocks[0].keys.data_ptr() == before
 
 
 @pytest.fixture
@@ -267,7 +339,9 @@ def test_every_record_is_there_with_its_figures(model):
             assert len(rate["values"]) == repeats
             assert rate["median"] == statistics.median(rate["values"])
             assert min(rate["values"]) <= rate["p10"] <= rate["median"] <= rate["p90"] <= max(rate["values"])
-        assert metrics["peak_memory_mb"] is None
+        assert metrics["peak_memory_mb"] is None or metrics["peak_memory_mb"] > 100  # the process, PyTorch included
+        assert metrics["called_mean"] == metrics["executed_mean"] or size == 2
+        assert metrics["paths_mean"] == 1 or size == 2
         assert metrics["capture"] is None
         assert metrics["copy_gb_s"] > 0
     assert by_path["batch~2/engine~eager/execution~mixed/removed~mixed.json"]["removed_per_sequence"] == [0, 2]
@@ -336,13 +410,51 @@ def test_a_mixed_batch_that_pays_full_depth_falls_short_of_its_ideal(model, mach
         race([racer], 6, 4, 0)
         results[entry] = latency.Result([dict.fromkeys(latency.PHASES, 0.0)], 0.0, None)
         results[entry].add(racer, 0)
-    metrics = latency._metrics([results], latency.Amount.of([batch], 6))[pretending]
+    metrics = latency._metrics([results], latency.Amount.of([batch], 6), ["mixed"])[pretending]
     assert metrics["decode_of_ideal"]["median"] == pytest.approx((8 + 6 + 4 + 8) / (4 * 8))
     assert metrics["total_of_ideal"]["median"] == pytest.approx((8 + 6 + 4 + 8) / (4 * 8))
 
 
-def test_a_machine_that_drifts_does_not_bias_the_ratio(model, machine):
+def test_where_only_reading_blocks_costs_time_the_limit_is_that_of_the_called_ones(model, machine):
+    """A pass of a block takes a second however many sequences are in it, and the head another."""
+    for layer in model.backbone.model.layers:
+        layer.mlp._forward_pre_hooks.clear()
+        layer.mlp.register_forward_pre_hook(lambda *_: setattr(machine, "now", machine.now + 1))
+    model.backbone.lm_head.register_forward_pre_hook(lambda *_: setattr(machine, "now", machine.now + 1))
+    asked = {"executions": ["sliced", "varied", "nested", "recompute"], "slack": [0, 1], "batch_sizes": [4], "turn": 1}
+    settings = SETTINGS.model_copy(update=asked)
+    found = {
+        (t.entry.execution, t.entry.slack, t.entry.removed): t.metrics
+        for t in benchmark(model, PROMPTS, [2, 4], settings, "alpaca")
+    }
+    for depth in (2, 4):
+        for slack in (0, 1):
+            metrics = found["varied", slack, depth]
+            assert metrics["called_mean"] == 8 - depth + slack
+            assert metrics["slack"] == slack
+            assert metrics["decode_speedup"]["median"] == pytest.approx(9 / (1 + 8 - depth + slack))
+        for metrics in (found["varied", None, depth], found["varied", 1, depth]):
+            assert metrics["decode_of_called"]["median"] == pytest.approx(1)
+            assert metrics["decode_of_sliced"]["median"] < 1
+        assert found["varied", None, depth]["called_mean"] > 8 - depth + 1
+        assert found["varied", None, depth]["paths_mean"] > 2
+        assert found["sliced", None, depth]["decode_of_called"] is None
+    nested = found["nested", 0, "mixed"]
+    assert nested["called_mean"] == 6
+    assert nested["removed_per_sequence"] == [2, 4, 2, 4]
+    assert nested["decode_of_called"]["median"] == pytest.approx(1)
+    paths = {
+        str(timing.path)
+        for timing in benchmark(model, PROMPTS, [2], settings.model_copy(update={"repeats": 1}), "alpaca")
+    }
+    assert "batch~4/engine~eager/execution~varied/slack~1/removed~2.json" in paths
+    assert "batch~4/engine~eager/execution~nested/removed~mixed.json" in paths
+
+
+def test_a_machine_that_drifts_does_not_bias_the_ratio(model, machine, monkeypatch):
     """Every pass of a block takes longer than the one before: by its end a repeat runs at a third of its first speed."""
+
+    monkeypatch.setattr(latency, "_peak_memory_mb", lambda *_: None)  # what it runs would be on this clock, too
 
     def speedup(turn):
         machine.passed = 0
@@ -411,7 +523,7 @@ def arguments(model, tmp_path):
 
 
 def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(arguments):
-    command(**arguments)
+    command(**arguments | MORE)
     out = arguments["out"]
     written = {path.relative_to(out) for path in out.rglob("*.json")}
     content = {
@@ -421,7 +533,7 @@ def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(argument
             "tables": {"table4": {"kind": "latency", "backbone": "tiny"}},
         },
         "backbones": {"tiny": {"source": {"random": "tiny-llama"}, "blocks": 8, "removed": [2, 5]}},
-        "latency": SETTINGS.model_dump(exclude={"backbones"}) | {"datasets": ["alpaca"]},
+        "latency": SETTINGS.model_dump(exclude={"backbones"}) | {"datasets": ["alpaca"]} | MORE,
     }
     spec = importlib.util.spec_from_file_location("steps", Path(__file__).parents[2] / "benchmarks/steps.py")
     steps = importlib.util.module_from_spec(spec)
@@ -430,8 +542,9 @@ def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(argument
         spec.loader.exec_module(steps)
         plan = steps.Plan(parse(content), Path("x"), ["latency"])
         (step,) = [step for step in plan.steps() if step.command == "latency"]
-    assert {Path(*path.parts[-4:]) for path in step.outputs} == written
-    assert all(str(path.parents[3]).endswith("seed~0/dataset~alpaca") for path in step.outputs)
+    folder = next(parent for parent in step.outputs[0].parents if parent.name == "dataset~alpaca")
+    assert {path.relative_to(folder) for path in step.outputs} == written
+    assert folder.parent.name == "seed~0"
 
 
 def test_what_a_record_says_of_itself(arguments):

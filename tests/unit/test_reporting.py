@@ -727,6 +727,42 @@ def test_memory_bandwidth_and_capture_are_shown_where_there_are_some(small: Make
     assert "Capturing the graphs of one execution took at most 3.2 s and 42 MB." in notes
 
 
+def test_the_best_and_the_worst_case_stand_in_one_table(tmp_path: Path) -> None:
+    """Routes of the trained router, and varied ones on their own and under bounds, with what a step of the batch calls."""
+    maker = Maker(tmp_path, demo(latency={"datasets": ["alpaca"], "batch_sizes": [8]}))
+    run, race = maker.main_run("smollm2-135m"), ("alpaca", 8, "eager")
+    maker.latency(run, race, "dense", 0, [9.0, 9.0], [9.0, 9.0], called_mean=30.0, paths_mean=1.0)
+    maker.latency(
+        run, race, "full", 0, [8.9, 8.9], [8.9, 8.9], called_mean=30.0, paths_mean=1.0, decode_speedup=[0.99, 0.99]
+    )
+    maker.latency(run, race, "recompute", 8, [9.0, 9.0], [12.0, 12.0], called_mean=22.0, paths_mean=1.0)
+    for slack, called, share in ((4, 26.0, 0.97), (None, 29.5, 0.93), (0, 22.0, 0.96)):
+        more = {"slack": slack, "called_mean": called, "paths_mean": 8.0, "decode_of_called": [share, share]}
+        maker.latency(run, race, "varied", 8, [9.0, 9.0], [10.0, 10.0], **more)
+    nested = {"slack": 0, "removed_per_sequence": [4, 8] * 4, "called_mean": 26.0, "paths_mean": 2.0}
+    maker.latency(run, race, "nested", 6, [9.0, 9.0], [10.0, 10.0], **nested)
+    built = tables.build(study.load(maker.folder), "table4")
+    assert built.headers[:2] == ("Paths", "Called")
+    assert "Of called" in built.headers
+    varied = "BUDDY (varied routes)"
+    shown = [row.labels[1:] for row in built.rows]
+    assert shown[:2] == [("0", "Dense"), ("0", "BUDDY (all blocks)")]
+    at_eight = shown.index(("8", "BUDDY (recompute)"))
+    assert shown[at_eight + 1 : at_eight + 4] == [
+        ("8", varied),
+        ("8", f"{varied}, slack 0"),
+        ("8", f"{varied}, slack 4"),
+    ]
+    assert shown[-1] == ("4\N{EN DASH}8", "BUDDY (nested budgets)")
+    found = {
+        row.get("slack"): row["value"]
+        for row in built.records()
+        if row["metric"] == "decode_of_called" and row["value"]
+    }
+    assert found == {None: 0.93, 0: 0.96, 4: 0.97}
+    assert any("0: one set for all" in note for note in built.notes)
+
+
 EVERY = ["dense", "sliced", "reuse", "recompute", "mixed"]
 
 
