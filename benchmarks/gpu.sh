@@ -6,16 +6,18 @@
 #     benchmarks/gpu.sh pack WHEELS [GGUF_PARTS]     fetch the wheels that such a machine lacks (and the backbone, cut up)
 #   on the machine with the GPU
 #     benchmarks/gpu.sh install WHEELS               install them beside the machine's own packages, and check
-#     benchmarks/gpu.sh test                         the tests of the engine, those that need a GPU among them
-#     benchmarks/gpu.sh latency OUT [DATA]           Tables 4 and 8 at 8 B parameters, random weights
+#     benchmarks/gpu.sh test                         the tests of the engine, those of captured graphs first
+#     benchmarks/gpu.sh latency OUT [DATA]           Tables 4 and 8 at 8 B parameters, random weights, and beside them what
+#                                                    a user would pick instead, int8 among it
 #     benchmarks/gpu.sh study DATA GGUF_PARTS OUT    SmolLM2 on published data: accuracy, features, speed
 #                                                    (both take further study overlays after their arguments)
 #   anywhere
 #     benchmarks/gpu.sh selftest [OUT]               both parts on a tiny model, minutes on a CPU
 #
 # Environment: PYTHON (python3), BUDDY_SITE (where wheels are installed), LIMIT_S (stop in time, exit status 75),
-# TOKENIZER (folder; latency: tokenise prompts with it instead of byte by byte), BUDDY_COMMIT (commit of this copy,
-# where it has no .git), PART_MB (pack: size of a part of the backbone, MB).
+# TOKENIZER (folder; latency: tokenise prompts with it instead of byte by byte), INSTEAD (further options for
+# benchmarks/instead.py, such as "--gguf FILE"), BUDDY_COMMIT (commit of this copy, where it has no .git), PART_MB (pack:
+# size of a part of the backbone, MB).
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,6 +35,7 @@ WHEELS_ON_INDEX=(
     pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy pytz chardet
     pydantic pydantic_core annotated-types typing-inspection typing_extensions typer fsspec
     pytest pluggy iniconfig pygments hypothesis sortedcontainers
+    torchao
 )
 # Among them, those that are published as source only; they are pure Python and built where the network is.
 SOURCE_ONLY=(rouge_score word2number sqlitedict)
@@ -152,7 +155,13 @@ install() {
 tests() {
     environment
     cd "$ROOT"
-    "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore tests/unit/test_{graph,engine,batches,causal,breakdown,latency}.py
+    # What only a GPU can tell comes first, and a failure there is no reason not to know the rest.
+    local status=0
+    "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore -m gpu tests/unit/test_{graph,shared}.py || status=$?
+    ((status == 5)) && status=0 # none of them: pytest's word for a machine without a GPU, where all are left out
+    "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore -m "not gpu" \
+        tests/unit/test_{graph,shared,memory,engine,batches,causal,breakdown,latency,instead}.py || status=$?
+    return $status
 }
 
 latency() {
@@ -165,6 +174,23 @@ latency() {
     facts="{\"data\": {\"source\": \"$data\"}$tokenizer}"
     environment
     measure "$out" latency,breakdown "$facts" "$ROOT/benchmarks/latency.yaml" "${@:3}"
+    instead "$out"
+}
+
+instead() { # OUT: this engine beside what a user would pick, float and int8, on the run that is in OUT
+    local run data status=0
+    run=$(dirname "$(find "$1/runs" -name run.json | sort | head -n 1)")
+    data=$(find "$1/data" -mindepth 1 -maxdepth 1 -name alpaca)
+    say "instead"
+    within_limit "$PYTHON" "$ROOT/benchmarks/instead.py" "$run" --data "$data" --out "$1/instead" ${INSTEAD:-} \
+        >> "$1/logs/instead.log" 2>&1 < /dev/null || status=$?
+    if ((status == AGAIN)); then
+        say "$LIMIT_S s are up in the middle of it: run the same again to go on"
+        exit $AGAIN
+    elif ((status)); then
+        tail -n 30 "$1/logs/instead.log" >&2
+        fail "instead: failed, log: $1/logs/instead.log"
+    fi
 }
 
 study() {
@@ -256,7 +282,7 @@ within_limit() { # COMMAND: run it for what is left of LIMIT_S; AGAIN if that is
 
 pack_records() { # OUT: what is worth taking home, in one file
     local keep=(study.json logs) name
-    for name in records tables figures; do if [[ -d $1/$name ]]; then keep+=("$name"); fi; done
+    for name in records tables figures instead; do if [[ -d $1/$name ]]; then keep+=("$name"); fi; done
     tar -C "$1" -czf "$1/records.tar.gz.new" "${keep[@]}" && mv "$1/records.tar.gz.new" "$1/records.tar.gz"
     say "$1/records.tar.gz: $(find "$1/records" -name '*.json' 2> /dev/null | wc -l) records"
 }
@@ -274,13 +300,19 @@ selftest() {
     cmp "$out/some.whl" "$out/joined/some.whl"
     say "a wheel that was cut up and joined is the same"
     local me="$ROOT/benchmarks/gpu.sh" tiny="$ROOT/tests/tiny.yaml" rows="$ROOT/buddy/data/embedded" status=0
-    "$me" latency "$out/latency" embedded "$tiny"
+    INSTEAD="--rows generate,buddy-0.5,buddy-0.5-int8,llama.cpp --prompts 1 --new-tokens 4 --repeats 1" \
+        "$me" latency "$out/latency" embedded "$tiny"
+    grep -q "this engine | 0.5 | as loaded | [0-9]" "$out/latency/instead/instead.md" ||
+        fail "selftest: $out/latency/instead/instead.md has no figure for this engine"
+    grep -q "llama.cpp | .* not measured: --gguf names no file" "$out/latency/instead/instead.md" ||
+        fail "selftest: $out/latency/instead/instead.md does not say why llama.cpp is not there"
     "$me" study "$rows" none "$out/study" "$tiny"
-    # per engine: dense and three executions at two depths, for two batch sizes, and one mixed batch
+    # per engine: dense, full and four executions at two depths, for two batch sizes; for the batch of two varied routes
+    # under one bound or two, mixed and nested budgets
     engines=$("$PYTHON" -c 'import torch; print(1 + torch.cuda.is_available())')
-    expect "$out/latency" latency $((15 * engines))
+    expect "$out/latency" latency $((24 * engines))
     expect "$out/study" accuracy 5
-    expect "$out/study" latency $((15 * engines))
+    expect "$out/study" latency $((26 * engines))
     expect "$out/study" breakdown 2
     expect "$out/study" training 2
     say "again: nothing must be left to do"

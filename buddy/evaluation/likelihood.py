@@ -55,11 +55,13 @@ DIGITS = 6
 
 
 class Mode(NamedTuple):
-    """How a response is routed: fraction of blocks, K/V of skipped blocks, ``recompute`` or ``reuse``."""
+    """How a response is routed: fraction of blocks, K/V of skipped blocks, ``recompute`` or ``reuse``, and the bound on
+    what a step of the batch calls (`RoutedModel.generate`), with which an item's score depends on the items beside it."""
 
     budget: float
     kv: str
     decode: str
+    slack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,16 @@ def _states(whole: CausalLM, batch: Batch) -> Tensor:
 def _passes(model: RoutedModel, batch: Batch, wanted: Sequence[Mode]) -> Iterator[tuple[Mode, Pass]]:
     """Every mode of one budget with its pass; modes that must agree share one.
 
-    Routes come from K/V of blocks that always run, so no K/V policy changes them. Where a sequence keeps one route, a block
-    that it skips is never run for it, so nothing reads what stands for that block's K/V.
+    Under a bound each mode has a pass of its own. Without one, routes come from K/V of blocks that always run, so no K/V
+    policy changes them. Where a sequence keeps one route, a block that it skips is never run for it, so nothing reads what
+    stands for that block's K/V.
     """
     anew: dict[str, Pass] = {}
     kept: Pass | None = None
     for mode in sorted(wanted, key=lambda mode: mode.decode != "recompute"):
+        if mode.slack is not None:
+            yield mode, _run(model, batch, mode)
+            continue
         before = next(iter(anew.values()), None)
         if mode.decode == "recompute":
             if mode.kv not in anew:
@@ -236,7 +242,7 @@ def _run(model: RoutedModel, batch: Batch, mode: Mode) -> Pass:
     """One routed pass over a batch."""
     # A kept route is the prompt's for all tokens: the form of one route per sequence runs no block that the sequence skips.
     form, every = ("causal", 1) if mode.decode == "recompute" else ("sequence", 0)
-    routing = Routing(model.policy, mode.budget, every, form, mode.kv, batch.prompt)
+    routing = Routing(model.policy, mode.budget, every, form, mode.kv, batch.prompt, slack=mode.slack)
     with routed(model.backbone, routing):
         output = model.backbone.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     routes = torch.stack(routing.trace.steps, 1).expand(-1, batch.ids.shape[1], -1)
