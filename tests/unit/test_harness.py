@@ -79,6 +79,26 @@ def test_a_batch_scores_as_its_requests_do_alone_when_routed(backbone):
     assert lm.executed_mean == 4
 
 
+def test_a_bound_holds_for_what_is_scored_and_generated(backbone):
+    torch.manual_seed(0)
+    policy = BuddyPolicy(7, 16)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=2.0)
+    model = RoutedModel(backbone, policy, tokenizer=byte_tokenizer())
+    texts = [
+        Instance("generate_until", {}, (text, {"until": ["q"], "max_gen_toks": 6}), 0) for text in ("abc", "hello")
+    ]
+    for slack, paths in (("0", {1}), (None, {1, 2})):  # a string, as lm-eval's command line has it
+        lm = BuddyLM(model, budget=4 / 7, slack=slack, batch_size=2)
+        lm.generate_until(texts, disable_tqdm=True)
+        found = set(model.trace.paths_at_once().tolist())
+        lm.loglikelihood([REQUESTS[0], REQUESTS[-1]], disable_tqdm=True)
+        found |= set(model.trace.paths_at_once().tolist())
+        assert found <= paths
+        assert lm.executed_mean == 4
+    assert 2 in found, "they agree by themselves: nothing is shown"
+
+
 def test_static_removal_scores_as_the_sliced_model_through_plain_lm_eval(backbone, data):
     """Accuracy of a routed static model equals that of a physically smaller one through lm-eval's own wrapper."""
     removed = [2, 4]

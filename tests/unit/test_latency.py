@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import tiny
+from tape import Tape
 
 from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
@@ -22,6 +23,7 @@ from buddy.evaluation.latency import Entry, Racer, batches, benchmark, contender
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
 from buddy.records import Record
+from buddy.routing.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
@@ -190,6 +192,22 @@ def test_varied_routes_differ_and_keep_depth_and_bound(model, slack):
     assert len(routes[:, 0].unique(dim=0)) > 3  # one sequence, step by step
     assert (routes[..., 1:-1].float().mean((0, 1)) - 2 / 6).abs().max() < 0.25  # no block is preferred
     assert torch.equal(torch.stack([route for _, route in run()]), routes)  # the same in every repeat
+
+
+@pytest.mark.parametrize("slack", [None, 0])
+@torch.no_grad()
+def test_varied_routes_are_captured_as_any_others(model, slack):
+    router = latency._varied(model, 2, 9)
+    found = []
+    for cache in (Decoders(lambda _: Tape(), 8).lease(router, 32, 2), RoutedCache(8)):
+        for step in range(9):
+            ids = one_batch(model, 2, 1).ids if step == 0 else torch.full((2, 1), 7 + step)
+            logits = router(ids, budget=0.5, slack=slack, past_key_values=cache).logits[:, -1]
+            found.append((router.trace.steps[-1], logits))
+    for (route, logits), (other, expected) in zip(found[:9], found[9:], strict=True):
+        assert torch.equal(route, other)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert len({route.numpy().tobytes() for route, _ in found}) == 9
 
 
 def test_routes_are_drawn_for_a_router_only(static):

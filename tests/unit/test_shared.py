@@ -373,3 +373,29 @@ def test_the_choice_asks_the_device_for_nothing_and_takes_few_kernels():
         with OnlyCapturable() as counted:
             choose()
         assert most // 2 < counted.kernels <= most
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+@pytest.mark.parametrize("slack", [0, 2])
+@pytest.mark.parametrize("kv", KV)
+def test_on_a_gpu_captured_steps_take_the_routes_of_the_eager_engine(kv, slack):
+    model = with_router(tiny(blocks=12), kv=kv).to("cuda")
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    call = {"budget": [0.5, 0.5, 0.75], "slack": slack, "max_new_tokens": 48, "do_sample": False}
+    eager = model.generate(ids, mask, engine="eager", **call)
+    routes = model.trace.steps
+    assert torch.equal(model.generate(ids, mask, engine="graph", **call), eager)
+    assert all(torch.equal(*pair) for pair in zip(model.trace.steps, routes, strict=True))
+    cache = model.new_cache(64, engine="graph", batch=3)
+    for new in (ids, ids[:, :1], ids[:, :1]):
+        model(new, budget=0.5, slack=slack, past_key_values=cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # the host waits for one event, and for no operation
+    try:
+        for _ in range(6):
+            model(ids[:, :1], budget=0.5, slack=slack, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.graph is not None
