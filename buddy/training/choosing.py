@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 FOLDS = 4
-STEPS, EVERY = 150, 10
-RATE, DECAY = 6e-3, 0.1
+STEPS, EVERY = 240, 12
+RATE, DECAY = 5e-3, 0.1
 
 
 class Pooled(nn.Module):

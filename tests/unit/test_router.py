@@ -135,13 +135,13 @@ def test_the_lazy_order_is_greedy_where_costs_only_rise(seed):
 def test_what_is_predicted_tells_inputs_apart():
     generator = torch.Generator().manual_seed(0)
     tokens = [
-        torch.randn(int(length), 6, generator=generator) for length in torch.randint(4, 12, (120,), generator=generator)
+        torch.randn(int(length), 6, generator=generator) for length in torch.randint(4, 12, (240,), generator=generator)
     ]
-    kind = torch.arange(120) % 2
+    kind = torch.arange(240) % 2
     for one, each in zip(kind, tokens, strict=True):
-        each[0, 0] += 12.0 * one  # one token tells
-    costs = torch.stack([kind.double(), 1.0 - kind, torch.full((120,), 0.6)], 1)
-    costs = costs + 0.3 * torch.randn(120, 3, generator=generator)
+        each[0, 0] += 20.0 * one  # one token tells
+    costs = torch.stack([kind.double(), 1.0 - kind, torch.full((240,), 0.6)], 1)
+    costs = costs + 0.3 * torch.randn(240, 3, generator=generator)
     found = choosing.predicted(tokens, costs, 8, generator).argmin(1)
     assert (found == kind).double().mean() > 0.9
 
