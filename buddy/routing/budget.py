@@ -100,3 +100,23 @@ def executed_per_sequence(budget: Budget, batch: int, blocks: int, always: int, 
     fractions: Sequence[Any] = budget
     counts = torch.tensor([executed_blocks(b, blocks, always) for b in fractions], device=device)
     return counts.repeat_interleave(batch // len(budget))
+
+
+def same_budget(one: Budget | None, other: Budget | None, batch: int, blocks: int) -> bool:
+    """Whether two budgets run as many blocks of each sequence of a batch, or leave it to a predictor at one price.
+
+    Args:
+        one, other: fractions that are legal, or ``auto`` and the like; None is ``auto``.
+        batch: number of sequences B.
+        blocks: number of blocks L.
+    """
+    return one is other or _executed(one, batch, blocks) == _executed(other, batch, blocks)
+
+
+def _executed(budget: Budget | None, batch: int, blocks: int) -> str | list[int]:
+    if budget is None or isinstance(budget, str):
+        return budget or "auto"
+    fractions = budget.tolist() if isinstance(budget, Tensor) else budget
+    if not isinstance(fractions, Sequence):
+        fractions = [fractions]
+    return [round_half_up(fraction * blocks) for fraction in fractions for _ in range(batch // len(fractions))]

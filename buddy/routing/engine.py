@@ -112,6 +112,8 @@ def check_supported(backbone: CausalLM) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError("backbone: sliding-window attention is in use; only full attention is supported")
+    if getattr(config, "is_causal", None) is False:
+        raise UserError("backbone: its config.json says is_causal=false; only causal attention is routed")
 
 
 class _Here(threading.local):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from buddy.errors import UserError, choices
-from buddy.routing import decoders
+from buddy.routing import decoders, inputs, options
 from buddy.routing.budget import Budget
 from buddy.routing.engine import Routing, check_supported, routed
 from buddy.routing.kv import RoutedCache
+from buddy.routing.options import Options
 from buddy.routing.policy import Policy
 from buddy.routing.shared import Sharing
 from buddy.routing.trace import Trace
@@ -22,6 +23,9 @@ from buddy.routing.types import CausalLM
 from buddy.settings import ENGINES, KV_POLICIES, ROUTING_FORMS
 
 log = logging.getLogger(__name__)
+
+DEFAULT_TOKENS = 20
+"""New tokens of a generation for which nothing says it, as Hugging Face has it."""
 
 GRAPH_TOKENS = 32
 """New tokens from which on capturing graphs is worth the while, as engine ``auto`` has it."""
@@ -131,7 +135,7 @@ class RoutedModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         budget: Budget | None = None,
@@ -140,13 +144,13 @@ class RoutedModel(nn.Module):
         routing: str = "sequence",
         context_mask: Tensor | None = None,
         past_key_values: RoutedCache | None = None,
-        use_cache: bool = False,
+        use_cache: bool | None = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass.
 
         Args:
-            input_ids: (B, S) new tokens.
+            input_ids: (B, S) new tokens; or ``inputs_embeds`` (B, S, H).
             attention_mask: (B, past + S), 1 for real tokens.
             budget: fraction of blocks, one or one per sequence; None lets the policy choose (the budget predictor), and
                 so do ``auto`` and, at a price in [0, 1], ``auto:0.3``. A cache keeps the budget it was started with.
@@ -159,18 +163,27 @@ class RoutedModel(nn.Module):
                 prompt, which shares a route; by default that is the first token.
             past_key_values: cache of an earlier call.
             use_cache: return a cache to go on from.
-            kwargs: passed to the backbone (``logits_to_keep`` and the like).
+            kwargs: arguments of the backbone's forward pass (``labels``, ``logits_to_keep``, ``output_hidden_states`` and
+                the like); `buddy.routing.options` says of each what becomes of it.
 
         Returns:
             Logits (B, S, V), and the cache if asked for. Routes are in `trace`.
 
         Raises:
             BudgetError: an illegal budget.
+            UserError: inputs or arguments that cannot be honoured, before anything is computed.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache(2 * input_ids.shape[1])
+        options.check_pass(kwargs, self.config)
         if routing not in ROUTING_FORMS:
             raise UserError(f"routing: {routing!r} is not one of {choices(ROUTING_FORMS)}")
+        embeddings = kwargs.get("inputs_embeds")
+        if (input_ids is None) == (embeddings is None):
+            raise UserError("forward: give either input_ids or inputs_embeds")
+        batch, new = inputs.check_tokens(self.backbone, self.policy, input_ids, embeddings, attention_mask)
+        past = inputs.check_cache(past_key_values, self.blocks, batch, budget)
+        inputs.check_mask(attention_mask, batch, past, new)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache(2 * new)
         call = Routing(self.policy, budget, _every(decode), routing, self.kv, context_mask, slack=slack)
         self.trace = call.trace
         with routed(self.backbone, call):
@@ -185,20 +198,22 @@ class RoutedModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         budget: Budget | None = None,
         decode: str | int = "recompute",
         slack: int | None = None,
         engine: str = "auto",
+        past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Generate with the backbone's own ``generate``, so that sampling, stopping and streaming are as usual.
 
         Args:
             input_ids: (B, S) prompts, padded left.
-            attention_mask: (B, S), 1 for real tokens.
+            attention_mask: (B, S), 1 for real tokens; as with Hugging Face it is inferred from padding where none is
+                given.
             budget: fraction of blocks, one or one per sequence; None asks the policy (the budget predictor, once per
                 sequence, at the prompt), and so do ``auto`` and, at a price in [0, 1], ``auto:0.3``.
             decode: ``recompute``, ``reuse`` or an integer, as in `forward`.
@@ -206,49 +221,70 @@ class RoutedModel(nn.Module):
                 one set for all, of which smaller budgets run a part; None, the default, leaves sequences independent. It
                 buys speed, since a step reads every block that is called; a sequence runs as many blocks as ever.
             engine: ``eager``; ``graph``, which decodes by captured CUDA graphs; ``auto``, which takes graphs on a GPU if
-                the generation is long enough to pay for their capture. What keeps graphs from being used is logged.
-            kwargs: arguments of ``GenerationMixin.generate``.
+                the generation is long enough to pay for their capture. What keeps graphs from being used is logged. A
+                cache that is given goes on with its own.
+            past_key_values: cache of an earlier turn, as ``return_dict_in_generate=True`` returns it. ``input_ids`` are
+                then the whole conversation, or what is new of it under a mask of the whole. Scores, budget and steps go
+                on where they stopped, so that a turn is routed as one pass over everything would be.
+            kwargs: arguments of ``GenerationMixin.generate``; `buddy.routing.options` says of each, and of every field of
+                ``GenerationConfig``, whether it is honoured, translated or refused.
 
         Returns:
             (B, S + new) tokens, or what ``return_dict_in_generate`` asks for. `trace` holds a route per step.
 
         Raises:
-            BudgetError: an illegal budget, before anything is computed.
-            UserError: beam search or assisted decoding is asked for, or an engine that does not exist.
+            BudgetError: an illegal budget.
+            UserError: inputs or options that cannot be honoured, or an engine that does not exist; in all cases before
+                anything is computed.
         """
-        if kwargs.get("num_beams", 1) > 1 or kwargs.get("assistant_model") is not None:
+        asked = Options(kwargs, self.backbone)
+        if input_ids is not None and kwargs.get("inputs") is not None:
+            raise UserError("generate: give either input_ids or inputs")
+        input_ids = kwargs.get("inputs") if input_ids is None else input_ids
+        embeddings = kwargs.get("inputs_embeds")
+        batch, tokens = inputs.check_tokens(self.backbone, self.policy, input_ids, embeddings, attention_mask)
+        inputs.check_vocabulary(self.backbone, input_ids)
+        copies = asked["num_return_sequences"] or 1
+        past = inputs.check_cache(past_key_values, self.blocks, batch * copies, budget)
+        if past and embeddings is not None:
             raise UserError(
-                "generate: beam search and assisted decoding do not work with routing; sample or decode greedily"
+                "generate: inputs_embeds start a conversation; give input_ids to go on from past_key_values"
             )
-        if budget is not None or self.policy.source_block:
-            self.policy.begin(budget, input_ids.shape[0], torch.device("cpu"))
-        Sharing.of(slack, self.policy, budget, len(input_ids))
+        fresh = inputs.new_tokens(past, tokens, attention_mask)
+        inputs.check_mask(attention_mask, batch, past, fresh)
+        if budget is not None or (self.policy.source_block and not past):
+            self.policy.begin(budget, batch, torch.device("cpu"))
+        Sharing.of(slack, self.policy, budget, batch)
         routing = Routing(self.policy, budget, _every(decode), slack=slack)
         self.trace = routing.trace
-        prompt = input_ids.shape[1]
-        new, copies = self._expected(prompt, kwargs)
+        if past_key_values is None:
+            past_key_values = self._cache_for(tokens, self._expected(tokens, asked), batch * copies, engine)
+        try:
+            with routed(self.backbone, routing):
+                output = self.backbone.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    **asked.translated(self.tokenizer),
+                )
+        except (ValueError, TypeError) as error:
+            if routing.state is not None or isinstance(error, UserError):
+                raise
+            raise UserError(f"generate: {' '.join(str(error).split())}") from error  # its own checks of the options
+        if asked["use_cache"] is False and not isinstance(output, Tensor):
+            output.past_key_values = None
+        return output
+
+    def _cache_for(self, prompt: int, new: int, batch: int, engine: str) -> RoutedCache:
+        """A cache for a generation of this many new tokens."""
         if engine == "auto" and new < GRAPH_TOKENS:
             engine = "eager"
-        cache = self.new_cache(prompt, engine, len(input_ids) * copies, limit=prompt + new)
-        with routed(self.backbone, routing):
-            return self.backbone.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-                past_key_values=cache,
-                **kwargs,
-            )
+        return self.new_cache(prompt, engine, batch, limit=prompt + new)
 
-    def _expected(self, prompt: int, kwargs: dict[str, Any]) -> tuple[int, int]:
-        """(new tokens there has to be room for, sequences per prompt) of a generation with these arguments."""
-        config = kwargs.get("generation_config") or self.backbone.generation_config
-
-        def asked(name: str) -> int:
-            return kwargs.get(name) or getattr(config, name, None) or 0
-
-        guess = 64  # where nothing says it
-        return asked("max_new_tokens") or max(asked("max_length") - prompt, 0) or guess, asked(
-            "num_return_sequences"
-        ) or 1
+    def _expected(self, prompt: int, asked: Options) -> int:
+        """New tokens there has to be room for."""
+        most = asked["max_new_tokens"] or (asked["max_length"] or prompt + DEFAULT_TOKENS) - prompt
+        return most if isinstance(most, int) and most > 0 else DEFAULT_TOKENS
 
 
 def _every(decode: str | int) -> int:
