@@ -182,7 +182,7 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
     """
     from transformers import AutoModelForCausalLM
 
-    from buddy.backbones import linked
+    from buddy.backbones import linked, pad_token
 
     device, kind = pick(device, dtype)
     if not (Path(folder) / "config.json").exists():
@@ -191,8 +191,7 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, use_safetensors=True, **linked.LOCAL)
     tokenizer = linked.tokenizer(folder, str(folder))
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad_token.settle(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 

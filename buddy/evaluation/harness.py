@@ -3,28 +3,37 @@
 What is scored is what is claimed: every request runs through the policy, and the count of executed blocks is kept
 beside the scores. The route of a multiple-choice request is read from its context alone, under its mask, so that no
 answer chooses the path it is scored on.
+
+Everything else is the harness's own model for Hugging Face: generation options, stop sequences, chat templates, the token
+that begins a text, length limits. At budget 1 it scores and generates what that one does.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from buddy.errors import UserError
 from buddy.routing.model import RoutedModel
 from buddy.runs import load
 
-Request = tuple[tuple[str, str], list[int], list[int]]
+log = logging.getLogger(__name__)
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""The texts (None for a window of a longer one), and the tokens of context and answer."""
 
 
 @register_model("buddy")
-class BuddyLM(TemplateLM):
+class BuddyLM(HFLM):
     """Scores and generates at one budget.
 
     Once this module is imported, lm-eval knows it by name: ``simple_evaluate(model="buddy", model_args="run=PATH,budget=0.75")``.
@@ -32,37 +41,66 @@ class BuddyLM(TemplateLM):
     Args:
         run: a `RoutedModel`, or the path of a run or a backbone.
         budget: fraction of blocks; 1 runs them all; ``auto`` and ``auto:PRICE`` leave it to the run's budget predictor.
-        decode: ``recompute`` or ``reuse``, for tasks that generate.
+        decode: ``recompute``, ``reuse`` or a number of steps, for tasks that generate.
         slack: blocks that a step of a batch may call beyond those that its deepest sequence runs; None leaves sequences
             independent (`RoutedModel.generate`). With it, what an item gets depends on which others share its batch.
         routing: how answers and texts are scored. ``sequence``: the context's route holds for the answer too. ``causal``:
             each token of the answer has the route that decoding it would have had.
         batch_size: sequences per pass.
-        max_length: longest input, tokens; longer contexts lose their beginning. The backbone's own limit by default.
+        max_length: longest input, tokens; longer contexts lose their beginning, with a warning. The backbone's own limit
+            by default.
+        add_bos_token, prefix_token_id, think_end_token, enable_thinking, chat_template_args: as for lm-eval's ``hf``.
         load_settings: passed to `buddy.load` when ``run`` is a path.
+
+    Raises:
+        UserError: the run cannot be loaded, or its tokenizer has no token to begin a text with.
     """
 
     def __init__(
         self,
         run: RoutedModel | str,
         budget: float | str = 1.0,
-        decode: str = "recompute",
+        decode: str | int = "recompute",
         slack: int | str | None = None,
         routing: str = "sequence",
         batch_size: int | str = 16,
         max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
         **load_settings: Any,
     ) -> None:
-        super().__init__()
         load_settings.pop("max_batch_size", None)
-        self.model = run if isinstance(run, RoutedModel) else load(run, **load_settings)
-        self.tokenizer = self.model.tokenizer
+        model = run if isinstance(run, RoutedModel) else load(run, **load_settings)
+        harness = logging.getLogger(HFLM.__module__)
+        level = harness.level
+        harness.setLevel(logging.ERROR)  # it warns that options of loading are ignored: the model is loaded already
+        try:
+            super().__init__(
+                model.backbone,
+                backend="causal",
+                tokenizer=model.tokenizer,
+                batch_size=int(batch_size) if str(batch_size).isdigit() else 16,
+                max_length=max_length,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+                think_end_token=think_end_token,
+                enable_thinking=enable_thinking,
+                chat_template_args=chat_template_args,
+            )
+        finally:
+            harness.setLevel(level)
+        if self.prefix_token_id is None:
+            raise UserError(
+                "tokenizer: it has neither a bos nor an eos token to begin a text with; give prefix_token_id"
+            )
+        self._model = model  # what the harness calls from here on
         self.budget = budget if str(budget).startswith("auto") else float(budget)
-        self.decode = decode
+        self.decode = int(decode) if str(decode).isdigit() else decode
         self.slack = None if slack is None else int(slack)
         self.routing = routing
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
-        self.max_length = int(max_length or min(self.model.config.max_position_embeddings, 4096))
         self.reset_count()
 
     @property
@@ -83,20 +121,9 @@ class BuddyLM(TemplateLM):
         self._blocks_run += int(executed.sum())
         self._passes += executed.numel()
 
-    @property
-    def eot_token_id(self) -> int:
-        """End-of-sequence token."""
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before an empty context: the beginning-of-sequence token, or the end's."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens as the tokenizer adds them, unless told."""
-        special = True if add_special_tokens is None else add_special_tokens
-        return self.tokenizer(string, add_special_tokens=special).input_ids
+    def get_model_info(self) -> dict[str, Any]:
+        """What of the model the harness notes beside its results; nothing is looked up on the Hub."""
+        return {"model_num_parameters": self.model.backbone.num_parameters(), "model_dtype": self.model.dtype}
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices in batches of like length, the longest first, so that memory trouble comes at once."""
@@ -107,6 +134,7 @@ class BuddyLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
+        self._check_lengths(requests)
         # Answers of one token share their input (BoolQ's yes and no): one pass scores them all.
         shared: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, answer) in enumerate(requests):
@@ -119,8 +147,31 @@ class BuddyLM(TemplateLM):
                 scores = self._score([[requests[i][1:] for i in group] for group in members])
                 for i, score in zip((i for group in members for i in group), scores, strict=True):
                     results[i] = score
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
                 bar.update(sum(map(len, members)))
         return results
+
+    def _check_lengths(self, requests: list[Request]) -> None:
+        """Say how many requests lose their beginning.
+
+        Raises:
+            UserError: an answer that has no token, or more than the model can take in.
+        """
+        over = []
+        for texts, context, answer in requests:
+            if not answer or len(answer) > self.max_length:
+                shown = f" {texts[1]!r}" if texts is not None else ""
+                raise UserError(
+                    f"answer{shown:.60}: {len(answer)} tokens; it needs 1 to {self.max_length}, the longest input"
+                )
+            over.append(len(context) + len(answer) - self.max_length - 1)
+        longer = [tokens for tokens in over if tokens > 0]
+        if longer:
+            log.warning(
+                "%d of %d requests are longer than %d tokens and are cut from the left, by %d tokens at most",
+                *(len(longer), len(requests), self.max_length, max(longer)),
+            )
 
     @torch.no_grad()
     def _score(self, groups: list[list[tuple[list[int], list[int]]]]) -> list[tuple[float, bool]]:
@@ -158,9 +209,13 @@ class BuddyLM(TemplateLM):
         ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, nats, in windows of at most `max_length` tokens."""
+        """Log-likelihood of whole texts, nats, in windows of at most `max_length` tokens.
+
+        The first token is scored after the one that begins a text. A tokenizer that adds that token by itself does not do
+        so here, or it would stand there twice (lm-eval's ``hf`` scores such a text so with ``add_bos_token=False``).
+        """
         results = []
-        for text in (request.args[0] for request in requests):
+        for (text,) in (request.args for request in requests):
             windows = map(
                 make_disjoint_window,
                 get_rolling_token_windows(
@@ -170,51 +225,33 @@ class BuddyLM(TemplateLM):
                     context_len=1,
                 ),
             )
-            scored = self._loglikelihood_tokens([(("", ""), c, a) for c, a in windows], disable_tqdm=disable_tqdm)
+            scored = self._loglikelihood_tokens([(None, c, a) for c, a in windows], disable_tqdm=disable_tqdm)
             results.append(sum(score for score, _ in scored))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
         return results
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated until a stop string, greedily unless a request asks for sampling."""
-        results = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
-        with tqdm(total=len(requests), desc=f"generating at {self._depth}", disable=disable_tqdm) as bar:
-            for members in groups.values():
-                settings = dict(requests[members[0]].args[1])
-                for batch in self._batches([len(requests[i].args[0]) for i in members]):
-                    texts = self._generate([requests[members[i]].args[0] for i in batch], dict(settings))
-                    for i, text in zip(batch, texts, strict=True):
-                        results[members[i]] = text
-                    bar.update(len(batch))
-        return results
+        """Texts generated until a stop string, as lm-eval's ``hf`` generates them.
 
-    def _generate(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
-        until = settings.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        new = int(settings.pop("max_gen_toks", 256))
-        settings.pop("do_sample", None)
-        temperature = float(settings.pop("temperature", 0.0) or 0.0)
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        )
-        rows = [self.tok_encode(prompt)[-(self.max_length - new) :] for prompt in prompts]
-        inputs = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        ids: Tensor = self.model.generate(
-            inputs["input_ids"].to(self.model.device),
-            inputs["attention_mask"].to(self.model.device),
-            budget=self.budget,
-            decode=self.decode,
-            slack=self.slack,
-            max_new_tokens=new,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **({"stop_strings": until, "tokenizer": self.tokenizer} if until else {}),
-            **sampling,
+        Raises:
+            UserError: so many new tokens are asked for that no prompt has room beside them; an option of generation that
+                does not work with routing.
+        """
+        for request in requests:
+            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if not 0 < new < self.max_length:
+                raise UserError(
+                    f"max_gen_toks: {new} leaves no room for prompt and answer in a context of {self.max_length} tokens"
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """Tokens (B, S + new) of a batch of prompts, padded left."""
+        ids: Tensor = super()._model_generate(
+            context, max_length, stop, budget=self.budget, decode=self.decode, slack=self.slack, **settings
         )
         self._count()
-        texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [min((text.split(stop)[0] for stop in until), key=len, default=text) for text in texts]
+        return ids
 
 
 def _answer_score(logits: Tensor, answer: list[int]) -> tuple[float, bool]:

@@ -6,10 +6,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from models import tiny
+from tokenizers import processors
 
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.data import materialise
 from buddy.data.tasks import tasks
+from buddy.errors import UserError
 from buddy.evaluation import accuracy
 from buddy.evaluation.harness import BuddyLM
 from buddy.policies.buddy import BuddyPolicy
@@ -144,3 +146,157 @@ def test_generation_stops_at_stop_strings_and_rolls_over_windows(backbone):
     reference = HFLM(pretrained=backbone, tokenizer=tokenizer, max_length=64, prefix_token_id=tokenizer.bos_token_id)
     expected = reference.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
     assert rolled[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+# ---- at full depth, lm-eval's own model ------------------------------------------------------------------------------
+
+
+def begins_with_bos(tokenizer):
+    """The same tokenizer, putting its token at the beginning of every text, as Llama's does."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def both(backbone, tokenizer=byte_tokenizer, budget=1.0, **options):
+    """A routed model at full depth, and lm-eval's own over the same backbone."""
+    routed = RoutedModel(backbone, BuddyPolicy(7, 16), tokenizer=tokenizer())
+    plain = HFLM(pretrained=backbone, backend="causal", tokenizer=tokenizer(), batch_size=2, **options)
+    return BuddyLM(routed, budget=budget, batch_size=2, **options), plain
+
+
+def instances(kind, *arguments):
+    return [Instance(kind, {}, given, i) for i, given in enumerate(arguments)]
+
+
+PROMPTS = ("abc", "hello there", "a longer prompt that says more", "q")
+GENERATION = [
+    {"max_new_tokens": 5},
+    {"max_gen_toks": 6},
+    {"max_tokens": 4, "until": "e"},
+    {"max_gen_toks": 6, "until": ["t", "zz"], "do_sample": False},
+    {"max_gen_toks": 5, "do_sample": False, "temperature": 0.8},
+    {"max_gen_toks": 5, "do_sample": True, "temperature": 1.0, "top_k": 1},
+    {"max_gen_toks": 5, "do_sample": True, "temperature": 0.7, "top_k": 9},
+    {"max_gen_toks": 5, "temperature": 1.5},
+    {"max_gen_toks": 5, "temperature": 0.0},
+    {"max_gen_toks": 5, "do_sample": True, "temperature": 1.3, "top_p": 0.6},
+    {"max_gen_toks": 6, "do_sample": False, "repetition_penalty": 1.9},
+    {"max_gen_toks": 6, "do_sample": False, "no_repeat_ngram_size": 1, "min_new_tokens": 4},
+    {"max_length": 40},
+    {"until": ["b"]},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", GENERATION, ids=str)
+def test_generation_options_do_what_they_do_for_lm_evals_own_model(backbone, settings):
+    routed, plain = both(backbone, max_length=48 if "max_gen_toks" in settings else 300)
+    answers = []
+    for lm in (routed, plain):
+        torch.manual_seed(11)
+        asked = instances("generate_until", *((prompt, dict(settings)) for prompt in PROMPTS))
+        answers.append(lm.generate_until(asked, disable_tqdm=True))
+    assert answers[0] == answers[1]
+    assert routed.executed_mean == 7
+
+
+@torch.no_grad()
+def test_seeds_choose_what_is_sampled_and_greedy_answers_ignore_them(backbone):
+    lm, _ = both(backbone)
+
+    def answers(seed, **settings):
+        torch.manual_seed(seed)
+        asked = instances("generate_until", *((prompt, {"max_gen_toks": 8, **settings}) for prompt in PROMPTS))
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    assert answers(1, do_sample=True, temperature=2.0) == answers(1, do_sample=True, temperature=2.0)
+    assert answers(1, do_sample=True, temperature=2.0) != answers(2, do_sample=True, temperature=2.0)
+    assert answers(1, do_sample=False, temperature=2.0) == answers(2, do_sample=False)
+
+
+@torch.no_grad()
+def test_long_prompts_are_cut_as_there_and_it_is_said(backbone, caplog):
+    routed, plain = both(backbone, max_length=32)
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    asked = [(long, {"max_gen_toks": 10}), ("short", {"max_gen_toks": 10})]
+    found = routed.generate_until(instances("generate_until", *asked), disable_tqdm=True)
+    assert "truncating to last 22 tokens" in caplog.text
+    assert found == plain.generate_until(instances("generate_until", *asked), disable_tqdm=True)
+    caplog.clear()
+    pairs = instances("loglikelihood", (long, " thirteen"), ("short", " one"))
+    scores = routed.loglikelihood(pairs, disable_tqdm=True)
+    assert (
+        f"1 of 2 requests are longer than 32 tokens and are cut from the left, by {62 + 9 - 33} tokens" in caplog.text
+    )
+    for one, other in zip(scores, plain.loglikelihood(pairs, disable_tqdm=True), strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-3)
+        assert one[1] == other[1]
+    for settings in ({"max_gen_toks": 32}, {"max_new_tokens": 0}):
+        with pytest.raises(UserError, match=r"max_gen_toks: \d+ leaves no room"):
+            routed.generate_until(instances("generate_until", (long, settings)), disable_tqdm=True)
+    with pytest.raises(UserError, match="40 tokens; it needs 1 to 32"):
+        routed.loglikelihood(instances("loglikelihood", ("a", "b" * 40)), disable_tqdm=True)
+    with pytest.raises(UserError, match="0 tokens; it needs 1 to 32"):
+        routed.loglikelihood(instances("loglikelihood", ("a", "")), disable_tqdm=True)
+    with pytest.raises(UserError, match="'top_q' is no option"):
+        routed.generate_until(instances("generate_until", ("a", {"top_q": 3, "max_gen_toks": 4})), disable_tqdm=True)
+
+
+@torch.no_grad()
+def test_the_token_that_begins_a_text_stands_there_once(backbone):
+    def tokenizer():
+        return begins_with_bos(byte_tokenizer())
+
+    routed, plain = both(backbone, tokenizer, max_length=64)
+    bos, bos_id = routed.tokenizer.bos_token, routed.tokenizer.bos_token_id
+    for text in ("abc", bos + "abc"):
+        assert routed.tok_encode(text) == plain.tok_encode(text)
+        assert routed.tok_encode(text).count(bos_id) == 1
+    pairs = instances("loglikelihood", ("The sky", " is blue"), (bos + "The sky", " is blue"), ("", "from nothing"))
+    scores = routed.loglikelihood(pairs, disable_tqdm=True)
+    assert scores[0] == pytest.approx(scores[1])
+    for one, other in zip(scores, plain.loglikelihood(pairs, disable_tqdm=True), strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-3)
+    asked = [("The sky", {"max_gen_toks": 6}), (bos + "The sky", {"max_gen_toks": 6})]
+    found = [routed.generate_until(instances("generate_until", one), disable_tqdm=True) for one in asked]
+    assert found[0] == found[1]
+    assert found[0] == plain.generate_until(instances("generate_until", asked[0]), disable_tqdm=True)
+    text = instances("loglikelihood_rolling", ("some running text " * 10,))
+    once = HFLM(pretrained=backbone, backend="causal", tokenizer=tokenizer(), add_bos_token=False, max_length=64)
+    expected = once.loglikelihood_rolling(text, disable_tqdm=True)
+    assert routed.loglikelihood_rolling(text, disable_tqdm=True)[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+@torch.no_grad()
+def test_chat_templates_work_as_there(backbone, data):
+    routed, plain = both(backbone, lambda: begins_with_bos(byte_tokenizer()), max_length=512)
+    history = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
+    assert routed.apply_chat_template(history) == plain.apply_chat_template(history)
+    assert routed.tokenizer_name == plain.tokenizer_name
+    results = []
+    for lm in (routed, plain):
+        manager, chosen = tasks(data, ["piqa"])
+        results.append(
+            simple_evaluate(
+                lm, tasks=chosen, task_manager=manager, limit=6, bootstrap_iters=10, apply_chat_template=True,
+                system_instruction="Answer well.", num_fewshot=0,
+            )
+        )  # fmt: skip
+    samples = [result["samples"]["buddy_piqa"] for result in results]
+    assert "Answer well." in samples[0][0]["arguments"][0][0]
+    for one, other in zip(*samples, strict=True):
+        assert one["arguments"] == other["arguments"]
+        for score, expected in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+            assert score[0] == pytest.approx(expected[0], abs=1e-3)
+    assert results[0]["config"]["model_num_parameters"] == results[1]["config"]["model_num_parameters"]
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused(backbone):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="prefix_token_id"):
+        BuddyLM(RoutedModel(backbone, StaticPolicy(7), tokenizer=tokenizer))
