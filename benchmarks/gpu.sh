@@ -284,7 +284,7 @@ pack_records() { # OUT: what is worth taking home, in one file
     local keep=(study.json logs) name
     for name in records tables figures instead; do if [[ -d $1/$name ]]; then keep+=("$name"); fi; done
     tar -C "$1" -czf "$1/records.tar.gz.new" "${keep[@]}" && mv "$1/records.tar.gz.new" "$1/records.tar.gz"
-    say "$1/records.tar.gz: $(find "$1/records" -name '*.json' 2> /dev/null | wc -l) records"
+    say "$1/records.tar.gz: $(find "$1/records" -name '[!.]*.json' 2> /dev/null | wc -l) records"
 }
 
 # ---- anywhere --------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ selftest() {
 
 expect() { # OUT KIND COUNT
     local found
-    found=$(find "$1/records/$2" -name '*.json' | wc -l)
+    found=$(find "$1/records/$2" -name '[!.]*.json' | wc -l)
     ((found == $3)) || fail "selftest: $1 has $found records of kind $2, not $3"
 }
 

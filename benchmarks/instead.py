@@ -196,7 +196,7 @@ def _xllamacpp(gguf: Path, threads: int, context: int) -> Generate:
 
     def generate(prompt: list[int], new: int) -> list[int]:
         asked = {"prompt": prompt, "n_predict": new, "temperature": 0.0, "top_k": 1, "ignore_eos": True}
-        answer = server.handle_completions({**asked, "cache_prompt": False, "return_tokens": True})
+        answer = server.handle_completions({**asked, "cache_prompt": False, "return_tokens": True, "verbose": True})
         answer = answer if isinstance(answer, dict) else json.loads(answer)
         if "error" in answer:
             raise UserError(f"llama.cpp: {answer['error']}")
@@ -206,11 +206,9 @@ def _xllamacpp(gguf: Path, threads: int, context: int) -> Generate:
 
 
 def _tokens(answer: dict[str, Any]) -> Sequence[Any]:
-    """The token ids of an answer, in llama.cpp's own form or OpenAI's."""
-    if "tokens" in answer:
-        return answer["tokens"]
-    choice = answer["choices"][0]
-    return choice.get("tokens") or choice.get("__verbose", {}).get("tokens", [])
+    """The token ids of an answer, in llama.cpp's own form, which OpenAI's carries along when asked to be verbose."""
+    found: Sequence[Any] = answer.get("__verbose", answer).get("tokens", [])
+    return found
 
 
 def _exactly(new: int) -> dict[str, Any]:
@@ -245,8 +243,10 @@ def work(options: argparse.Namespace) -> None:
 
     try:
         generate = way(Row.of(options.row), options)
-        generate(prompts[0], min(8, options.new_tokens))
-        generate(prompts[-1], min(8, options.new_tokens))
+        for prompt in (prompts[0], prompts[-1]):
+            new = min(8, options.new_tokens)
+            if (got := len(generate(prompt, new))) != new:
+                raise UserError(f"it gives {got} tokens where {new} are asked for")
     except UserError as error:
         say({"reason": str(error)})
         return

@@ -22,7 +22,7 @@ from buddy.evaluation import latency
 from buddy.evaluation.latency import Entry, Racer, batches, benchmark, contender, heats, race, usable_engines
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
+from buddy.records import Record, find
 from buddy.routing.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
@@ -543,7 +543,7 @@ def arguments(model, tmp_path):
 def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(arguments):
     command(**arguments | MORE)
     out = arguments["out"]
-    written = {path.relative_to(out) for path in out.rglob("*.json")}
+    written = {path.relative_to(out) for path in find(out)}
     content = {
         "study": {
             "name": "small",
@@ -567,7 +567,7 @@ def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(argument
 
 def test_what_a_record_says_of_itself(arguments):
     command(**arguments | {"batch_sizes": "4"})
-    records = [Record.read(path) for path in sorted(arguments["out"].rglob("*.json"))]
+    records = [Record.read(path) for path in find(arguments["out"])]
     assert Counter(record.method for record in records) == {"dense": 1, "sliced": 2, "buddy": 5}
     for record in records:
         execution = record.metrics["execution"]
@@ -587,7 +587,7 @@ def test_a_static_peer_is_timed_by_the_same_clock(arguments, static):
     info = runs.RunInfo("sleb", "static", static.policy.settings(), "tiny", where, variant, 3, "small")
     runs.save(run, info, static.policy)
     command(**arguments | {"removed": "2", "executions": "dense,sliced,reuse,mixed"})
-    records = [Record.read(path) for path in sorted(arguments["out"].rglob("*.json"))]
+    records = [Record.read(path) for path in find(arguments["out"])]
     depths = {(r.method, r.metrics["batch_size"], r.metrics["execution"]): r.metrics["executed_mean"] for r in records}
     assert depths == {
         **{("dense", size, "dense"): 8 for size in (1, 2)},
