@@ -38,6 +38,7 @@ from buddy.settings import (
     Peers,
     Predictor,
     Pudding,
+    Router,
     Settings,
     StudyPlan,
     Summaries,
@@ -46,7 +47,12 @@ from buddy.settings import (
     Tracking,
     Training,
     Variant,
+    unread_by_tuned,
 )
+
+UNSAID = {"recipe": "paper"}
+"""Values of BUDDY's axes that a path and an older record leave out: all was so before there was such an axis, and what was
+measured then keeps its place."""
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +67,8 @@ class Run:
     @cached_property
     def path(self) -> str:
         """Folder of the run below ``results/<study>/runs``: ``axis~value`` levels that say what made it."""
-        parts = [("backbone", self.backbone), ("method", self.method), *self.axes, ("seed", self.seed)]
+        said = [(axis, value) for axis, value in self.axes if UNSAID.get(axis) != value]
+        parts = [("backbone", self.backbone), ("method", self.method), *said, ("seed", self.seed)]
         return "/".join(f"{axis}~{_text(value)}" for axis, value in parts)
 
     @property
@@ -91,6 +98,7 @@ class Config(Settings):
     peers: Peers = Peers()
     pudding: Pudding = Pudding()
     first: First = First()
+    router: Router = Router()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     generation: Generation = Generation()
@@ -164,7 +172,12 @@ class Config(Settings):
             return [Run(backbone, method, (), seed) for seed in seeds if "trained" in loras]
         if method == "buddy":
             main = self.study.main.model_dump()
-            return [self.buddy_run(backbone, main, seed, lora) for lora in loras for seed in seeds]
+            return [
+                self.buddy_run(backbone, {**main, "recipe": recipe}, seed, lora)
+                for recipe in self.study.compared_recipes()
+                for lora in loras
+                for seed in seeds
+            ]
         criteria = self.peers.criteria_of(method) if method in STATIC_PEERS else [None]
         return [
             Run(backbone, method, _peer_axes(criterion, removed, lora), seed)
@@ -182,6 +195,21 @@ class Config(Settings):
         named = tuple((axis, axes[axis]) for axis in Variant.model_fields)
         return Run(backbone, "buddy", named if lora == "trained" else (*named, ("lora", lora)), seed)
 
+    def training_options(self, run: Run) -> dict[str, Any]:
+        """What `buddy train` is told of a run of BUDDY besides its files: its axes and just the settings that it reads.
+
+        The paper's recipe, which is the command's default, goes without saying; a run without LoRA has rank 0.
+        """
+        axes = {axis: value for axis, value in run.axes if axis not in ("prior", "lora", "recipe")}
+        training = self.training.model_dump(exclude={"data"})
+        training |= {"lora_rank": 0} if run.variant.get("lora") == "none" else {}
+        given = {**axes, "seed": run.seed, **training}
+        if run.variant["recipe"] == "paper":
+            return given
+        router = {f"router_{name}": value for name, value in self.router.model_dump().items()}
+        read = {name: value for name, value in given.items() if name not in unread_by_tuned(training["lora_rank"])}
+        return {**read, "recipe": "tuned", "depths": self.removed(run.backbone), **router}
+
     def depths(self, run: Run) -> list[int]:
         """Numbers of removed blocks at which a run is measured: none of a dense one, a peer's own, BUDDY's all."""
         if run.method in ("dense", "dense_lora"):
@@ -193,7 +221,8 @@ class Config(Settings):
         return [run for method in self.latency.methods for run in self._shown(backbone, method)]
 
     def answering_runs(self, backbone: str) -> list[Run]:
-        """The runs that answer problems by generation: those of the accuracy table, with the first seed."""
+        """The runs that answer problems by generation: those of the accuracy table, with the first seed, and of BUDDY the
+        main variant alone."""
         return [run for method in METHODS for run in self._shown(backbone, method)]
 
     def main_run(self, backbone: str) -> Run:
@@ -208,9 +237,11 @@ class Config(Settings):
         """A method's runs with the first seed, with LoRA if the study has it, where one of each is enough."""
         if method not in self.study.methods:
             return []
+        if method == "buddy":
+            return [self.main_run(backbone)]
         lora = self._shown_lora
         runs = [run for run in self.method_runs(backbone, method) if run.seed == self.study.seeds[0]]
-        return [run for run in runs if run.variant.get("lora", "trained" if method == "buddy" else lora) == lora]
+        return [run for run in runs if run.variant.get("lora", lora) == lora]
 
     def ablation_runs(self, ablation: Ablation) -> list[Run]:
         """The runs of one ablation: every combination of its values, for every seed."""

@@ -50,7 +50,7 @@ class Record:
     Attributes:
         kind: what was measured, one of ``KINDS``.
         study, backbone, method, seed: which cell of the study.
-        variant: feature, prior, omega, source_block, kv and decode mode where they apply.
+        variant: feature, prior, omega, source_block, recipe, kv and decode mode where they apply.
         budget: depth of the measurement; None where no depth applies (training, importance).
         metrics: the measured values; units are part of each name (``_ms``, ``_tok_s``, ``_s``).
         n: number of items, samples or repeats behind the metrics.

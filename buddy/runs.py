@@ -40,7 +40,7 @@ class RunInfo:
         method: method of the study (``buddy``, ``dense``).
         policy: name of the policy, and ``policy_settings`` that build it.
         backbone: name, and ``backbone_path``: its folder, relative to the run's where it can be.
-        variant: the run's axes (feature, prior, omega, source_block).
+        variant: the run's axes (feature, prior, omega, source_block, recipe).
         kv: K/V policy used unless another is asked for.
         training: settings it was trained with.
         probes: distinct ``paths`` that a trained router took over some ``prompts`` of its training data with some blocks

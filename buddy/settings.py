@@ -36,6 +36,7 @@ Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
 Loss = Literal["ce", "kl"]
 PredictorPreset = Literal["paper", "tuned"]
+RouterRecipe = Literal["paper", "tuned"]
 DecodeMode = Literal["recompute", "reuse"]
 ScoredData = Literal["alpaca", "gsm8k", "samsum", "wikitext2", "ptb"]
 DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
@@ -47,6 +48,7 @@ ROUTING_FORMS: tuple[RoutingForm, ...] = get_args(RoutingForm)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 DECODE_MODES = ("reuse", "recompute")
 PREDICTOR_PRESETS: tuple[PredictorPreset, ...] = get_args(PredictorPreset)
+ROUTER_RECIPES: tuple[RouterRecipe, ...] = get_args(RouterRecipe)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 TASKS: tuple[Task, ...] = get_args(Task)
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -190,6 +192,11 @@ class Variant(Settings):
     source_block: int = Field(
         1, description="block whose KV the router reads (counted from 1); blocks up to it always run", ge=1
     )
+    recipe: RouterRecipe = Field(
+        "paper",
+        description="how the router is trained: paper (straight-through gradients, together with LoRA) or tuned (fitted to "
+        "losses of measured routes, then LoRA along its routes; section `router`)",
+    )
 
 
 class Ablation(Settings):
@@ -203,6 +210,7 @@ class Ablation(Settings):
     source_block: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="source blocks to compare", min_length=1
     )
+    recipe: list[RouterRecipe] | None = Field(None, description="the router's recipes to compare", min_length=1)
 
     def axes(self) -> list[str]:
         """Names of the axes with more than one value, in the order of `Variant`."""
@@ -257,6 +265,12 @@ class StudyPlan(Settings):
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], description="training seeds", min_length=1)
     main: Variant = Field(Variant(), description="BUDDY's main variant")
+    recipes: list[RouterRecipe] | None = Field(
+        None,
+        description="the router's recipes that are compared on every backbone, a run each, that of `main` among them; by "
+        "default it alone. What is timed, traced or answers by generation has that of `main`",
+        min_length=1,
+    )
     ablations: list[Ablation] = Field([], description="grids around the main variant")
     tables: dict[TableName, Table] = Field({}, description="the paper's tables: what each shows in this study")
     records: Text | None = Field(
@@ -264,6 +278,20 @@ class StudyPlan(Settings):
         description="folder of measured records, such as results/reference/NAME/records, to build tables and figures "
         "from; nothing is measured then",
     )
+
+    @model_validator(mode="after")
+    def _recipes_hold_the_main_one(self) -> StudyPlan:
+        if self.recipes is not None and (
+            self.main.recipe not in self.recipes or len(set(self.recipes)) != len(self.recipes)
+        ):
+            raise ValueError(
+                f"recipes: {self.recipes} must name that of main, {self.main.recipe}, and each recipe once"
+            )
+        return self
+
+    def compared_recipes(self) -> list[RouterRecipe]:
+        """The router's recipes that are compared on every backbone."""
+        return self.recipes or [self.main.recipe]
 
 
 class Data(Settings):
@@ -478,6 +506,17 @@ class Router(Settings):
         2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
     )
     batch_size: int = Field(8, description="examples per pass, each of which takes several routes", ge=1)
+
+
+_READ_BY_THE_FIT = ("examples", "max_length", "loss", "kv", "lora_rank", "router_rank")
+
+
+def unread_by_tuned(lora_rank: int) -> frozenset[str]:
+    """Fields of `Training` that the router's tuned recipe does not read: no gradient reaches the router, and without LoRA
+    nothing is trained after the fit."""
+    return frozenset(
+        {"router_learning_rate"} if lora_rank else set(Training.model_fields) - {*_READ_BY_THE_FIT, "data"}
+    )
 
 
 class Evaluation(Settings):

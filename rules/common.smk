@@ -237,11 +237,8 @@ def training_data(wildcards):
 
 
 def variant_flags(wildcards):
-    """The run's own axes; the prior is an input, and a run without LoRA has rank 0."""
-    run = RUNS[wildcards.routed]
-    axes = {axis: value for axis, value in run.axes if axis not in ("prior", "lora")}
-    without = {"lora_rank": 0} if run.variant.get("lora") == "none" else {}
-    return flags({**axes, "seed": run.seed, **STUDY.training.model_dump(exclude={"data"}), **without})
+    """The run's own axes, and the settings that its recipe reads; the prior is an input."""
+    return flags(STUDY.training_options(RUNS[wildcards.routed]))
 
 
 def protected(wildcards):
@@ -455,7 +452,7 @@ def measurements(kind):
         "peer_latency": STUDY.latency.model_dump(exclude={"backbones"}),
         "breakdown": STUDY.breakdown.model_dump(exclude={"backbones"}),
         "generation": STUDY.generation.model_dump(),
-        "likelihood": [STUDY.likelihood.model_dump(), STUDY.study.model_dump(include={"main", "ablations"})],
+        "likelihood": [STUDY.likelihood.model_dump(), STUDY.study.model_dump(include={"main", "recipes", "ablations"})],
         **dict.fromkeys(("properties", "figure4"), STUDY.trace.model_dump(exclude={"backbones", "tasks"})),
         **dict.fromkeys(figure_names.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
         "figure5": STUDY.summaries.model_dump(exclude={"backbones"}),

@@ -31,5 +31,7 @@ def settle(model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
     own = model.generation_config.pad_token_id
     if own is not None and not usable(own):
-        log.info("the checkpoint's pad_token_id %s is outside the vocabulary of %d; %d takes its place", own, size, token)
+        log.info(
+            "the checkpoint's pad_token_id %s is outside the vocabulary of %d; %d takes its place", own, size, token
+        )
         model.generation_config.pad_token_id = token

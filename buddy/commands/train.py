@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import FEATURES, PRIORS, Training
+from buddy.settings import FEATURES, PRIORS, ROUTER_RECIPES, Router, Training, unread_by_tuned
 
 
+@with_settings(Router, name="router", prefix="router")
 @with_settings(Training, leave_out=("data",))
 def train(
     backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
@@ -18,6 +19,20 @@ def train(
     most_removed: Annotated[int, typer.Option(help="deepest pruning trained for: blocks left out at most")],
     out: Annotated[Path, typer.Option(help="run folder to write")],
     settings: Training,
+    router: Router,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="how the router is trained: paper, or tuned, which reads --depths and --router-examples etc."
+        ),
+    ] = "paper",
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            help="tuned: numbers of removed blocks that routes are measured at, separated by commas; by default half of "
+            "--most-removed, and all of it"
+        ),
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
     feature: Annotated[str, typer.Option(help="what the router reads: key, value or key+value")] = "value",
     source_block: Annotated[int, typer.Option(help="block whose KV it reads, counted from 1")] = 1,
@@ -31,12 +46,16 @@ def train(
 ) -> None:
     """Train BUDDY's router and LoRA on a backbone (stage 1). Killed, it goes on from its last checkpoint when run again.
 
+    By the paper's recipe they learn together. The tuned one fits the router to measured losses of routes first, then trains
+    LoRA along the routes that it takes (docs/method.md).
+
     \b
     Examples:
       buddy train --backbone results/demo/backbones/smollm2-135m --data results/demo/data/alpaca \\
           --prior results/demo/records/importance/backbone~smollm2-135m/indicator~taylor.json \\
           --most-removed 15 --epochs 1 --out my-run
       buddy train --backbone DIR --data DIR --most-removed 16 --feature key --source-block 2 --out my-run
+      buddy train --backbone DIR --data DIR --recipe tuned --depths 4,8 --most-removed 8 --router-orders 4 --out my-run
     """
     import torch
 
@@ -56,6 +75,8 @@ def train(
     if record:
         claim(record, "--record")
     choice("--feature", feature, FEATURES)
+    choice("--recipe", recipe, ROUTER_RECIPES)
+    measured_at = fit_depths(depths, most_removed)
     pairs = inputs.training(data)[: settings.examples]
     prior_name, prior_values = read_prior(prior)
     backbone = backbone_folder(backbone)
@@ -73,6 +94,7 @@ def train(
         omega=omega if prior else 0.0,
         rank=settings.router_rank,
         prior=fused_prior(prior_name, prior_values, blocks, source_block),
+        prompts_noted=recipe == "tuned",
     )
     info = runs.RunInfo(
         method="buddy",
@@ -82,18 +104,29 @@ def train(
         backbone_path=runs.relative(backbone, out),
         variant={
             **{"feature": feature, "prior": prior_name, "omega": policy.omega, "source_block": source_block},
-            **({} if settings.lora_rank else {"lora": "none"}),
+            **{"recipe": recipe, **({} if settings.lora_rank else {"lora": "none"})},
         },
         seed=seed,
         study=study,
         kv=settings.kv,
-        training={**settings.model_dump(), "most_removed": most_removed, **told_of(data)},
+        training={
+            **_read(recipe, settings, router, measured_at),
+            **{"most_removed": most_removed, **told_of(data)},
+        },
         commit=commit(),
     )
     reads, writes = [backbone, data, prior], [out, record]
     with tracked("train", study, run_of(info), info.training, "", reads, writes) as tracker:
         watch = Stopwatch(str(model.device))
         runs.begin(out)
+        facts: dict[str, Any] = {}
+        if recipe == "tuned":
+            from buddy.training import router as routers
+
+            fit = routers.fit(
+                model, tokenizer, policy, pairs, router, settings, depths=measured_at, seed=seed, folder=out
+            )
+            facts["router"] = fit.facts()
         result = sft.train(
             model,
             tokenizer,
@@ -102,7 +135,7 @@ def train(
             settings,
             Recipe(
                 drawn(most_removed, blocks),
-                trains_policy=True,
+                trains_policy=recipe == "paper",
                 constants={"most_removed": most_removed},
                 probed=most_removed,
             ),
@@ -110,7 +143,37 @@ def train(
             seed,
             on_log=lambda step, values: tracker.log(values, step=step),
         )
-        keep(out, info, policy, result, len(pairs), record, tracker, provenance(model, watch))
+        keep(out, info, policy, result, len(pairs), record, tracker, provenance(model, watch), facts)
+
+
+def fit_depths(depths: str | None, most_removed: int) -> list[int]:
+    """Numbers of removed blocks at which the tuned recipe measures routes, ascending.
+
+    Args:
+        depths: as the user gave them, ``4,8``; None for half of the deepest pruning, and all of it.
+        most_removed: the deepest pruning trained for.
+
+    Raises:
+        UserError: one of them is not between 1 and the deepest.
+    """
+    from buddy.commands._options import counts
+    from buddy.errors import UserError
+
+    if depths is None:
+        return sorted({max(1, most_removed // 2), most_removed})
+    found = counts(depths, "--depths")
+    for removed in found:
+        if not 1 <= removed <= most_removed:
+            raise UserError(f"--depths: {removed} is not between 1 and --most-removed {most_removed}")
+    return sorted(set(found))
+
+
+def _read(recipe: str, settings: Training, router: Router, depths: list[int]) -> dict[str, Any]:
+    """The settings that a recipe reads, as ``run.json`` keeps them."""
+    if recipe == "paper":
+        return settings.model_dump()
+    training = settings.model_dump(exclude=set(unread_by_tuned(settings.lora_rank)))
+    return {**training, "router": {**router.model_dump(), "depths": depths}}
 
 
 def read_prior(path: Path | None) -> tuple[str, list[float]]:

@@ -35,9 +35,15 @@ class Point:
     value: float
     stderr: float
 
+    @property
+    def row(self) -> tuple[str, int]:
+        """Its row of panels: recipe and source block."""
+        return str(self.variant["recipe"]), int(str(self.variant["source_block"]))
+
 
 def ablation(study: Study) -> Figure:
-    """Rows of panels: source blocks; columns: features; lines: priors over omega. Every point is one trained variant.
+    """Rows of panels: source blocks, by recipe of the router; columns: features; lines: priors over omega. Every point is
+    one trained variant.
 
     Nothing is averaged over axes. A study that varies one axis at a time has no such grid: it gets a panel per axis, with
     a line per depth.
@@ -55,10 +61,10 @@ def ablation(study: Study) -> Figure:
 
 
 def _is_crossed(points: Sequence[Point]) -> bool:
-    """Whether most pairs of a source block and a feature that occur have several variants to compare."""
-    sources, features = ({point.variant[axis] for point in points} for axis in ("source_block", "feature"))
-    counts = Counter((point.variant["source_block"], point.variant["feature"]) for point in points)
-    return 2 * sum(count > 1 for count in counts.values()) >= len(sources) * len(features)
+    """Whether most panels of the grid would have several variants to compare."""
+    counts = Counter((point.row, point.variant["feature"]) for point in points)
+    rows, features = (len({panel[of] for panel in counts}) for of in range(2))
+    return 2 * sum(count > 1 for count in counts.values()) >= rows * features
 
 
 def _one_at_a_time(study: Study, backbone: str, points: Sequence[Point]) -> Figure:
@@ -98,21 +104,20 @@ _DEPTHS = (("o", "-"), ("s", style.DASHED), ("^", style.DOTTED), ("D", style.DAS
 
 
 def _grid(study: Study, backbone: str, points: Sequence[Point]) -> Figure:
-    """A panel per source block and feature, a line per prior over omega."""
+    """A panel per recipe, source block and feature, a line per prior over omega."""
     features = [name for name in FEATURES if any(point.variant["feature"] == name for point in points)]
-    features = [name for name in FEATURES if any(point.variant["feature"] == name for point in points)]
-    sources = sorted({int(str(point.variant["source_block"])) for point in points})
+    rows = sorted({point.row for point in points})
+    several = len({recipe for recipe, _ in rows}) > 1
     omegas = sorted({float(str(point.variant["omega"])) for point in points if point.variant["prior"] != "none"})
     width = style.COLUMN_IN if len(features) == 1 else style.PAGE_IN
-    figure, every = panels(len(sources), len(features), width, 1.25 if len(sources) > 1 else 1.9)
+    figure, every = panels(len(rows), len(features), width, 1.25 if len(rows) > 1 else 1.9)
     for place, axes in enumerate(every):
-        source, feature = sources[place // len(features)], features[place % len(features)]
-        here = [
-            point for point in points if (point.variant["source_block"], point.variant["feature"]) == (source, feature)
-        ]
+        row, feature = rows[place // len(features)], features[place % len(features)]
+        here = [point for point in points if (point.row, point.variant["feature"]) == (row, feature)]
         _panel(axes, here, omegas)
         if len(every) > 1:
-            axes.set_title(f"feature {feature}, source block {source}")
+            recipe, source = row
+            axes.set_title(f"feature {feature}, source block {source}" + (f", {recipe}" if several else ""))
         if place % len(features) == 0:
             axes.set_ylabel("Accuracy (%)")
         if place >= len(every) - len(features) and here:

@@ -91,9 +91,9 @@ def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
 
 
 def _marks(series: Sequence[Series]) -> list[style.Mark]:
-    """The mark of each: that of its method, the marker filled otherwise where the method has several."""
-    before = [[other.method for other in series[:place]] for place in range(len(series))]
-    return [style.mark(one.method, others.count(one.method)) for one, others in zip(series, before, strict=True)]
+    """The mark of each: that of its method and recipe, the marker filled otherwise where there are several of them."""
+    names = ["buddy_tuned" if one.recipe == "tuned" else one.method for one in series]
+    return [style.mark(name, names[:place].count(name)) for place, name in enumerate(names)]
 
 
 def _removed(removed: int, blocks: int, point: Measure) -> float:

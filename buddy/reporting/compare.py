@@ -120,7 +120,7 @@ def _of_figure_4(study: Study) -> Iterator[Overlap]:
         paper = published.backbone(backbone, study.config.backbones[backbone])
         for removed in study.removed(backbone):
             for row in study.trace_rows.get((backbone, main.path, removed), []):
-                theirs = published.figure(4, paper, row["dataset"]).get(removed)
+                theirs = published.figure(4, paper, main.variant, row["dataset"]).get(removed)
                 if (
                     row["metric"] == "distinct_paths_per_generation"
                     and theirs is not None
@@ -138,10 +138,11 @@ def _of_figure_5(study: Study) -> Iterator[Overlap]:
     for (backbone, path, removed), rows in study.rouge_rows.items():
         if backbone not in study.config.study.backbones or path != study.main(backbone).path:
             continue
+        main = study.main(backbone)
         paper = published.backbone(backbone, study.config.backbones[backbone])
         for row in rows:
-            theirs = published.figure(5, paper, f"{row['metric']}_{row['decode']}").get(removed)
-            if theirs is not None and row["dataset"] == "samsum" and row["seed"] == study.main(backbone).seeds[0]:
+            theirs = published.figure(5, paper, main.variant, f"{row['metric']}_{row['decode']}").get(removed)
+            if theirs is not None and row["dataset"] == "samsum" and row["seed"] == main.seeds[0]:
                 labels = (backbone, str(int(removed)), f"BUDDY ({row['decode']})", row["metric"])
                 at = {"backbone": backbone, "method": "buddy", "removed": int(removed), "dataset": "samsum"}
                 at |= {"decode": row["decode"], "metric": row["metric"], "unit": "share"}

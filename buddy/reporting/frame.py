@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from buddy.config import UNSAID
 from buddy.errors import UserError
 from buddy.records import Record, find
 
 log = logging.getLogger(__name__)
 
-VARIANT = ("feature", "prior", "omega", "source_block", "criterion", "lora", "kv", "decode")
+VARIANT = ("feature", "prior", "omega", "source_block", "recipe", "criterion", "lora", "kv", "decode")
 ENVIRONMENT = ("device", "dtype", "torch", "transformers", "threads")
 COLUMNS = (
     *("file", "kind", "study", "backbone", "method", "series", *VARIANT, "seed", "fraction", "executed", "removed"),
@@ -91,8 +92,9 @@ def _series(path: Path, folder: str | Path, record: Record) -> str:
 
 def _head(record: Record) -> dict[str, Any]:
     budget = record.budget
+    variant = {**UNSAID, **record.variant} if record.method == "buddy" else record.variant
     return {
-        **{axis: record.variant.get(axis) for axis in VARIANT},
+        **{axis: variant.get(axis) for axis in VARIANT},
         **{name: record.environment.get(name) for name in ENVIRONMENT},
         **{name: getattr(record, name) for name in ("kind", "study", "backbone", "method", "seed", "n", "commit")},
         **{name: getattr(record, name) for name in ("wall_s", "gpu_s")},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from buddy.config import UNSAID
 from buddy.reporting.study import Series, is_main_criterion
+from buddy.settings import RouterRecipe
 
 TASK_LABELS = {
     "openbookqa": "OBQA",
@@ -65,34 +67,49 @@ def fraction(executed: int, blocks: int) -> str:
     return f"{hundredths // 100}.{hundredths % 100:02d}"
 
 
-def method_label(method: str) -> str:
-    """A method's name as its authors write it."""
-    return _METHODS.get(method, method)
+def method_label(method: str, told: Sequence[str] = ()) -> str:
+    """A method's name as its authors write it, with what else there is to tell of it: ``SLEB (no LoRA)``."""
+    return _METHODS.get(method, method) + (f" ({', '.join(told)})" if told else "")
+
+
+def buddy_label(recipe: RouterRecipe) -> str:
+    """BUDDY with a router of that recipe; the paper's goes without saying."""
+    return method_label("buddy", _of_recipe(recipe))
+
+
+def _of_recipe(recipe: str | None) -> list[str]:
+    return [] if recipe in (None, UNSAID["recipe"]) else [str(recipe)]
 
 
 def series_labels(series: Sequence[Series]) -> dict[str, str]:
-    """Labels of series by their path: the method, what ranks its blocks where that is not plain, and a want of LoRA."""
-    criteria: dict[str, set[str]] = {}
-    for one in series:
-        criteria.setdefault(one.method, set()).add(str(one.variant.get("criterion")))
-    labels = {}
-    for one in series:
-        criterion = one.variant.get("criterion")
-        plain = criterion is None or (len(criteria[one.method]) == 1 and is_main_criterion(one.method, criterion))
-        told = [] if plain else [_CRITERIA.get(str(criterion), str(criterion))]
-        if one.method != "dense" and one.lora == "none":
-            told.append("no LoRA")
-        labels[one.path] = method_label(one.method) + (f" ({', '.join(told)})" if told else "")
-    return labels
+    """Labels of series by their path: the method, what ranks its blocks where that is not plain, a recipe of the router
+    other than the paper's, and a want of LoRA."""
+    return {one.path: method_label(one.method, told) for one, told in zip(series, _told(series), strict=True)}
 
 
 def variant_labels(series: Sequence[Series]) -> dict[str, str]:
     """Labels of series by their path, as `series_labels`, with the axes in which two of one label differ."""
     labels = series_labels(series)
     found = {}
-    for one in series:
+    for one, told in zip(series, _told(series), strict=True):
         alike = [other.variant for other in series if labels[other.path] == labels[one.path]]
         apart = [axis for axis in one.variant if len({str(variant.get(axis)) for variant in alike}) > 1]
-        told = ", ".join(f"{axis.replace('_', ' ')} {one.variant[axis]}" for axis in apart)
-        found[one.path] = labels[one.path] + (f" ({told})" if told else "")
+        differs = [f"{axis.replace('_', ' ')} {one.variant[axis]}" for axis in apart]
+        found[one.path] = method_label(one.method, [*told, *differs])
     return found
+
+
+def _told(series: Sequence[Series]) -> list[list[str]]:
+    """What is told of each beside its method."""
+    criteria: dict[str, set[str]] = {}
+    for one in series:
+        criteria.setdefault(one.method, set()).add(str(one.variant.get("criterion")))
+    every = []
+    for one in series:
+        criterion = one.variant.get("criterion")
+        plain = criterion is None or (len(criteria[one.method]) == 1 and is_main_criterion(one.method, criterion))
+        told = [] if plain else [_CRITERIA.get(str(criterion), str(criterion))]
+        told += _of_recipe(one.recipe)
+        told += ["no LoRA"] if one.method != "dense" and one.lora == "none" else []
+        every.append(told)
+    return every

@@ -235,7 +235,10 @@ def _best_static(group: Iterable[Series], found: Mapping[str, Scored | None]) ->
 
 
 def _variants(study: Study, backbones: Iterable[str]) -> list[Pair]:
-    """BUDDY's main run in its other modes, and the variants of ablations, against the main run as the tables show it."""
+    """BUDDY's main run in its other modes, and the variants of ablations, against the main run as the tables show it.
+
+    A variant by another recipe of the router stands against that recipe's run, and only that one against the main run.
+    """
     if "buddy" not in study.config.study.methods:
         return []
     mode, settings, pairs = main_mode(study), study.config.likelihood, []
@@ -243,14 +246,16 @@ def _variants(study: Study, backbones: Iterable[str]) -> list[Pair]:
     for backbone in backbones:
         main = study.main(backbone)
         variants = _ablated(study, backbone, main)
-        label = variant_labels([main, *variants])
-        told = [(main, f"K/V {own.kv}, {own.decode}", own) for own in every if own != mode]
-        told += [(one, label[one.path], mode) for one in variants]
+        bases = {recipe: study.main(backbone, recipe) for recipe in study.config.study.compared_recipes()}
+        label = variant_labels(list({one.path: one for one in (*bases.values(), *variants)}.values()))
+        told = [(main, f"K/V {own.kv}, {own.decode}", own, main) for own in every if own != mode]
+        for one in variants:
+            base = next((base for recipe, base in bases.items() if recipe == one.recipe), main)
+            told.append((one, label[one.path], mode, main if one.path == base.path else base))
         for removed in study.removed(backbone):
-            reference = scored(study, backbone, main, removed, mode)
-            for series, text, own in told:
-                one = scored(study, backbone, series, removed, own)
-                pairs.append(Pair(backbone, removed, series, text, label[main.path], own, one, reference))
+            for series, text, own, base in told:
+                found = [scored(study, backbone, *what) for what in ((series, removed, own), (base, removed, mode))]
+                pairs.append(Pair(backbone, removed, series, text, label[base.path], own, *found))
     return pairs
 
 

@@ -69,9 +69,9 @@ def _paths(study: Study, backbone: str) -> dict[str, dict[int, tuple[float, floa
 
 
 def _published_paths(study: Study, backbone: str, axes: Axes, dataset: str) -> None:
-    """The paper's figures, if it is the paper's backbone: the same line in grey."""
+    """The paper's figures, if it is the paper's backbone and variant: the same line in grey."""
     paper = published.backbone(backbone, study.config.backbones[backbone])
-    points = published.figure(4, paper, dataset)
+    points = published.figure(4, paper, study.main(backbone).variant, dataset)
     if points:
         line = {**_LINES[dataset].line(), "color": style.GREY, "fillstyle": "none", "linewidth": 0.8}
         axes.plot(list(points), list(points.values()), label=f"{DATASETS[dataset]}, published", **line)

@@ -42,7 +42,7 @@ _REPOSITORIES = {
 FIGURE_BACKBONE = "llama2-7b"
 """Backbone of Figures 4 and 5, which the paper does not name: that of its other analyses."""
 
-MAIN_VARIANT = {"feature": "value", "prior": "taylor", "omega": 0.1, "source_block": 1}
+MAIN_VARIANT = {"feature": "value", "prior": "taylor", "omega": 0.1, "source_block": 1, "recipe": "paper"}
 """The variant behind the paper's BUDDY rows."""
 
 
@@ -148,7 +148,7 @@ def ablation(table: int, backbone: str | None, variant: Mapping[str, Any], remov
     Args:
         table: number of the table.
         backbone: the paper's backbone (`backbone`).
-        variant: feature, prior, omega (0 without a prior) and source_block.
+        variant: feature, prior, omega (0 without a prior), source_block and recipe.
         removed: number of removed blocks.
     """
     if backbone != ABLATION_BACKBONE:
@@ -174,25 +174,26 @@ def latency(table: int, backbone: str | None, method: str, removed: int, dataset
     return {column: float(found.iloc[0][column]) for column in columns}
 
 
-def figure(number: int, backbone: str | None, series: str) -> dict[int, float]:
+def figure(number: int, backbone: str | None, variant: Mapping[str, Any], series: str) -> dict[int, float]:
     """Published points of a line of Figure 4 or 5, by number of removed blocks; {} if none.
 
     Args:
         number: of the figure.
         backbone: the paper's backbone (`backbone`).
+        variant: axes of the run that ours is about.
         series: the line: a data set (4), or a measure and a decode mode such as ``rouge1_reuse`` (5).
     """
     frame = load("figures")
     found = frame[(frame.figure == number) & (frame.series == series)]
-    if backbone != FIGURE_BACKBONE or number not in (4, 5):
+    if backbone != FIGURE_BACKBONE or number not in (4, 5) or not has_figures_of("buddy", variant):
         return {}
     return {int(row["x"]): float(row["value"]) for row in found.to_dict("records")}
 
 
-def retention(backbone: str | None) -> dict[str, tuple[float, float]]:
+def retention(backbone: str | None, variant: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Published share of the score that the budget predictor keeps, and of the compute it uses, in percent, by task
-    (Figure 13); {} if none."""
-    if backbone != FIGURE_BACKBONE:
+    (Figure 13); {} if none, and for a predictor of another variant than the paper's."""
+    if backbone != FIGURE_BACKBONE or not has_figures_of("buddy", variant):
         return {}
     frame = load("figures")
     of = {name: frame[(frame.figure == 13) & (frame.series == name)] for name in ("retention", "flops_ratio")}

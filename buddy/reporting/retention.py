@@ -66,7 +66,8 @@ def panel(axes: Axes, study: Study, backbone: str, found: Mapping[str, Mapping[s
         options: dict[str, Any] = {"linestyle": "none", "color": mark.color, "marker": mark.marker}
         axes.errorbar(places, [one.score for one in mine], yerr=errors, elinewidth=0.7, **options)
         axes.plot(places, [one.depth for one in mine], fillstyle="none", **options)
-    theirs = published.retention(published.backbone(backbone, study.config.backbones[backbone]))
+    paper = published.backbone(backbone, study.config.backbones[backbone])
+    theirs = published.retention(paper, study.main(backbone).variant)
     shown = [(place, theirs[task]) for place, task in enumerate(tasks) if task in theirs]
     for which, marker in enumerate("x+"):
         axes.plot([at for at, _ in shown], [pair[which] for _, pair in shown], marker, color=style.GREY)

@@ -57,8 +57,9 @@ def _line(axes: Axes, rows: list[dict[str, Any]], mode: str, shift: float) -> No
 
 
 def _published(study: Study, backbone: str, axes: Axes, series: str, mode: str) -> None:
-    """The paper's points in the mode's colour, if it is the paper's backbone."""
-    points = published.figure(5, published.backbone(backbone, study.config.backbones[backbone]), series)
+    """The paper's points in the mode's colour, if it is the paper's backbone and variant."""
+    paper = published.backbone(backbone, study.config.backbones[backbone])
+    points = published.figure(5, paper, study.main(backbone).variant, series)
     if points:
         mark = style.mark(mode)
         axes.plot(list(points), list(points.values()), "x", color=mark.color)

@@ -13,7 +13,7 @@ import numpy as np
 
 from buddy.reporting import measures
 from buddy.reporting.grid import Cell, Grid, Row
-from buddy.reporting.labels import series_labels
+from buddy.reporting.labels import buddy_label, series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.resampling import RESAMPLES, estimate
@@ -95,7 +95,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """BUDDY against one peer at a depth."""
+    """BUDDY's main recipe against another method, or its other recipe, at a depth."""
 
     backbone: str
     removed: int
@@ -106,15 +106,17 @@ class Comparison:
 
 
 def comparisons(study: Study) -> list[Comparison]:
-    """BUDDY against every other pruning method at every depth, with LoRA and without it apart."""
+    """BUDDY's main recipe against its other one and every other pruning method at every depth, with LoRA and without it
+    apart."""
+    main = study.config.study.main.recipe
     made = []
     for backbone in study.config.study.backbones:
         pruning = [one for one in study.compared(backbone) if one.depths != (0,)]
         labels = series_labels(pruning)
-        ours = {one.lora: one for one in pruning if one.method == "buddy"}
+        ours = {one.lora: one for one in pruning if one.recipe == main}
         for removed in study.removed(backbone):
             for other in pruning:
-                if other.method == "buddy" or other.lora not in ours or removed not in other.depths:
+                if other.recipe == main or other.lora not in ours or removed not in other.depths:
                     continue
                 one = ours[other.lora]
                 found = _at_depth(study, backbone, one, other, removed)
@@ -132,8 +134,10 @@ def _at_depth(study: Study, backbone: str, one: Series, other: Series, removed: 
 
 
 def significance(study: Study) -> Grid:
-    """The table: BUDDY minus each peer at each depth, with 95 % interval, p, and p corrected for all comparisons."""
+    """The table: BUDDY's main recipe minus each other method at each depth, with 95 % interval, p, and p corrected for all
+    comparisons."""
     made = comparisons(study)
+    ours = buddy_label(study.config.study.main.recipe)
     tested = [one for one in made if one.found.value is not None]
     corrected = dict(zip(map(id, tested), holm([one.found.p for one in tested]), strict=True))
     rows: list[Row] = []
@@ -145,9 +149,9 @@ def significance(study: Study) -> Grid:
         tidy.append(_record(study, one, p, len(tested)))
     return Grid(
         name="significance",
-        caption="BUDDY's average accuracy minus that of each method at equal depth.",
-        label_headers=("Backbone", "Removed", "BUDDY against"),
-        headers=("Difference", "Low", "High", "p", "Holm's p", "BUDDY is"),
+        caption=f"Average accuracy of {ours} minus that of each method at equal depth.",
+        label_headers=("Backbone", "Removed", f"{ours} against"),
+        headers=("Difference", "Low", "High", "p", "Holm's p", f"{ours} is"),
         rows=rows,
         tidy=tidy,
         notes=[
@@ -182,7 +186,8 @@ def _record(study: Study, one: Comparison, corrected: float | None, tested: int)
     known = found.value is not None
     return {
         **{"table": "significance", "study": study.name, "backbone": one.backbone, "removed": one.removed},
-        **{"method": one.one.method, "against": one.other.method, "criterion": one.other.variant.get("criterion")},
+        **{"method": one.one.method, "recipe": one.one.recipe, "against": one.other.method},
+        **{"against_recipe": one.other.recipe, "criterion": one.other.variant.get("criterion")},
         **{"lora": one.other.lora, "unit": "percentage points", "value": found.value},
         **{"low": found.low if known else None, "high": found.high if known else None, "p": found.p if known else None},
         **{"holm_p": corrected, "comparisons": tested, "n": found.items, "verdict": verdict(found, corrected)},

@@ -52,6 +52,11 @@ class Series:
     runs: int
 
     @property
+    def recipe(self) -> str | None:
+        """The recipe of BUDDY's router; None of another method."""
+        return self.variant.get("recipe")
+
+    @property
     def lora(self) -> str:
         """Whether it was fine-tuned: ``trained`` or ``none``."""
         return str(self.variant.get("lora", "none" if self.method == "dense" else "trained"))
@@ -144,9 +149,12 @@ class Study:
         """Numbers of removed blocks at which it measures a backbone, ascending."""
         return sorted(self.config.removed(backbone))
 
-    def main(self, backbone: str) -> Series:
-        """BUDDY's main variant, with LoRA if the study has it: what the latency and the breakdown table show."""
+    def main(self, backbone: str, recipe: str | None = None) -> Series:
+        """BUDDY's main variant, with LoRA if the study has it: what the latency and the breakdown table show; or the same
+        with another recipe of its router."""
         run = self.config.main_run(backbone)
+        axes = run.variant if recipe is None else {**run.variant, "recipe": recipe}
+        run = replace(run, axes=tuple(axes.items()))
         (series,) = self._series(replace(run, seed=seed) for seed in self.config.study.seeds)
         return series
 

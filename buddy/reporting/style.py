@@ -1,6 +1,6 @@
 """How figures look: one column wide, 8 pt, a palette that colour-blind readers and grey printers can tell apart.
 
-Colours are Okabe and Ito's (2008) with two of Tol's; a method keeps its colour, marker and line in every figure.
+Colours are Okabe and Ito's (2008) with three of Tol's; a method keeps its colour, marker and line in every figure.
 Files are the same bytes for the same records: no dates, no versions.
 """
 
@@ -46,6 +46,7 @@ MARKS = {
     "dense": Mark(INK, "D", DASHED),
     "dense_lora": Mark("#8C510A", "d", DASHDOTTED),
     "buddy": Mark("#0072B2", "o"),
+    "buddy_tuned": Mark("#332288", "*", (0, (7, 1.2))),
     "recompute": Mark("#0072B2", "o"),
     "reuse": Mark("#D55E00", "s", (0, (4, 1.5))),
     "sliced": Mark("#555555", "^", (0, (5, 1.5, 1, 1.5))),

@@ -97,11 +97,12 @@ def blocks(wr: Any, study: Config, folder: Path, entity: str, project: str) -> I
     yield wr.H1("Accuracy against budget")
     for backbone in study.study.backbones:
         yield wr.H2(backbone)
-        chosen = runs(backbone, stage="evaluate", backbone=backbone)
-        yield wr.PanelGrid(runsets=[chosen], panels=_accuracy(wr, study))
+        yield wr.PanelGrid(runsets=_compared(runs, study, backbone), panels=_accuracy(wr, study))
     for ablation in study.study.ablations:
         yield wr.H1(f"Ablation: {ablation.name}")
-        chosen = runs(ablation.name, stage="evaluate", backbone=ablation.backbone, method="buddy")
+        recipes = ablation.recipe or [study.study.main.recipe]
+        fixed = {"recipe": recipes[0]} if len(recipes) == 1 and len(_recipes(study)) > 1 else {}
+        chosen = runs(ablation.name, stage="evaluate", backbone=ablation.backbone, method="buddy", **fixed)
         yield wr.PanelGrid(runsets=[chosen], panels=_ablation(wr, study, ablation))
     for backbone in study.timed_backbones():
         yield wr.H1(f"Latency of {backbone}")
@@ -126,6 +127,28 @@ def _runs(wr: Any, entity: str, project: str, name: str, config: Mapping[str, st
 
     filters = [expr.Config(key) == value for key, value in config.items()]
     return wr.Runset(entity=entity, project=project, name=name, filters=filters)
+
+
+def _recipes(study: Config) -> list[str]:
+    """Recipes of the router that occur in the study."""
+    found = [str(run.variant["recipe"]) for run in study.runs() if run.method == "buddy"]
+    return list(dict.fromkeys(found))
+
+
+def _compared(runs: Any, study: Config, backbone: str) -> list[Any]:
+    """The evaluations of a backbone; BUDDY's recipes are sets of their own where there are several, as runs of one method
+    are drawn as one line."""
+    recipes = _recipes(study)
+    if len(recipes) < 2:
+        return [runs(backbone, stage="evaluate", backbone=backbone)]
+    others = [method for method in study.study.methods if method != "buddy"]
+    return [
+        *(runs(method, stage="evaluate", backbone=backbone, method=method) for method in others),
+        *(
+            runs(f"buddy, {recipe}", stage="evaluate", backbone=backbone, method="buddy", recipe=recipe)
+            for recipe in recipes
+        ),
+    ]
 
 
 def _accuracy(wr: Any, study: Config) -> list[Any]:

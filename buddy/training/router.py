@@ -132,7 +132,7 @@ def fit(
     Raises:
         UserError: too few examples.
     """
-    backbone.eval()
+    backbone.requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
     rows = encode(tokenizer, pairs, training.max_length)
     wanted = settings.held_out + settings.examples

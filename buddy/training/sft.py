@@ -71,6 +71,8 @@ def train(
 ) -> Trained:
     """Train policy, LoRA or both on one device; goes on from the last whole checkpoint of this very training.
 
+    Where neither learns, nothing is done but a look at the probes.
+
     Args:
         backbone: frozen causal language model on its device.
         tokenizer: its tokenizer.
@@ -97,9 +99,12 @@ def train(
     model, adapted = _with_lora(backbone, settings, recipe)
     policy.requires_grad_(recipe.trains_policy)
     model.add_module(_POLICY, policy.to(backbone.device))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     try:
+        if not trainable:
+            return Trained(probes=_looked_at(backbone, policy, rows, recipe))
         trainer = _trainer(model, tokenizer, rows, settings, recipe, kept, seed, on_log)
         first = trainer.look()
         checkpoint = kept.last()
@@ -110,10 +115,17 @@ def train(
     finally:
         delattr(model, _POLICY)
     curve = [_curve_point(entry) for entry in trainer.state.log_history if "loss" in entry]
-    trained = [*model.parameters(), *policy.parameters()]
-    trainable = sum(parameter.numel() for parameter in trained if parameter.requires_grad)
     probes = {**trainer.probes.summary(), "first": first, "last": last} if trainer.probes else {}
     return Trained(adapted, curve, trainer.state.global_step, trainer.tokens, trainable, probes)
+
+
+def _looked_at(backbone: CausalLM, policy: Policy, rows: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """Probes of a router that nothing changes."""
+    if not recipe.probed:
+        return {}
+    probes = Probes.of(rows, recipe.probed)
+    seen = probes.look(backbone, policy)
+    return {**probes.summary(), "first": seen, "last": seen}
 
 
 _POLICY = "depth_policy"  # the policy's name inside the trained model while training lasts

@@ -16,7 +16,7 @@ from buddy.records import Record, find
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes on two free cores, and more on busy ones
 
 TINY = ("--configfile", "tests/tiny.yaml")
-MAIN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+MAIN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,8 @@ KNOBS = [
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
     ({"evaluation": {"limit": 5}}, {"evaluate", "evaluate_auto", "table", "figure", "all"}),
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
+    ({"router": {"rounds": 2}}, set(OF_BUDDY)),
+    ({"training": {"router_learning_rate": 0.01}}, set()),  # read by the paper's recipe alone
     ({"data": {"new_tokens": 5}}, {"answers", "adapt", *OF_BUDDY}),
     ({"importance": {"length": 40}}, {"importance", "corpus_orders", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),

@@ -102,7 +102,7 @@ def test_legends_stay_inside_the_figure_and_below_the_panels(tmp_path: Path) -> 
 
 
 def test_marks_differ_in_colour_marker_and_grey() -> None:
-    for names in (METHODS, ("dense", "sliced", "reuse", "recompute")):
+    for names in ((*METHODS, "buddy_tuned"), ("dense", "sliced", "reuse", "recompute")):
         marks = [style.mark(name) for name in names]
         assert len({mark.color for mark in marks}) == len(names)
         assert len({(mark.marker, str(mark.dash)) for mark in marks}) == len(names)
@@ -405,10 +405,11 @@ def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
 
 
 def test_the_papers_predictor_is_shown_beside() -> None:
-    theirs = published.retention("llama2-7b")
+    theirs = published.retention("llama2-7b", published.MAIN_VARIANT)
     assert theirs["openbookqa"] == (84.6, 53.5)
     assert theirs["gsm8k"] == (75.1, 72.7)
-    assert published.retention("qwen2.5-7b-instruct") == {}
+    assert published.retention("qwen2.5-7b-instruct", published.MAIN_VARIANT) == {}
+    assert published.retention("llama2-7b", {**published.MAIN_VARIANT, "recipe": "tuned"}) == {}
 
 
 def test_many_data_sets_have_a_panel_each(small: Maker) -> None:

@@ -14,7 +14,7 @@ from buddy import config, progress
 from buddy.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+RUN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"
 DENSE = "backbone~tiny/method~dense/seed~0"
 
 

@@ -26,9 +26,10 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     start = time.monotonic()
     jobs = planned(checkout)
     seconds = time.monotonic() - start
-    # Counted by hand from the tables: on four backbones dense and the main variant; on Llama2-7B besides, three
-    # features without a prior (one of them is Table 6's "none"), two more priors, five more omegas, three more blocks.
-    routed = 4 + 3 + 2 + 5 + 3
+    # Counted by hand from the tables: on four backbones dense and BUDDY by both recipes; by the paper's on Llama2-7B
+    # besides, three features without a prior (one of them is Table 6's "none"), two more priors, five more omegas, three
+    # more blocks.
+    routed = 4 * 2 + 3 + 2 + 5 + 3
     # On each backbone dense with LoRA, and five peers at four depths.
     peers = 4 * (1 + 5 * 4)
     assert jobs["train"] == routed
@@ -46,16 +47,16 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
     assert jobs["trace"] == 3 + 5 * 4 + 8  # on Alpaca; BUDDY's on the tasks
     assert jobs["rouge"] == 1
-    assert jobs["score"] == 2 + 5 * 4 + 1 + 3 + 2 + 5 + 3  # Llama2-7B: every run of its accuracy table and ablations
+    assert jobs["score"] == 2 + 5 * 4 + 2 + 3 + 2 + 5 + 3  # Llama2-7B: every run of its accuracy table and ablations
     assert jobs["data"] == 8 + 5  # eight tasks, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
     assert jobs["table"] == 14 + 1  # and that of likelihoods
     assert seconds < 10
 
 
 TRAINED = {  # runs of BUDDY, and of peers, that a table needs
-    "table1": (1, 21), "table2": (1, 21), "table4": (1, 0), "table5": (3, 0), "table6": (4, 0), "table7": (6, 0),
-    "table8": (1, 0), "table9": (17, 84), "table12": (2, 42), "table13": (4, 0), "table14": (1, 8),
-    "likelihood": (14, 21),
+    "table1": (1, 21), "table2": (2, 21), "table4": (1, 0), "table5": (3, 0), "table6": (4, 0), "table7": (6, 0),
+    "table8": (1, 0), "table9": (21, 84), "table12": (2, 42), "table13": (4, 0), "table14": (1, 8),
+    "likelihood": (15, 21),
 }  # fmt: skip
 
 
@@ -119,6 +120,29 @@ def test_the_papers_figures_have_what_they_show_measured(checkout, figure):
     assert (jobs["backbone"], jobs["figure"]) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("overlay", "again"),
+    [
+        ({"router": {"orders": 7}}, {"recipe~tuned"}),
+        ({"training": {"router_learning_rate": 1e-3}}, {"paper"}),
+        ({"training": {"learning_rate": 1e-3}}, {"recipe~tuned", "paper"}),
+    ],
+)
+def test_a_knob_is_told_to_the_recipe_that_reads_it(checkout, overlay, again):
+    """As a changed param makes a run anew: the command of a recipe that does not read the knob stays as it is."""
+    (checkout / "knob.yaml").write_text(yaml.safe_dump(overlay))
+
+    def commands(*files):
+        result = snakemake(checkout, "-n", "--printshellcmds", "table2", *files)
+        assert result.returncode == 0, result.stdout + result.stderr
+        found = re.findall(r"python -m buddy train .*", result.stdout + result.stderr)
+        return {"recipe~tuned" if "recipe~tuned" in line else "paper": line for line in found}
+
+    before, after = commands(), commands("--configfile", "knob.yaml")
+    assert set(before) == {"recipe~tuned", "paper"}
+    assert {name for name in before if before[name] != after[name]} == again
+
+
 def test_a_mistyped_target_fails_while_planning(checkout):
     result = snakemake(checkout, "-n", "results/paper/runs/backbone~llama2-7b/method~budy/seed~0/run.json")
     assert result.returncode != 0
@@ -132,6 +156,8 @@ WRONG = [
     ({"evaluation": {"tasks": ["piqua"]}}, "evaluation.tasks", "'piqa'"),
     ({"study": {"main": {"feature": "query"}}}, "study.main.feature", "'key', 'value' or 'key+value'"),
     ({"study": {"removed": {"llama2-7b": [31]}}}, "removed", "not between 1 and 30"),
+    ({"study": {"recipes": ["paper"]}}, "study: recipes: ['paper']", "must name that of main, tuned"),
+    ({"router": {"example": 64}}, "router", "did you mean examples?"),
     (
         {"backbones": {"llama2-7b": {"source": {"hub": "a/b", "revison": "x"}}}},
         "backbones.llama2-7b.source",
@@ -290,7 +316,7 @@ def test_a_table_without_any_records_given_says_so(given):
 
 
 def test_records_given_are_never_measured_again(given):
-    run = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
+    run = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"
     for target in (f"runs/{run}/run.json", f"records/latency/{run}/dataset~alpaca", f"records/breakdown/{run}"):
         result = snakemake(given, "-n", f"results/reference-machine/{target}", *GIVEN)
         assert result.returncode != 0
