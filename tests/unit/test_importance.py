@@ -12,7 +12,7 @@ from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.importance import importance as command
 from buddy.errors import UserError
 from buddy.importance import INDICATORS, estimate, windows
-from buddy.records import Record
+from buddy.records import Record, find
 from buddy.reporting import frame
 
 IDS = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -120,7 +120,7 @@ def arguments(backbone, tmp_path):
 def test_several_lengths_have_a_record_each_as_if_alone(arguments, tmp_path):
     command(**arguments, length="24,16,24")
     out = arguments["out"]
-    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.json"))
+    made = [path.relative_to(out).as_posix() for path in find(out)]
     assert made == [f"length~{length}/indicator~delta_ppl.json" for length in (16, 24)]
     for length in (16, 24):
         command(**arguments | {"out": tmp_path / "alone.json"}, length=str(length))

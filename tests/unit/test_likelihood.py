@@ -18,7 +18,7 @@ from buddy.evaluation.likelihood import Mode
 from buddy.evaluation.passages import Passage
 from buddy.policies.first import FirstPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
+from buddy.records import Record, find
 from buddy.routing.model import RoutedModel
 
 KV = ("zero", "mask", "project")
@@ -214,7 +214,7 @@ def arguments(model, tmp_path):
 
 def test_what_a_record_says(arguments, capsys):
     command(**arguments)
-    made = sorted(path.relative_to(arguments["out"]).as_posix() for path in arguments["out"].rglob("*.json"))
+    made = [path.relative_to(arguments["out"]).as_posix() for path in find(arguments["out"])]
     assert made == [f"kv~{kv}/decode~{d}/removed~{n}.json" for kv in ("mask", "zero") for d in DECODE for n in (0, 3)]
     model = runs.load(arguments["run"], device="cpu")
     sets = [passages.read(arguments["out"].parent / name, model.tokenizer, 3, 320) for name in ("alpaca", "ptb")]

@@ -14,7 +14,7 @@ from buddy.commands.rouge import rouge as command
 from buddy.data import inputs, materialise
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import summaries, traces
-from buddy.records import Record
+from buddy.records import Record, find
 from buddy.reporting import frame
 from buddy.settings import Summaries
 
@@ -148,7 +148,7 @@ def arguments(model, tmp_path):
 
 def test_what_a_record_says(arguments, capsys):
     command(**arguments)
-    made = sorted(path.relative_to(arguments["out"]).as_posix() for path in arguments["out"].rglob("*.json"))
+    made = [path.relative_to(arguments["out"]).as_posix() for path in find(arguments["out"])]
     assert made == [f"decode~{decode}/removed~{n}.json" for decode in ("recompute", "reuse") for n in (1, 3)]
     model = runs.load(arguments["run"], device="cpu")
     pairs = inputs.pairs(arguments["data"])[:3]
