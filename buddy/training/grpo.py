@@ -24,7 +24,7 @@ from buddy.checkpoints import Checkpoints
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.types import CausalLM
 from buddy.settings import READ_BY_PRESET, Predictor
-from buddy.training import fingerprints
+from buddy.training import divergence, fingerprints
 from buddy.training.rewards import Rollouts, Row
 
 OnLog = Callable[[int, dict[str, float]], None]
@@ -125,6 +125,7 @@ class _Run:
         self.policy, self.predictor = policy, policy.predictor
         self.settings, self.rows, self.seed, self.kept = settings, rows, seed, kept
         self.optimiser = torch.optim.Adam(self.predictor.parameters(), lr=settings.learning_rate)
+        divergence.watch(self.optimiser, lambda: self.step + 1)
         self.step = 0
         self.curve: list[dict[str, Any]] = []
         self._begin_window()

@@ -39,7 +39,7 @@ from buddy.routing.padding import leading, padded
 from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 from buddy.settings import Pudding
-from buddy.training import fingerprints
+from buddy.training import divergence, fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +261,7 @@ def _fit(
     predictor = policy.predictor
     steps = settings.epochs * -(-len(train) // settings.batch_size)
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    divergence.watch(optimiser)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _Schedule(steps))
     best, kept, kept_epoch = _error(predictor, inputs, goal, test), _copy(predictor), 0
     curve = [{"epoch": 0.0, "held_out": best}]

@@ -25,7 +25,7 @@ from buddy.routing.engine import Routing, routed
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
-from buddy.training import fingerprints
+from buddy.training import divergence, fingerprints
 from buddy.training import loss as losses
 from buddy.training.examples import Collator, encode
 from buddy.training.probes import Probes
@@ -83,6 +83,9 @@ def train(
         folder: where checkpoints are kept while it runs.
         seed: of LoRA's start, the order of examples and the depths.
         on_log: called with (step, values) at every log line.
+
+    Raises:
+        Diverged: a loss or a gradient is not finite; the checkpoints until then are kept.
     """
     from transformers import set_seed
 
@@ -269,6 +272,8 @@ def routed_trainer_class() -> type:
             **kwargs: Any,
         ) -> None:
             super().__init__(**kwargs)
+            assert self.optimizer is not None  # it was given one
+            divergence.watch(self.optimizer, lambda: self.state.global_step + 1)
             self.settings = settings
             self.recipe = recipe
             self.kept = kept
@@ -297,6 +302,7 @@ def routed_trainer_class() -> type:
             if self.recipe.penalty is not None and model.training:
                 # Accumulated steps add up to one update, so each brings its share.
                 loss = loss + self.recipe.penalty(routing) / self.args.gradient_accumulation_steps
+            divergence.check_loss(loss, self.state.global_step + 1)
             self._note(routing, inputs)
             return (loss, {"last_hidden_state": states}) if return_outputs else loss
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import VOCABULARY, tiny
 
+from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
 from buddy.settings import Training
-from buddy.training import recipe, sft
+from buddy.training import divergence, recipe, sft
 from buddy.training.examples import IGNORED, Collator, encode
 
 
@@ -298,3 +299,53 @@ def test_causal_routing_trains_the_paths_that_decoding_takes(tmp_path):
 def test_causal_routing_needs_a_prompt():
     with pytest.raises(ValueError, match="pool_over"):
         Training(routing="causal", pool_over="all")
+
+
+FORMS = [("sequence", "zero"), ("causal", "zero"), ("causal", "mask"), ("causal", "project")]
+
+
+@pytest.mark.parametrize(("form", "kv"), FORMS)
+def test_an_update_is_the_same_however_it_is_computed(tmp_path, form, kv):
+    """Loss and gradient of one update over six examples, accumulated or not, checkpointed or not."""
+    one_depth = recipe.Recipe(lambda batch, *_: [4 / 6] * batch, trains_policy=True)
+    settings = SETTINGS.model_copy(update={"routing": form, "kv": kv, "epochs": 1, "lora_dropout": 0.0})
+    found = []
+    for parts in (1, 3):
+        for checkpointed in (False, True):
+            how = {"batch_size": 6 // parts, "gradient_accumulation": parts, "gradient_checkpointing": checkpointed}
+            folder = tmp_path / f"{parts}{checkpointed}"
+            found.append(run(folder, settings.model_copy(update=how), pairs=PAIRS[:6], recipe=one_depth)[0])
+    for trained in found:
+        assert trained.steps == 1
+        for name in ("loss", "grad_norm"):
+            assert trained.curve[0][name] == pytest.approx(found[0].curve[0][name], rel=1e-4)
+
+
+def test_a_diverged_training_stops_says_where_and_keeps_its_checkpoints(tmp_path):
+    settings = SETTINGS.model_copy(update={"save_steps": 1, "warmup_steps": 0, "learning_rate": 1e30})
+    with pytest.raises(UserError, match=r"diverged at step 2 \(.*\); lower the learning rate; checkpoints are kept"):
+        run(tmp_path, settings)
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_gradient_that_is_no_number_changes_nothing():
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    divergence.watch(optimizer, lambda: 7)
+    for bad in (float("nan"), float("inf")):
+        for broken in weights:
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            broken.grad[1] = bad
+            with pytest.raises(UserError, match="diverged at step 7"):
+                optimizer.step()
+    assert all((weight == 1).all() for weight in weights)
+    counted = torch.optim.AdamW(weights, lr=0.1)
+    divergence.watch(counted)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    counted.step()
+    assert all((weight != 1).all() for weight in weights)
+    weights[0].grad[0] = float("nan")
+    with pytest.raises(UserError, match="diverged at step 2"):
+        counted.step()
