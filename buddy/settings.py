@@ -501,6 +501,11 @@ class Router(Settings):
         6, description="removal orders to search, each on the examples that it suits, besides one for all of them", ge=1
     )
     search_examples: int = Field(32, description="examples that an order is searched on", ge=1)
+    loss: Loss = Field(
+        "kl",
+        description="what a route costs: kl, divergence of the response's tokens from the model at full depth, which varies "
+        "less and asks for no right answer; ce, their cross-entropy",
+    )
     response_tokens: int = Field(32, description="tokens of each response that are measured, at most", ge=1)
     rounds: int = Field(
         2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
@@ -508,7 +513,7 @@ class Router(Settings):
     batch_size: int = Field(8, description="examples per pass, each of which takes several routes", ge=1)
 
 
-_READ_BY_THE_FIT = ("examples", "max_length", "loss", "kv", "lora_rank", "router_rank")
+_READ_BY_THE_FIT = ("examples", "max_length", "kv", "lora_rank", "router_rank")
 
 
 def unread_by_tuned(lora_rank: int) -> frozenset[str]:

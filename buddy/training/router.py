@@ -123,7 +123,7 @@ def fit(
         policy: with its prior; changed in place.
         pairs: prompts and responses of the training data.
         settings: the section `router` of the study.
-        training: the section `training`: loss and longest example.
+        training: the section `training`, for the longest example.
         depths: numbers of removed blocks at which losses are measured.
         folder: the run's; None keeps nothing.
         seed: of which examples are measured, and of the searches.
@@ -149,7 +149,6 @@ def fit(
     held_out, learnt = examples.part(0, settings.held_out), examples.part(settings.held_out, len(chosen))
     made_by = {
         "settings": settings.model_dump(),
-        "loss": training.loss,
         "depths": list(depths),
         "seed": seed,
         "examples": fingerprints.of_examples(chosen),
@@ -157,7 +156,7 @@ def fit(
         "backbone": fingerprints.of_weights(backbone),
     }
     kept = Checkpoints(folder / FOLDER / "router", made_by) if folder else None
-    fitting = _Fitting(backbone, policy, settings, training, sorted(depths), kept, generator)
+    fitting = _Fitting(backbone, policy, settings, sorted(depths), kept, generator)
     return fitting.run(learnt, held_out, on_log)
 
 
@@ -185,7 +184,6 @@ class _Fitting:
     backbone: CausalLM
     policy: BuddyPolicy
     settings: Router
-    training: Training
     depths: list[int]
     kept: Checkpoints | None
     generator: torch.Generator
@@ -271,7 +269,7 @@ class _Fitting:
     def _searched(self, rows: Sequence[Row], name: str, known: Sequence[int]) -> list[int]:
         started = time.perf_counter()
         candidates = range(self.policy.blocks)[self.policy.candidates]
-        search = Search(self.backbone, rows, candidates, self.training.loss, self.settings.batch_size)
+        search = Search(self.backbone, rows, candidates, self.settings.loss, self.settings.batch_size)
         starts = [frozenset(known), *(search.runs(max(self.depths)) if name == "all" else ())]
         order = search.order(search.climb(search.best(starts)))
         logger.info("router: order %s removes %s (%.0f s)", name, order, time.perf_counter() - started)
@@ -291,7 +289,7 @@ class _Fitting:
 
     def _losses(self, rows: Sequence[Row], routes: Tensor) -> list[list[float]]:
         every = routes.expand(len(rows), *routes.shape)
-        return measure(self.backbone, rows, every, self.training.loss, self.settings.batch_size).tolist()
+        return measure(self.backbone, rows, every, self.settings.loss, self.settings.batch_size).tolist()
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, kept as JSON."""
@@ -396,7 +394,7 @@ class _Fitting:
         key = routes.numpy().tobytes()
         if key not in seen:
             seen[key] = float(
-                measure(self.backbone, held_out.rows, routes, self.training.loss, self.settings.batch_size).mean()
+                measure(self.backbone, held_out.rows, routes, self.settings.loss, self.settings.batch_size).mean()
             )
         return {"loss": seen[key], "paths": float(len(routes[:, -1].unique(dim=0)))}
 

@@ -204,7 +204,7 @@ def test_a_fixed_state_takes_the_orders_route_at_every_depth():
         expected = torch.stack([route(order, depth, BLOCKS) for depth in (1, 3)])
         rows = router.encode(byte_tokenizer(), pairs(60), 32)
         chosen = [rows[i] for i in torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()[:12]]
-        losses = measure(backbone, chosen, expected.expand(12, -1, -1))
+        losses = measure(backbone, chosen, expected.expand(12, -1, -1), "kl")
         assert found.held_out[f"fixed {name}"]["loss"] == pytest.approx(losses.mean().item(), abs=1e-6)
         assert found.held_out[f"fixed {name}"]["paths"] == 1
 
