@@ -44,6 +44,12 @@ onerror:
     print(summary(FAILURES.found()), file=sys.stderr)
 
 
+# A job tries once: whether it is tried again, and with how much time and memory, is for the call that submitted it.
+if not workflow.is_main_process:
+    for _rule in workflow.rules:
+        _rule.restart_times = 0
+
+
 rule all:
     default_target: True
     input:

@@ -51,7 +51,7 @@ class Failure:
         line, log = self.said
         parts = [
             f"{self.rule}: {line}",
-            f"  made   {self.makes}",
+            f"  makes  {self.makes}",
             f"  log    {log}" if log else "",
             f"  alone  {self.alone}",
         ]

@@ -10,64 +10,22 @@ import subprocess
 import sys
 import time
 
+import finished
 import pytest
 import yaml
-from checkout import clone, planned, snakemake
-from records_factory import Maker
+from checkout import planned, snakemake
+from finished import ACCURACY, RUN, SMALL, STUDY
 
-from buddy import manifest, notes, progress
+from buddy import notes
 from buddy.config import digest, merge, parse
 from buddy.processes import Process
-from buddy.records import Record, write_json
-
-STUDY = ("--configfile", "small.yaml")
-RUN = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
-ACCURACY = f"results/small/records/accuracy/{RUN}"
-SMALL = {
-    "study": {
-        "name": "small",
-        "backbones": ["smollm2-135m"],
-        "methods": ["dense", "buddy"],
-        "removed": {"smollm2-135m": [4, 8]},
-        "ablations": [],
-        "tables": {"table2": {"backbone": "smollm2-135m"}},
-    },
-    "evaluation": {"tasks": ["piqa", "arc_easy"]},
-    **{name: {"backbones": []} for name in ("latency", "trace", "predictor", "orders", "summaries", "breakdown")},
-    "generation": {"backbones": []},
-}
+from buddy.records import write_json
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkout with a study whose jobs have all ended, its tables and figures included."""
-    folder = clone(tmp_path_factory.mktemp("clone"))
-    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    content = merge(yaml.safe_load((folder / "config.yaml").read_text()), SMALL)
-    # The paper's tables are merged in: only this study's is of a backbone that it has.
-    maker = Maker(folder / "results", content)
-    maker.everything(items=8)
-    study = parse(content)
-    results = folder / "results" / "small"
-    shared = {"study": "small", "backbone": "smollm2-135m", "metrics": {}, "n": 8}
-    Record(kind="training", method="buddy", **shared).write(results / f"records/training/{RUN}.json")
-    for output in progress.outputs(study):
-        if not (results / output).exists():
-            write_json(results / output, {"made": output})
-    for path in (results / "records/accuracy").rglob("seed~0"):
-        manifest.write(path)
-    # In the order in which jobs make them, so that nothing is older than what it is made from.
-    for age, place in enumerate(
-        ("backbones", "data", "records/importance", "runs", "records/training", "records/accuracy")
-    ):
-        for path in [results / place, *(results / place).rglob("*")]:
-            os.utime(path, (1e9 + age, 1e9 + age))
-    for job in progress.jobs(study):
-        if job.stage in ("table", "figure"):
-            for kind in ("csv", "md", "tex", "html", "png", "pdf"):
-                path = (results / job.output).with_suffix(f".{kind}")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("")
+    """A finished study."""
+    folder = finished.finished(tmp_path_factory.mktemp("clone"))
     assert planned(folder, *STUDY) == {}
     return folder
 
@@ -186,31 +144,10 @@ def test_a_job_refuses_a_study_that_was_edited_since_it_was_submitted(folder):
 
 # ---- jobs that fail, and jobs that outlive their Snakemake ---------------------------------------------------------------
 
-FAKE = """\
-import json, os, sys, time
-from pathlib import Path
-from buddy import locks, cli
-stage = sys.argv[1]
-with open("tries", "a") as tries:
-    tries.write(stage + "\\n")
-if stage == "evaluate" and os.path.exists("slow"):
-    with locks.held("results/small/records/accuracy/x"):
-        Path("started").touch()
-        time.sleep(300)
-if stage == "evaluate":
-    print("INFO loading")
-    print("buddy: --data: nothing there" if os.path.exists("mistake") else "RuntimeError: CUDA error", file=sys.stderr)
-    sys.exit(2 if os.path.exists("mistake") else 1)
-cli.main()
-"""
-
 
 @pytest.fixture
 def failing(folder):
-    """One evaluation is to be done, and its command is no real one."""
-    shutil.rmtree(folder / ACCURACY)
-    (folder / "buddy/__main__.py").write_text(FAKE)
-    return folder
+    return finished.failing(folder)
 
 
 @pytest.mark.parametrize(("mistake", "tries"), [(True, 1), (False, 3)])
@@ -224,7 +161,7 @@ def test_a_failed_jobs_own_line_stands_at_the_end_and_a_mistake_is_not_tried_aga
     end = output[output.index("1 job failed:") :]
     assert len(end.splitlines()) <= 12, end
     line = "buddy: --data: nothing there" if mistake else "RuntimeError: CUDA error"
-    assert f"evaluate: {line}\n  made   {ACCURACY}\n  log    results/small/logs/evaluate/{RUN}.log\n" in end
+    assert f"evaluate: {line}\n  makes  {ACCURACY}\n  log    results/small/logs/evaluate/{RUN}.log\n" in end
     (command,) = re.findall(r"  alone  (.*)", end)
     assert shlex.split(command) == ["snakemake", ACCURACY, "--cores", "1", "--configfile", "small.yaml"]
 
