@@ -97,8 +97,8 @@ def state(job: Job, folder: Path, started: bool, alive: bool) -> State:
     if started:
         return "running" if alive else "failed"
     output = folder / job.output
-    if output.is_file() or (output.is_dir() and find(output)):
-        return "done"
+    if output.exists():
+        return "missing" if _problems(output) else "done"
     return "failed" if (folder / "logs" / f"{job.place}.log").exists() else "missing"
 
 
@@ -152,16 +152,15 @@ def damaged(study: Config, folder: Path) -> Iterator[tuple[Path, str]]:
     """
     for output in outputs(study):
         path = folder / output
-        if path.is_dir():
-            problems = manifest.lacking(path) or _cut_short(path)
-        elif path.name == "run.json" and path.is_file():
-            problems = manifest.lacking(path.parent) or _cut_short(path)
-        elif path.is_file():
-            problems = _cut_short(path)
-        else:
-            continue  # what is not there is made anyway
-        if problems:
+        # What is not there is made anyway.
+        if path.exists() and (problems := _problems(path)):
             yield path, "; ".join(problems[:3])
+
+
+def _problems(path: Path) -> list[str]:
+    """What is wrong with an output that is there: a folder of records, a run, or another file."""
+    listed = manifest.lacking(path.parent if path.name == "run.json" else path)
+    return listed or (_cut_short(path) if path.is_dir() or path.suffix == ".json" else [])
 
 
 def _cut_short(path: Path) -> list[str]:

@@ -116,7 +116,7 @@ class Failures(logging.Handler):
             self.give_up(record.jobid)
 
     def found(self):
-        """Of each job that has not succeeded its last failure, and no two of one kind and place."""
+        """The last failure of each job that has not succeeded after all."""
         return list(self.by_job.values())
 
     def give_up(self, number):

@@ -1,6 +1,7 @@
 """What a cluster grants against what jobs ask for, told by commands that answer as Slurm's do."""
 
 import pytest
+from checkout import ROOT
 
 from buddy import limits, preflight
 from buddy.preflight import Asked
@@ -97,6 +98,37 @@ def test_more_jobs_than_may_be_submitted(cluster, limits_, jobs, said):
     assert all(f"Start with -j {said} or fewer" in error for error in found)
 
 
+def test_by_hand_it_asks_with_the_profile_and_the_slowest_backbone(cluster, tmp_path, monkeypatch, capsys):
+    from buddy import cli
+
+    content = """
+jobs: 30
+slurm-status-command: squeue
+default-resources: {slurm_partition: gpu}
+set-resources: {train: {gpu_model: v100}}
+"""
+    (tmp_path / "config.yaml").write_text(content)
+    cluster(submit=20)
+    study = ROOT / "config.yaml"
+    for arguments, expected in (([], ["v100", "-j 30"]), (["--jobs", "5"], ["v100"])):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["preflight", str(study), "--profile", str(tmp_path), *arguments])
+        assert ended.value.code == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.startswith("error: ") for line in lines] == [True] * len(expected) + [False]
+        assert all(word in " ".join(lines) for word in expected)  # 36 hours of its largest backbone fit into MaxTime
+
+
+def test_by_hand_without_slurm_is_one_line(monkeypatch, tmp_path, capsys):
+    from buddy import cli
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["preflight", str(ROOT / "config.yaml")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_where_slurm_does_not_answer_nothing_is_claimed(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert errors(FINE) == []
@@ -118,8 +150,6 @@ def test_every_retry_raises_the_time_until_the_partition_ends_it():
 
 
 def test_every_rule_that_asks_for_a_gpu_has_a_share():
-    from checkout import ROOT
-
     rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
     named = {line.partition("minutes(")[2].split('"')[1] for line in rules.splitlines() if "runtime=minutes(" in line}
     assert named == set(limits.SHARES)
