@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models import VOCABULARY, prompts, tiny, with_router
 from tape import Tape
 
+from buddy.evaluation.memory import Peak
 from buddy.routing import decoders
 from buddy.routing.decoders import Decoders
 from buddy.routing.kv import RoutedCache
@@ -151,3 +152,15 @@ def test_a_copy_of_a_cache_goes_its_own_way():
     assert (cache.length, twin.length) == (10, 9)
     assert torch.equal(model(ids[:, :1], budget=5 / 7, past_key_values=twin).logits, first)
     assert isinstance(model, RoutedModel)
+
+
+def test_the_peak_is_what_was_held_at_most_since_it_was_asked_for():
+    first = Peak(torch.device("cpu"))
+    before = first.mb()
+    if before is None:
+        pytest.skip("this system does not tell, or does not let it be reset")
+    held = torch.ones(100 * 2**20, dtype=torch.uint8)
+    del held
+    assert first.mb() - before > 80
+    assert Peak(torch.device("cpu")).mb() < first.mb() + 1
+    assert first.mb() - before < 50  # the kernel has one peak per process: a later one begins it anew
