@@ -443,8 +443,8 @@ def compare(options: argparse.Namespace) -> None:
     packages = ("torch", "transformers", "torchao", "xllamacpp", "llama-cpp-python")
     versions = ", ".join(f"{name} {version}" for name in packages if (version := _version(name)))
     note = (
-        f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {options.new_tokens} new "
-        f"tokens each, one sequence at a time, medians of {options.repeats} passes in turns; {versions}."
+        f"Prompts: {len(prompts)}, of {min(map(len, prompts))} to {max(map(len, prompts))} tokens; {options.new_tokens} new "
+        f"tokens after each, one sequence at a time; medians of {options.repeats} passes in turns; {versions}."
     )
     (options.out / "instead.json").write_text(json.dumps({"note": note, "rows": lines}, indent=1) + "\n")
     (options.out / "instead.md").write_text(markdown(lines, note))
