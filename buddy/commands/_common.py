@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy.config import Run
-from buddy.errors import UserError
+from buddy.errors import BudgetError, UserError, choices
 from buddy.records import Stopwatch, commit, environment
 from buddy.runs import RunInfo
 from buddy.settings import Tracking
@@ -160,12 +160,30 @@ def check_depths(model: RoutedModel, depths: Iterable[int]) -> None:
         depths: numbers of removed blocks.
 
     Raises:
-        BudgetError: one of them is not legal; names the nearest legal budgets.
+        UserError: one of them is not legal; names those that are.
     """
+    legal = [removed for removed in range(model.blocks) if _runs(model, removed)]
+    for removed in depths:
+        if removed not in legal and legal == [0]:
+            raise UserError(f"--removed: {removed} is not 0: the dense model runs all {model.blocks} blocks")
+        if removed not in legal:
+            raise UserError(f"--removed: {removed} is not one of {_ranges(legal)}, of {model.blocks} blocks")
+
+
+def _runs(model: RoutedModel, removed: int) -> bool:
     import torch
 
-    for removed in depths:
+    try:
         model.policy.begin((model.blocks - removed) / model.blocks, 1, torch.device("cpu"))
+    except BudgetError:
+        return False
+    return True
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words: ``0 to 4`` or ``0, 8``."""
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 2 else choices(numbers)
 
 
 def check_auto(model: RoutedModel, budget: str) -> None:

@@ -12,8 +12,11 @@ import typer
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from buddy.errors import UserError, unknown
+from buddy.errors import UserError, short, unknown
 from buddy.settings import Settings
+
+MOST = 10**9
+"""Largest whole number in a list: more blocks, tokens or sequences than any machine holds."""
 
 
 def with_settings(
@@ -93,8 +96,24 @@ def _build(model: type[Settings], given: dict[str, Any], start: str) -> Settings
         return model.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # fields that do not go together: the reason names them
+            raise UserError(reason) from None
         option = _flag(start + str(first["loc"][0]))
-        raise UserError(f"{option}: {first['input']!r} is not allowed ({first['msg'].lower()})") from None
+        raise UserError(
+            f"{option}: {short(first['input'])} is not allowed ({reason[0].lower() + reason[1:]})"
+        ) from None
+
+
+def within(option: str, value: float, low: float, high: float) -> float:
+    """A number between two others, both included; NaN is between none.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not low <= value <= high:
+        raise UserError(f"{option}: {value:g} is not between {low:g} and {high:g}")
+    return value
 
 
 def counts(text: str, option: str) -> list[int]:
@@ -104,10 +123,10 @@ def counts(text: str, option: str) -> list[int]:
         UserError: something else; names the option.
     """
     try:
-        found = [int(part) for part in text.split(",") if part.strip()]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 0:
+    if not found or min(found) < 0 or max(found) > MOST:
         raise UserError(f"{option}: {text!r} is not a list of whole numbers such as 4,8,12")
     return found
 

@@ -26,7 +26,12 @@ def runs(
 
     if not results.is_dir():
         raise UserError(f"--results: {results} is not a folder")
-    found = [(path.parent, RunInfo.read(path.parent)) for path in sorted(results.rglob(RUN_FILE))]
+    found, damaged = [], []
+    for path in sorted(results.rglob(RUN_FILE)):
+        try:
+            found.append((path.parent, RunInfo.read(path.parent)))
+        except UserError as error:  # one that cannot be read hides no other
+            damaged.append(str(error))
     if as_json:
         print(json.dumps([{"path": str(path), **asdict(info)} for path, info in found], indent=1))
         return
@@ -36,6 +41,8 @@ def runs(
         axes = "  ".join(f"{axis}={value}" for axis, value in info.variant.items())
         parts = [info.study, info.backbone, info.method, axes, f"seed={info.seed}", paths(info.probes)]
         print("  ".join(filter(None, parts)) + f"\n    {path}")
+    for reason in damaged:
+        print(f"not listed: {reason}")
 
 
 def paths(probes: dict[str, int]) -> str:
