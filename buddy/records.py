@@ -7,6 +7,7 @@ This module imports no torch: records are read on laptops.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,12 @@ class Budget:
         """The budget that runs ``executed`` of ``blocks`` blocks."""
         return cls(fraction=executed / blocks, executed=executed, removed=blocks - executed)
 
+    def __post_init__(self) -> None:
+        counts = (self.executed, self.removed)
+        whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+        if not whole or sum(counts) == 0 or abs(self.fraction - self.executed / sum(counts)) > 1e-6:
+            raise ValueError(f"budget: {_short(asdict(self))} does not add up")
+
 
 @dataclass
 class Record:
@@ -54,6 +61,8 @@ class Record:
         budget: depth of the measurement; None where no depth applies (training, importance).
         metrics: the measured values; units are part of each name (``_ms``, ``_tok_s``, ``_s``).
         n: number of items, samples or repeats behind the metrics.
+        digests: of what it was measured on, where that is known: those of the run (`buddy.runs.RunInfo`), or of the
+            backbone alone.
         environment: device, library versions, dtype, threads (see `environment`).
         commit: git commit of the code, with "-dirty" where the tree had changes; "" outside a checkout.
         wall_s, gpu_s: seconds the measurement took, and seconds it held a GPU.
@@ -68,6 +77,7 @@ class Record:
     variant: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     budget: Budget | None = None
+    digests: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     commit: str = ""
     wall_s: float = 0.0
@@ -79,6 +89,10 @@ class Record:
             raise unknown("record kind", self.kind, KINDS)
         if isinstance(self.budget, dict):
             self.budget = Budget(**self.budget)
+        for name, kinds in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise TypeError(f"{name}: {_short(value)} is not {_SAID[kinds]}")
 
     def write(self, path: str | Path) -> Path:
         """Write the record atomically: a reader sees the old file, the new file, or none.
@@ -98,8 +112,8 @@ class Record:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a readable record ({error})") from None
         if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
             raise UserError(f"{path}: not a record (no schema number)")
@@ -107,8 +121,27 @@ class Record:
             raise UserError(f"{path}: record schema {content['schema']} is newer than {SCHEMA}; update buddy")
         try:
             return cls(**content)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}: not a complete record ({error})") from None
+
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("study", "backbone", "method", "commit"), str),
+    **dict.fromkeys(("metrics", "variant", "digests", "environment"), dict),
+    **dict.fromkeys(("n", "seed", "schema"), int),
+    **dict.fromkeys(("wall_s", "gpu_s"), int | float),
+    "budget": Budget | None,
+}
+_SAID = {str: "text", dict: "an object", int: "a whole number", int | float: "a number", Budget | None: "a budget"}
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def claim(path: str | Path, option: str = "--out") -> None:
@@ -189,6 +222,12 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find(folder: str | Path) -> list[Path]:

@@ -43,8 +43,25 @@ def provenance(study: Study, kind: str, *backbones: str) -> list[str]:
         parts.append(f"Records: {study.config.study.records}.")
     if kind == "accuracy" and seeds > 1:
         parts.append(f"What was trained is the mean of {seeds} seeds.")
-    return [" ".join(parts)] if parts else []
+    notes = [" ".join(parts)] if parts else []
+    return notes + left_out(study, kind, *backbones)
 
+
+def left_out(study: Study, kind: str, *backbones: str) -> list[str]:
+    """One note that names the records of a kind that could not be used; none where all could."""
+    of = [f"backbone~{backbone}" for backbone in backbones]
+    files = [
+        file for file in study.skipped if file.split("/")[0] == kind and any(name in file.split("/") for name in of)
+    ]
+    if not files:
+        return []
+    told = [f"{file}: {study.skipped[file]}" for file in files[:SHOWN]]
+    more = [f"and {len(files) - SHOWN} more"] if len(files) > SHOWN else []
+    return [f"Left out, as if not measured: {'; '.join(told + more)}."]
+
+
+SHOWN = 3
+"""Records that a note names; of the others it says how many."""
 
 LOSSES: dict[Loss, str] = {
     "ce": "cross-entropy of the data's tokens",

@@ -12,6 +12,7 @@ import pandas as pd
 from buddy.config import UNSAID
 from buddy.errors import UserError
 from buddy.records import Record, find
+from buddy.reporting import plausible
 
 log = logging.getLogger(__name__)
 
@@ -50,33 +51,41 @@ _RATIOS = (
 _NUMBERS = ("called_mean", "paths_mean", "decode_gb_s", "copy_gb_s", "peak_memory_mb")
 
 
-def load(folder: str | Path) -> pd.DataFrame:
+def load(folder: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Read every record in a folder.
 
-    A record that is damaged, incomplete, or of an older or newer form is named in a warning and left out.
+    A record that is damaged, incomplete, impossible, or of an older or newer form is named in a warning and left out: one
+    such file never stops the others.
 
     Args:
         folder: the folder of records, as `buddy.reporting.source.records_folder` finds it.
 
     Returns:
-        A frame with ``COLUMNS``; empty if nothing has been measured.
+        A frame with ``COLUMNS``, empty if nothing has been measured; and what was left out: the reason by the file's
+        path below the folder.
     """
     rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
     for path in find(folder):
         try:
             record = Record.read(path)
             levels = dict(part.split("~", 1) for part in path.relative_to(folder).with_suffix("").parts if "~" in part)
             measured = list(_rows(record, levels))
+            plausible.check(record.kind, measured)
         except UserError as error:
-            text = str(error)
-            log.warning("skipped %s", text if str(path) in text else f"{path}: {text}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             # The file is JSON with a record's keys, but its metrics are not those of its kind.
-            log.warning("skipped %s: not a complete record (%s: %s)", path, type(error).__name__, error)
+            reason = f"not a complete record ({type(error).__name__}: {error})"
+        else:
+            reason = ""
+        if reason:
+            log.warning("skipped %s: %s", path, reason)
+            skipped[path.relative_to(folder).as_posix()] = reason
         else:
             head = {**_head(record), "file": str(path), "series": _series(path, folder, record)}
             rows += [{**head, **row} for row in measured]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS)), skipped
 
 
 def series_of(run_path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -69,6 +69,8 @@ class Study:
     folder: Path
     config: Config
     frame: pd.DataFrame
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Records that were left out: the reason by the file's path below the folder of records."""
 
     @property
     def name(self) -> str:
@@ -287,4 +289,4 @@ def load(folder: str | Path) -> Study:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
     parsed = config.parse(content, str(path))
-    return Study(folder, parsed, frames.load(records_folder(parsed, folder, str(path))))
+    return Study(folder, parsed, *frames.load(records_folder(parsed, folder, str(path))))

@@ -48,7 +48,7 @@ def test_frame_has_one_row_per_task_and_takes_the_normalised_score(small: Maker)
     run = small.config.runs()[1]
     tasks = uniform(0.5) | {"piqa": {"acc": 0.6, "acc_stderr": 0.03, "acc_norm": 0.7, "acc_norm_stderr": 0.04, "n": 60}}
     small.accuracy(run, 4, tasks, limit=60)
-    found = frame.load(small.records)
+    found, _ = frame.load(small.records)
     assert list(found.columns) == list(frame.COLUMNS)
     assert sorted(found.task) == sorted(TASKS)
     row = found[found.task == "piqa"].iloc[0]
@@ -73,7 +73,7 @@ def test_damaged_and_newer_records_are_named_and_left_out(small: Maker, caplog: 
         (good.parent / f"{name}.json").write_text(text)
     (good.parent / ".removed~4.json.tmp.json").write_text("half")
     with caplog.at_level(logging.WARNING):
-        found = frame.load(small.records)
+        found, _ = frame.load(small.records)
     assert set(found.file) == {str(good)}
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == len(broken)
@@ -85,12 +85,12 @@ def test_other_kinds_give_their_scalars(small: Maker) -> None:
     run = small.config.runs()[1]
     metrics = {"steps": 40, "final_loss": 1.5, "curve": [{"step": 1, "loss": 2.0}], "done": True}
     small.record("training", run, 0, metrics).write(small.records / "training" / f"{run.path}.json")
-    found = frame.load(small.records)
+    found, _ = frame.load(small.records)
     assert dict(zip(found.metric, found.value, strict=True)) == {"steps": 40.0, "final_loss": 1.5}
 
 
 def test_a_study_without_records_is_empty_not_an_error(small: Maker) -> None:
-    assert frame.load(small.records).empty
+    assert frame.load(small.records)[0].empty
     opened = study.load(small.folder)
     for name in tables.names(opened):
         built = tables.build(opened, name)
@@ -704,7 +704,7 @@ def test_records_of_the_old_form_are_named_and_left_out(small: Maker, caplog: py
         del content["metrics"][key]
     path.write_text(json.dumps(content))
     small.latency(run, ALPACA, "dense", 0, [7.0, 7.0], [7.0, 7.0])
-    found = frame.load(small.records)
+    found, _ = frame.load(small.records)
     assert set(found.execution) == {"dense"}
     assert f"skipped {path}: not a complete record" in caplog.text
     content["metrics"] |= {"engine": "eager", "decode_speedup": 1.3}

@@ -165,7 +165,7 @@ def test_what_a_record_says(arguments, capsys):
             expected = summaries.measure(model, pairs, (7 - removed) / 7, decode, settings)
             assert {name: record.metrics[name] for name in expected} == expected
     # A study reads a mean with its interval for each measure, depth and mode.
-    rows = frame.load(arguments["out"].parent.parent).query("kind == 'rouge'")
+    rows = frame.load(arguments["out"].parent.parent)[0].query("kind == 'rouge'")
     assert len(rows) == 2 * 2 * 2
     assert set(zip(rows.dataset, rows.decode, strict=True)) == {("samsum", "reuse"), ("samsum", "recompute")}
     assert (rows.low <= rows.value).all()
