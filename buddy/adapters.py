@@ -23,15 +23,26 @@ def attach(model: Any, folder: Path) -> PeftModel:
         folder: as PEFT saves it.
 
     Raises:
-        UserError: a file is missing or damaged, or it is no plain LoRA.
+        UserError: a file is missing or damaged, it is no plain LoRA, or does not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from buddy import tensors
 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():  # PEFT would ask the Hub for it
             raise UserError(f"{folder}: no {name}: the adapter is not complete; train the run again")
     _check(_read(folder / CONFIG), folder / CONFIG)
-    return PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    state = tensors.read(folder / WEIGHTS)
+    tensors.check_finite(state.items(), str(folder / WEIGHTS))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}: does not fit the model ({' '.join(str(error).split())[:300]})") from error
+    # PEFT leaves a tensor that the file lacks as it was made, which is to say without effect.
+    own = {name: value.shape for name, value in get_peft_model_state_dict(adapted).items()}
+    tensors.check_complete({name: value.shape for name, value in state.items()}, own, str(folder / WEIGHTS))
+    return adapted
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,22 +7,27 @@ A run folder holds ``run.json`` (settings and where the backbone is), ``router.s
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy import folders
+from buddy import adapters, folders
 from buddy.errors import UserError
-from buddy.records import write_json
+from buddy.records import sha256, write_json
 
 if TYPE_CHECKING:
     import torch
 
     from buddy.routing.model import RoutedModel
+    from buddy.routing.policy import Policy
     from buddy.routing.types import CausalLM
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -43,6 +48,9 @@ class RunInfo:
         variant: the run's axes (feature, prior, omega, source_block, recipe).
         kv: K/V policy used unless another is asked for.
         training: settings it was trained with.
+        digests: of what it was made with and consists of: ``backbone`` (`buddy.backbones.fingerprint`), ``router`` and
+            ``adapter`` (SHA-256, absent where the run has none), ``prior`` or ``calibration`` (of the record's file).
+            Empty for a run from before there were any.
         probes: distinct ``paths`` that a trained router took over some ``prompts`` of its training data with some blocks
             ``removed``; empty without a router.
     """
@@ -57,6 +65,7 @@ class RunInfo:
     study: str = ""
     kv: str = "zero"
     training: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     probes: dict[str, int] = field(default_factory=dict)
     commit: str = ""
     schema: int = SCHEMA
@@ -117,7 +126,8 @@ def load(
         The model in evaluation mode, with ``tokenizer``.
 
     Raises:
-        UserError: nothing loadable at ``path``, or the backbone is missing.
+        UserError: nothing loadable at ``path``; the backbone is missing, or not the one that the run was trained on; a
+            part is missing, damaged or does not fit.
     """
     path = Path(path)
     if not (path / RUN_FILE).exists() and (path / "config.json").exists():
@@ -127,15 +137,19 @@ def load(
     if not (folder / "config.json").exists():
         raise UserError(f"{path}: its backbone is not at {folder}; say where it is with backbone= (--backbone)")
 
-    from safetensors.torch import load_file
-
-    from buddy import adapters, policies
+    from buddy import tensors
     from buddy.routing.model import RoutedModel
 
+    check(path, info)
+    check_backbone(folder, info.digests.get("backbone"), str(path))
+    policy = _policy(path, info)
     model, tokenizer = load_backbone(folder, device, dtype)
-    policy = policies.create(info.policy, **info.policy_settings)
-    if (path / ROUTER_FILE).exists():
-        policy.load_state_dict(load_file(path / ROUTER_FILE))
+    if policy.blocks != model.config.num_hidden_layers:
+        raise UserError(
+            f"{path}: it is of a model of {policy.blocks} blocks, {folder} has {model.config.num_hidden_layers}"
+        )
+    if policy.state_dict():
+        tensors.fill(policy, path / ROUTER_FILE)
     adapter = None
     if (path / ADAPTER_FOLDER).is_dir():
         adapter = path / ADAPTER_FOLDER
@@ -163,13 +177,74 @@ def untouched(model: RoutedModel) -> CausalLM:
     return backbone
 
 
+def check(path: Path, info: RunInfo) -> None:
+    """Make sure that a run folder holds what its ``run.json`` says, unchanged. No torch is needed.
+
+    Raises:
+        UserError: the router or the adapter is missing, changed, or not of this run.
+    """
+    if not info.digests:
+        logger.info("%s: made before runs had digests; whether it is whole is known only as far as its files fit", path)
+        if info.training.get("lora_rank") and not (path / ADAPTER_FOLDER).is_dir():
+            raise UserError(f"{path}: no {ADAPTER_FOLDER}/, though the run was trained with LoRA; train it again")
+        return
+    found = _part_digests(path)
+    for name, place in _PARTS.items():
+        expected, there = info.digests.get(name), found.get(name)
+        if expected != there:
+            state = "missing" if there is None else "changed" if expected else "put there"
+            raise UserError(f"{path / place}: {state} since the run was saved; train it again, or restore the folder")
+
+
+def check_backbone(folder: Path, expected: str | None, of: str) -> None:
+    """Make sure that a backbone is the one that something was made with.
+
+    Args:
+        folder: the backbone.
+        expected: the digest that was recorded then; None where there is none, which is noted.
+        of: what was made with it, for the message.
+
+    Raises:
+        UserError: it is another one.
+    """
+    from buddy.backbones import fingerprint
+
+    if expected is None:
+        logger.info("%s: does not say which backbone it was made with; taken to be %s", of, folder)
+    elif (found := fingerprint.of_backbone(folder)) != expected:
+        raise UserError(f"{of}: was made with another backbone (digest {expected}) than {folder} (digest {found})")
+
+
+_PARTS = {"router": ROUTER_FILE, "adapter": f"{ADAPTER_FOLDER}/{adapters.WEIGHTS}"}
+"""Parts of a run folder, by their names in `RunInfo.digests`."""
+
+
+def _part_digests(folder: Path) -> dict[str, str]:
+    return {name: sha256(folder / place) for name, place in _PARTS.items() if (folder / place).is_file()}
+
+
+def _policy(path: Path, info: RunInfo) -> Policy:
+    """The policy of a run, not filled yet."""
+    from buddy import policies
+
+    try:
+        return policies.create(info.policy, **info.policy_settings)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path / RUN_FILE}: policy_settings: not those of a policy {info.policy} ({reason})"
+        ) from error
+
+
 def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> RoutedModel:
+    from buddy.backbones import fingerprint
     from buddy.policies.static import StaticPolicy
     from buddy.routing.model import RoutedModel
 
     model, tokenizer = load_backbone(folder, device, dtype)
     policy = StaticPolicy(model.config.num_hidden_layers)
     info = RunInfo("dense", "static", policy.settings(), folder.name, str(folder.resolve()))
+    info.digests = {"backbone": fingerprint.of_backbone(folder)}
     return RoutedModel(model, policy, kv or "zero", tokenizer, Origin(info, folder)).eval()
 
 
@@ -179,20 +254,28 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
     Args:
         folder: a folder as `buddy backbone` leaves it.
         device, dtype: as in `load`.
+
+    Raises:
+        UserError: it is no backbone, a tensor is missing, too many, of another shape or not finite, or it has no
+            tokenizer that can be read.
     """
     from transformers import AutoModelForCausalLM
 
-    from buddy.backbones import linked, pad_token
+    from buddy import tensors
+    from buddy.backbones import inspect, linked, pad_token, weights
 
     device, kind = pick(device, dtype)
     if not (Path(folder) / "config.json").exists():
         raise UserError(f"{folder}: not a backbone (no config.json); make one with `buddy backbone`")
-    linked.check(Path(folder), str(folder))
+    inspect(Path(folder), str(folder))
+    weights.check_complete(Path(folder), str(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=kind, use_safetensors=True, **linked.LOCAL)
     tokenizer = linked.tokenizer(folder, str(folder))
     tokenizer.padding_side = "left"
     pad_token.settle(model, tokenizer)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    tensors.check_finite(model.state_dict().items(), str(folder))
+    return model, tokenizer
 
 
 def pick(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
@@ -205,13 +288,18 @@ def pick(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: {device} asked for, but no GPU is visible")
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
+        raise UserError(f"--device: {device!r} is not auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device: {device} asked for, but no GPU is visible")
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device: {device} asked for, but {torch.cuda.device_count()} GPUs are visible")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
         return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
     if dtype not in kinds:
-        raise UserError(f"dtype: {dtype!r} is not auto, float32 or bfloat16")
+        raise UserError(f"--dtype: {dtype!r} is not auto, float32 or bfloat16")
     return device, kinds[dtype]
 
 
@@ -242,7 +330,9 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
         elif adapter is not None:
             adapter.save_pretrained(str(draft / ADAPTER_FOLDER))
             (draft / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
-        write_json(draft / RUN_FILE, asdict(info))
+        parts = _part_digests(draft)
+        kept = {name: value for name, value in info.digests.items() if name not in _PARTS}
+        write_json(draft / RUN_FILE, asdict(replace(info, digests={**kept, **parts})))
         folders.mark(draft, HOLDS)
         draft.chmod(0o755)
         if folder.exists():

@@ -71,6 +71,7 @@ def prepare(
     with folders.fresh(out, HOLDS, _unmarked) as partial:
         revision = fetch(source, partial, dtype, blocks)
         facts = inspect(partial, _origin(source), blocks)
+        weights.check_complete(partial, _origin(source))
         content = {"name": name or out.name, "source": source.model_dump(), "revision": revision, **facts}
         content["sha256"] = weights.digests(weights.files(partial, _origin(source)))
         write_json(partial / PROVENANCE, content)
@@ -85,8 +86,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / PROVENANCE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: not readable; make the backbone with `buddy backbone --out {folder} ...`") from None
 
 
@@ -129,7 +130,7 @@ def _has_chat_template(folder: Path) -> bool:
         content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(content.get("chat_template"))
+    return isinstance(content, dict) and bool(content.get("chat_template"))
 
 
 def _origin(source: Source) -> str:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from buddy.errors import UserError, choices
-from buddy.settings import MODEL_TYPES
+from buddy.errors import UserError, choices, short
+from buddy.settings import MODEL_TYPES, MOST_BLOCKS
 
 _TINY = {
     "hidden_size": 64,
@@ -106,6 +106,10 @@ def check(config: Mapping[str, Any], origin: str, blocks: int | None = None) -> 
     kind, found = config.get("model_type"), config.get("num_hidden_layers")
     if kind not in MODEL_TYPES:
         raise UserError(f"{origin}: model type {kind!r} is not supported; supported are {choices(MODEL_TYPES)}")
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= MOST_BLOCKS:
+        raise UserError(
+            f"{origin}: config.json: num_hidden_layers: {short(found)} is not a whole number from 1 to {MOST_BLOCKS}"
+        )
     # Qwen configs name a window even where it is off, and apply it only from block `max_window_layers` on.
     window = "sliding_attention" in (config.get("layer_types") or []) or (
         config.get("use_sliding_window") and config.get("max_window_layers", 28) < int(found or 0)

@@ -41,7 +41,7 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
         found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
         if (found["source"], found["revision"]) == (source, revision) and (out / "config.json").exists():
             return dict(found)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     commit = None
     if Path(source).is_dir():

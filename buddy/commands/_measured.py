@@ -99,13 +99,14 @@ class Measured:
             variant={**info.variant, "kv": self.kv, **axes} if info.variant else {},
             seed=info.seed,
             budget=None if removed is None else Budget.of(blocks - removed, blocks),
+            digests=info.digests,
             **provenance(self.model, watch),
         ).write(path)
 
 
 def open_run(
     run: Path,
-    removed: str,
+    removed: str | None,
     out: Path,
     kv: KV,
     device: str,
@@ -118,7 +119,7 @@ def open_run(
 
     Args:
         run: run folder, or a backbone folder for the dense model.
-        removed: numbers of removed blocks, such as ``0,4,8``; nothing for a measurement without a depth.
+        removed: numbers of removed blocks, such as ``0,4,8``; None for a measurement without a depth.
         out: folder for the records, checked before anything is loaded.
         kv: K/V of skipped blocks.
         device, dtype: as in `buddy.runs.load`.
@@ -132,7 +133,7 @@ def open_run(
     from buddy import runs
 
     claim_folder(out)
-    depths = sorted(set(counts(removed, "--removed"))) if removed else []
+    depths = [] if removed is None else sorted(set(counts(removed, "--removed")))
     model = runs.load(run, kv=kv, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
     suits(model)

@@ -70,6 +70,7 @@ def keep(
             variant=info.variant,
             seed=info.seed,
             budget=Budget.of(policy.blocks - removed, policy.blocks) if removed is not None else None,
+            digests=runs.RunInfo.read(out).digests,
             **provenance,
         ).write(record)
     shutil.rmtree(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import METHODS, NOT_OF_PEERS, STATIC_PEERS, First, Pudding, Training
+from buddy.settings import METHODS, MOST_SEED, NOT_OF_PEERS, STATIC_PEERS, First, Pudding, Training
 
 if TYPE_CHECKING:
     from buddy.records import Record
@@ -38,7 +38,7 @@ def adapt(
     tasks: Annotated[Path | None, typer.Option(help="folder of data sets that PuDDing's router learns from")] = None,
     lora: Annotated[str, typer.Option(help="trained: with LoRA, by BUDDY's recipe; none: without")] = "trained",
     record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
-    seed: Annotated[int, typer.Option(help="seed of weights and of the order of examples")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights and of the order of examples", min=0, max=MOST_SEED)] = 0,
     study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
     name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -57,12 +57,13 @@ def adapt(
       buddy adapt --method dense_lora --backbone DIR --data results/demo/data/alpaca --out dense-lora
     """
     from buddy import runs
+    from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
     from buddy.commands._options import choice
     from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
     from buddy.errors import UserError
-    from buddy.records import Stopwatch, claim, commit
+    from buddy.records import Stopwatch, claim, commit, sha256
     from buddy.training.job import Job
 
     runs.claim(out)
@@ -76,8 +77,8 @@ def adapt(
     if learns and data is None:
         raise UserError("--data: an instruction data set to train on is missing; make one with `buddy data`")
     pairs = inputs.training(data)[: settings.examples] if learns and data is not None else []
-    found = _calibration(method, calibration, removed)
     backbone = backbone_folder(backbone)
+    found = _calibration(method, calibration, removed, backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     _check_depth(method, found, removed, model.config.num_hidden_layers)
@@ -98,6 +99,10 @@ def adapt(
             **settings.model_dump(exclude={"data", *NOT_OF_PEERS}),
             **({} if dynamic is None else {method: dynamic.model_dump()}),
             **(told_of(data) if data and learns else {"data": None}),
+        },
+        digests={
+            "backbone": of_backbone(backbone),
+            **({"calibration": sha256(calibration)} if calibration and found else {}),
         },
         commit=commit(),
     )
@@ -128,12 +133,13 @@ def _make(
     return peers.pudding(job, [Omission.of(one) for one in found.metrics["omissions"]], pudding, tasks)
 
 
-def _calibration(method: str, path: Path | None, removed: int) -> Record | None:
+def _calibration(method: str, path: Path | None, removed: int, backbone: Path) -> Record | None:
     """The record that a peer's choice of blocks comes from; None for a method that needs none.
 
     Raises:
-        UserError: it is missing, of another kind or method, or too short.
+        UserError: it is missing, of another kind, method or backbone, or too short.
     """
+    from buddy import runs
     from buddy.errors import UserError
     from buddy.records import Record
 
@@ -144,6 +150,7 @@ def _calibration(method: str, path: Path | None, removed: int) -> Record | None:
     record = Record.read(path)
     if record.kind != "calibration" or record.method != method:
         raise UserError(f"--calibration: {path} is a record of kind {record.kind} and method {record.method}")
+    runs.check_backbone(backbone, record.digests.get("backbone"), f"--calibration: {path}")
     if removed > (most := record.budget.removed if record.budget else 0):
         raise UserError(f"--removed: {removed} blocks asked for, {path} removes at most {most}")
     return record

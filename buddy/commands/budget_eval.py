@@ -77,6 +77,7 @@ def budget_eval(
                 n=len(contexts),
                 variant=info.variant,
                 seed=info.seed,
+                digests=info.digests,
                 **provenance(model, watch),
             ).write(out / f"dataset~{name}.json")
             typer.echo(f"{name}: {_line(found)}")

@@ -52,6 +52,7 @@ def calibrate(
     from contextlib import nullcontext
 
     from buddy import peers
+    from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.config import Run
     from buddy.data import inputs
@@ -95,6 +96,7 @@ def calibrate(
                 metrics=facts,
                 n=settings.samples,
                 budget=Budget.of(blocks - removed, blocks),
+                digests={"backbone": of_backbone(backbone)},
                 **provenance(model, watch),
             ).write(out)
             tracker.summary({"removed": ",".join(map(str, found.order))})

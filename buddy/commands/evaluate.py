@@ -43,12 +43,14 @@ def evaluate(
 
     keep_off_the_hub()
 
+    from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
     from buddy.records import Budget, Stopwatch
     from buddy.tracking.report import average_name
 
-    measured = open_run(run, "" if budget else removed, out, settings.kv, device, dtype, study, name)
+    check_examples(data, settings.tasks, settings.few_shot)
+    measured = open_run(run, None if budget else removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
     lm = BuddyLM(model, routing=settings.routing, batch_size=settings.batch_size)
 

@@ -45,6 +45,7 @@ def importance(
       buddy importance --backbone DIR --corpus book.txt --indicator cosine --seed 1 --out cosine.json
       buddy importance --backbone DIR --corpus book.txt --indicator taylor --length 128,256 --out by-length
     """
+    from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.commands._options import choice
     from buddy.config import Run
@@ -82,6 +83,7 @@ def importance(
                 method="dense",
                 metrics={**facts, "length": size, "values": values, "per_sample": found.per_window.tolist()},
                 n=settings.samples,
+                digests={"backbone": of_backbone(backbone)},
                 **provenance(model, watch),
             ).write(files[size])
             blocks = {f"block_{index}": value for index, value in enumerate(values)}

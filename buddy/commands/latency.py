@@ -55,7 +55,13 @@ def latency(
     with measured.tracked("latency", settings, out, part=data.name) as tracker:
         watch = Stopwatch(str(model.device))
         timings = benchmark(model, prompts, measured.depths, settings, data.name)
-        facts = {"study": info.study, "backbone": info.backbone, "seed": info.seed, **provenance(model, watch)}
+        facts = {
+            "study": info.study,
+            "backbone": info.backbone,
+            "seed": info.seed,
+            "digests": info.digests,
+            **provenance(model, watch),
+        }
         # Only now, so that a killed job leaves no half of a comparison; eager last, the engine that every machine has:
         # where its records are, all are.
         for timing in reversed(timings):

@@ -36,6 +36,7 @@ def pool(
       buddy adapt --method pudding --backbone DIR --calibration pool.json --tasks results/demo/data --removed 8 \\
           --data results/demo/data/alpaca --pudding-tasks piqa,arc_easy --out pudding-8
     """
+    from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.config import Run
     from buddy.data.choices import training_items
@@ -71,6 +72,7 @@ def pool(
                 metrics=facts,
                 n=settings.pool_items * len(settings.tasks),
                 budget=Budget.of(blocks - removed, blocks),
+                digests={"backbone": of_backbone(backbone)},
                 **provenance(model, watch),
             ).write(out)
             tracker.summary({f"{one.task}/{one.criterion}": ",".join(map(str, one.order)) for one in found})

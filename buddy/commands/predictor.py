@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import PREDICTOR_PRESETS, READ_BY_PRESET, Predictor
+from buddy.settings import MOST_SEED, PREDICTOR_PRESETS, READ_BY_PRESET, Predictor
 
 
 @with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit", "tasks"))
@@ -21,7 +21,10 @@ def predictor(
     out: Annotated[Path, typer.Option(help="run folder to write: the same adapter and router, and the predictor")],
     settings: Predictor,
     record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of weights, order and draws; the run's own by default")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="seed of weights, order and draws; the run's own by default", min=0, max=MOST_SEED),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
 ) -> None:

@@ -36,10 +36,12 @@ def solve(
 
     keep_off_the_hub()
 
+    from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
     from buddy.records import Budget
 
+    check_examples(data, settings.tasks, settings.few_shot)
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
     model = measured.model
     lm = BuddyLM(model, decode=settings.decode, slack=settings.slack, batch_size=settings.batch_size)

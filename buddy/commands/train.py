@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import FEATURES, PRIORS, ROUTER_RECIPES, Router, Training, unread_by_tuned
+from buddy.settings import FEATURES, MOST_SEED, PRIORS, ROUTER_RECIPES, Router, Training, unread_by_tuned
 
 
 @with_settings(Router, name="router", prefix="router")
@@ -35,10 +35,10 @@ def train(
     ] = None,
     record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
     feature: Annotated[str, typer.Option(help="what the router reads: key, value or key+value")] = "value",
-    source_block: Annotated[int, typer.Option(help="block whose KV it reads, counted from 1")] = 1,
+    source_block: Annotated[int, typer.Option(help="block whose KV it reads, counted from 1", min=1)] = 1,
     prior: Annotated[Path | None, typer.Option(help="importance record fused into the scores; none without")] = None,
     omega: Annotated[float, typer.Option(help="weight of the prior")] = 0.1,
-    seed: Annotated[int, typer.Option(help="seed of weights, order and depths")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights, order and depths", min=0, max=MOST_SEED)] = 0,
     study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
     name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -60,8 +60,9 @@ def train(
     import torch
 
     from buddy import runs
+    from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import choice
+    from buddy.commands._options import choice, within
     from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
     from buddy.errors import UserError
@@ -75,16 +76,21 @@ def train(
     if record:
         claim(record, "--record")
     choice("--feature", feature, FEATURES)
+    within("--omega", omega, 0, 1e6)
     choice("--recipe", recipe, ROUTER_RECIPES)
     measured_at = fit_depths(depths, most_removed)
     pairs = inputs.training(data)[: settings.examples]
-    prior_name, prior_values = read_prior(prior)
     backbone = backbone_folder(backbone)
+    prior_name, prior_values, prior_digests = read_prior(prior, backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     blocks = model.config.num_hidden_layers
+    if source_block > blocks - 2:
+        raise UserError(f"--source-block: {source_block} is not between 1 and {blocks - 2}, of {blocks} blocks")
     if not 1 <= most_removed <= blocks - source_block - 1:
-        raise UserError(f"--most-removed: {most_removed} is not between 1 and {blocks - source_block - 1}")
+        raise UserError(
+            f"--most-removed: {most_removed} is not between 1 and {blocks - source_block - 1}, of {blocks} blocks"
+        )
     torch.manual_seed(seed)
     policy = BuddyPolicy(
         blocks=blocks,
@@ -113,6 +119,7 @@ def train(
             **_read(recipe, settings, router, measured_at),
             **{"most_removed": most_removed, **told_of(data)},
         },
+        digests={"backbone": of_backbone(backbone), **prior_digests},
         commit=commit(),
     )
     reads, writes = [backbone, data, prior], [out, record]
@@ -176,24 +183,26 @@ def _read(recipe: str, settings: Training, router: Router, depths: list[int]) ->
     return {**training, "router": {**router.model_dump(), "depths": depths}}
 
 
-def read_prior(path: Path | None) -> tuple[str, list[float]]:
-    """Name and raw values of a prior from its importance record; ("none", []) without one.
+def read_prior(path: Path | None, backbone: Path) -> tuple[str, list[float], dict[str, str]]:
+    """Name, raw values and digest of a prior from its importance record; ("none", [], {}) without one.
 
     Raises:
-        UserError: not an importance record, or an indicator that is no prior.
+        UserError: not an importance record, one of another backbone, or an indicator that is no prior.
     """
+    from buddy import runs
     from buddy.errors import UserError, unknown
-    from buddy.records import Record
+    from buddy.records import Record, sha256
 
     if path is None:
-        return "none", []
+        return "none", [], {}
     record = Record.read(path)
     if record.kind != "importance":
         raise UserError(f"--prior: {path} is a record of kind {record.kind}, not importance")
     indicator = record.metrics["indicator"]
     if indicator not in PRIORS[1:]:
         raise unknown(f"--prior: {path}: indicator", indicator, PRIORS[1:])
-    return indicator, record.metrics["values"]
+    runs.check_backbone(backbone, record.digests.get("backbone"), f"--prior: {path}")
+    return indicator, record.metrics["values"], {"prior": sha256(path)}
 
 
 def fused_prior(indicator: str, values: list[float], blocks: int, source_block: int) -> Any:

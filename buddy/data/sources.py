@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy import hub
+from buddy.data import answers
 from buddy.data.catalogue import CATALOGUE, DataSet, entry
 from buddy.data.rows import Row, check_columns, read_file, with_ids
 from buddy.errors import UserError, choices
@@ -35,8 +36,8 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
         as they are.
 
     Raises:
-        UserError: the name, source or split is unknown, a file is empty or damaged, a column is missing, or the
-            Hub cannot be reached.
+        UserError: the name, source or split is unknown, a file is empty or damaged, a column is missing, an answer is
+            none of the choices, or the Hub cannot be reached.
     """
     data = entry(name)
     split = split or data.evaluation
@@ -50,6 +51,7 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
         path = find(name, source, split)
         rows, origin = read_file(path), str(path)
     check_columns(rows, data.required, origin)
+    answers.check(name, rows, data.required, origin)
     return with_ids(rows, f"{name}-{split}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, read_file, write_file
 from buddy.data.sources import PROVENANCE
 from buddy.data.templates import questions
-from buddy.records import write_json
+from buddy.errors import UserError
+from buddy.records import sha256, write_json
 
 HOLDS = "a data set"
 
@@ -53,10 +53,7 @@ def materialise(name: str, source: str, out: str | Path, answered: Answerer | No
         for split in splits:
             path = partial / f"{split}.jsonl"
             write_file(path, rows[split])
-            content["splits"][split] = {
-                "rows": len(rows[split]),
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
+            content["splits"][split] = {"rows": len(rows[split]), "sha256": sha256(path)}
         write_json(partial / PROVENANCE, content)
     return content
 
@@ -80,9 +77,20 @@ def read(folder: str | Path, split: str) -> list[Row]:
     """The rows of one split of a data set that `materialise` wrote.
 
     Raises:
-        UserError: there is no such file, or it is empty or damaged.
+        UserError: there is no such file, it is empty or damaged, or it was changed since `materialise` wrote it:
+            ``data.json`` would tell of other rows then.
     """
-    return read_file(Path(folder) / f"{split}.jsonl")
+    path = Path(folder) / f"{split}.jsonl"
+    rows = read_file(path)
+    try:
+        expected = json.loads((Path(folder) / PROVENANCE).read_text(encoding="utf-8"))["splits"][split]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return rows
+    if sha256(path) != expected:
+        raise UserError(
+            f"{path}: changed since `buddy data` wrote it; to use rows of your own, give their folder as --source"
+        )
+    return rows
 
 
 def _unmarked(folder: Path) -> bool:

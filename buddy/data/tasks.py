@@ -53,6 +53,27 @@ def tasks(root: str | Path, names: Sequence[str]) -> tuple[TaskManager, list[Con
     return TaskManager(include_defaults=False), [_task(Path(root) / name, name) for name in names]
 
 
+def check_examples(root: str | Path, names: Sequence[str], count: int | None) -> None:
+    """Refuse solved examples in the prompt where there is no training split to draw them from.
+
+    The harness would take them from the very items that it scores, without a word.
+
+    Args:
+        root, names: as for `tasks`.
+        count: examples asked for; None is the harness's own number.
+
+    Raises:
+        UserError: a task has no training split there.
+    """
+    for name in names if count else ():
+        folder = Path(root) / name
+        if folder.is_dir() and not (folder / f"{entry(name).train}.jsonl").exists():
+            raise UserError(
+                f"--few-shot: {count} solved examples asked for, but {folder} has no {entry(name).train}.jsonl to draw "
+                "them from; give 0, or a source of data that has it"
+            )
+
+
 def _task(folder: Path, name: str) -> ConfigurableTask:
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask

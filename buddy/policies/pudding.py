@@ -291,6 +291,8 @@ class TextReader(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Both tokenizers, as bytes: the state dict alone can read a prompt."""
+        if self._texts is None:  # not loaded yet
+            return torch.empty(0, dtype=torch.uint8)
         text = json.dumps([self._texts.to_str(), self._words.to_str()])
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 

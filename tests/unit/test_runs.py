@@ -107,8 +107,10 @@ def test_what_cannot_be_loaded_is_one_line(study, tmp_path):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_is_what_lies_there_and_plain_lora(study, name):
     _, run = study
+    content = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**content, "digests": {}}))  # as runs were once
     (run / "adapter" / name).rename(run / "adapter" / "elsewhere")
-    with pytest.raises(UserError, match=f"no {name}: the adapter is not complete"):  # and not looked up on the Hub
+    with pytest.raises(UserError, match=f"(no {name}: the adapter is not complete)"):  # and not looked up on the Hub
         buddy.load(run, device="cpu")
     (run / "adapter" / "elsewhere").rename(run / "adapter" / name)
     file = run / "adapter" / "adapter_config.json"
