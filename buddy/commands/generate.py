@@ -73,6 +73,7 @@ def generate(
     if inputs.input_ids.shape[1] == 0:
         raise UserError("prompt: it is empty")
     _check_room(model, inputs.input_ids.shape[1], max_new_tokens)
+    sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
     torch.manual_seed(seed)
     start = time.perf_counter()
     ids = model.generate(
@@ -85,7 +86,7 @@ def generate(
         do_sample=temperature > 0,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id,
-        **({"temperature": temperature} if temperature > 0 else {}),
+        **sampling,
     )
     seconds = time.perf_counter() - start
     if trace:
