@@ -299,14 +299,16 @@ selftest() {
     join "$out/parts" "$out/joined"
     cmp "$out/some.whl" "$out/joined/some.whl"
     say "a wheel that was cut up and joined is the same"
-    local me="$ROOT/benchmarks/gpu.sh" tiny="$ROOT/tests/tiny.yaml" rows="$ROOT/buddy/data/embedded" status=0
+    local me="$ROOT/benchmarks/gpu.sh" tiny=("$ROOT/tests/tiny.yaml" "$out/paper.yaml") rows="$ROOT/buddy/data/embedded"
+    local status=0
+    echo 'study: {recipes: [paper]}' > "$out/paper.yaml" # the tiny study has another of the router's recipes
     INSTEAD="--rows generate,buddy-0.5,buddy-0.5-int8,llama.cpp --prompts 1 --new-tokens 4 --repeats 1" \
-        "$me" latency "$out/latency" embedded "$tiny"
+        "$me" latency "$out/latency" embedded "${tiny[@]}"
     grep -q "this engine | 0.5 | as loaded | [0-9]" "$out/latency/instead/instead.md" ||
         fail "selftest: $out/latency/instead/instead.md has no figure for this engine"
     grep -q "llama.cpp | .* not measured: --gguf names no file" "$out/latency/instead/instead.md" ||
         fail "selftest: $out/latency/instead/instead.md does not say why llama.cpp is not there"
-    "$me" study "$rows" none "$out/study" "$tiny"
+    "$me" study "$rows" none "$out/study" "${tiny[@]}"
     # per engine: dense, full and four executions at two depths, for two batch sizes; for the batch of two varied routes
     # under one bound or two, mixed and nested budgets
     engines=$("$PYTHON" -c 'import torch; print(1 + torch.cuda.is_available())')
@@ -316,10 +318,10 @@ selftest() {
     expect "$out/study" breakdown 2
     expect "$out/study" training 2
     say "again: nothing must be left to do"
-    "$me" study "$rows" none "$out/study" "$tiny" > "$out/again.log"
+    "$me" study "$rows" none "$out/study" "${tiny[@]}" > "$out/again.log"
     grep -q ": 0 steps to do" "$out/again.log" || fail "selftest: a second run had something to do, see $out/again.log"
     say "with a second to spare: it must stop, and say so"
-    LIMIT_S=1 "$me" latency "$out/late" embedded "$tiny" || status=$?
+    LIMIT_S=1 "$me" latency "$out/late" embedded "${tiny[@]}" || status=$?
     ((status == AGAIN)) || fail "selftest: a run without time left ended with $status, not $AGAIN"
     say "selftest passed: $out"
 }
