@@ -33,6 +33,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from buddy.checkpoints import FOLDER, Checkpoints
+from buddy.data.templates import Example
 from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.decision import ranking
@@ -107,7 +108,7 @@ def fit(
     backbone: CausalLM,
     tokenizer: Any,
     policy: BuddyPolicy,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, str] | Example],
     settings: Router,
     training: Training,
     depths: Sequence[int],

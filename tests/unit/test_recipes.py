@@ -15,11 +15,12 @@ from buddy.commands.train import fit_depths
 from buddy.config import Config, Run, parse
 from buddy.errors import UserError
 from buddy.records import Record
-from buddy.reporting import published, significance, study, tables
+from buddy.reporting import ablation_figure, figures, published, significance, study, style, tables
 from buddy.reporting.accuracy_figure import _marks
 from buddy.reporting.labels import series_labels
 from buddy.reporting.likelihood_table import _variants
 from buddy.runs import RunInfo
+from buddy.tracking import report
 
 NAME = "smollm2-135m"
 PAPER = f"backbone~{NAME}/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
@@ -229,6 +230,37 @@ def test_a_variant_is_held_against_the_run_of_its_recipe(tmp_path: Path) -> None
         ("paper", "none", "value"): plain,
         ("tuned", "taylor", "key"): tuned,
     }
+
+
+def test_a_grid_of_ablations_has_a_row_of_panels_per_recipe(tmp_path: Path) -> None:
+    axes = {"prior": ["none", "taylor"], "omega": [0.1, 0.5], "recipe": ["paper", "tuned"]}
+    maker = Maker(tmp_path, both(ablations=[{"name": "all", "backbone": NAME, **axes}]))
+    maker.everything()
+    opened = study.load(maker.folder)
+    with style.applied():
+        panels = figures.DRAW["ablation"](opened).axes
+    assert [panel.get_title() for panel in panels] == [
+        f"feature value, source block 1, {recipe}" for recipe in ("paper", "tuned")
+    ]
+    for recipe, panel in zip(("paper", "tuned"), panels, strict=True):
+        (line,) = [one for one in panel.containers if one.get_label() == "Taylor"]
+        mine = {
+            point.variant["omega"]: point.value
+            for point in ablation_figure.measured(opened, NAME)
+            if (point.variant["recipe"], point.variant["prior"]) == (recipe, "taylor")
+        }
+        assert list(line.lines[0].get_ydata()) == pytest.approx([mine[0.1], mine[0.5]])
+
+
+def test_the_page_draws_a_line_for_each_recipe() -> None:
+    """W&B averages the runs of one method that a set holds."""
+
+    def sets(plan: Config) -> list[dict[str, str]]:
+        return report._compared(lambda name, **settings: settings, plan, NAME)
+
+    assert sets(parse(demo())) == [{"stage": "evaluate", "backbone": NAME}]
+    of = {(found["method"], found.get("recipe")) for found in sets(parse(both()))}
+    assert of == {("dense", None), ("buddy", "paper"), ("buddy", "tuned")}
 
 
 def test_an_older_record_is_of_the_papers_recipe(made: Maker) -> None:
