@@ -10,8 +10,8 @@ from pathlib import Path
 SPEAKER = "buddy: "
 """Begins the line with which the command line ends what it cannot do."""
 
-NOT_MISTAKES = ("buddy: interrupted", "BUDDY_LOG=DEBUG")
-"""In such a line: it was stopped, or something unforeseen happened. All others tell of a user's mistake (status 2)."""
+NOT_MISTAKES = ("buddy: interrupted", "buddy: unexpected error: ", "buddy: out of memory ")
+"""Such a line begins so where the status is not 2: another try may succeed. All others tell of a user's mistake."""
 
 LOOKED_AT = 64_000
 """Bytes at the end of a log in which its last line is looked for: progress bars write long ones."""
@@ -45,7 +45,7 @@ class Failure:
     def by_mistake(self) -> bool:
         """Whether it failed by a mistake of the user's, which another try will not mend."""
         line, _ = self.said
-        return SPEAKER in line and not any(sign in line for sign in NOT_MISTAKES)
+        return SPEAKER in line and not line.startswith(NOT_MISTAKES)
 
     def __str__(self) -> str:
         line, log = self.said

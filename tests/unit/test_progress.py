@@ -28,6 +28,7 @@ def plan() -> Config:
             "ablations": [],
             "tables": {"table2": {"kind": "accuracy", "backbone": "tiny"}},
         },
+        "data": {"source": "embedded"},
         "evaluation": {"tasks": ["piqa"]},
         **{name: {"backbones": []} for name in ("latency", "trace", "predictor", "orders", "summaries", "likelihood")},
     }
