@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from buddy import cli
 from buddy.failures import Failure, summary
 
 BAR = "  0%|   | 0/8\r 12%|#  | 1/8\r"
@@ -17,11 +18,7 @@ BAR = "  0%|   | 0/8\r 12%|#  | 1/8\r"
         ("buddy: first\nwandb: waiting for the process to finish\n", "buddy: first", True),
         ("Traceback (most recent call last):\n  File x\nRuntimeError: CUDA error\n", "RuntimeError: CUDA error", False),
         ("buddy: interrupted\n", "buddy: interrupted", False),
-        (
-            "buddy: MemoryError (BUDDY_LOG=DEBUG shows where)\n",
-            "buddy: MemoryError (BUDDY_LOG=DEBUG shows where)",
-            False,
-        ),
+        ("buddy: unexpected error: KeyError\n", "buddy: unexpected error: KeyError", False),
         (
             f"{BAR}slurmstepd: error: *** JOB 7 CANCELLED DUE TO TIME LIMIT ***\n",
             "slurmstepd: error: *** JOB 7 CANCELLED DUE TO TIME LIMIT ***",
@@ -42,6 +39,25 @@ def test_the_line_that_says_why(tmp_path, log, line, mistake):
     assert "runs/a/run.json" in text
     assert ("job.log" in text) is (log is not None)
     assert text.endswith("alone  snakemake --cores 1 runs/a/run.json")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA error: an illegal access"),
+        ConnectionError("no network"),
+        FileNotFoundError(2, "No such file", "x.json"),
+        OSError(28, "No space left on device", "results/x"),
+        ValueError("a bug"),
+    ],
+)
+def test_a_mistake_is_what_the_command_line_ends_with_status_2(tmp_path, capsys, error):
+    text, status = cli._told(error)
+    with pytest.raises(SystemExit):
+        cli._stop(text, status)
+    (tmp_path / "job.log").write_text(capsys.readouterr().err)
+    assert Failure("train", "x", (tmp_path / "job.log",), "").by_mistake is (status == 2)
 
 
 def test_what_slurm_captured_counts_where_the_job_did_not_begin(tmp_path):
