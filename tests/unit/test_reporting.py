@@ -709,7 +709,7 @@ def test_records_of_the_old_form_are_named_and_left_out(small: Maker, caplog: py
     assert f"skipped {path}: not a complete record" in caplog.text
     content["metrics"] |= {"engine": "eager", "decode_speedup": 1.3}
     path.write_text(json.dumps(content))
-    assert set(frame.load(small.records).execution) == {"dense"}
+    assert set(frame.load(small.records)[0].execution) == {"dense"}
 
 
 def test_memory_bandwidth_and_capture_are_shown_where_there_are_some(small: Maker) -> None:
