@@ -47,6 +47,8 @@ class RunInfo:
         backbone: name, and ``backbone_path``: its folder, relative to the run's where it can be.
         variant: the run's axes (feature, prior, omega, source_block, recipe).
         kv: K/V policy used unless another is asked for.
+        backbone_source: where that came from, as another machine can have it (`buddy.backbones.portable`); None where
+            nobody else can.
         training: settings it was trained with.
         digests: of what it was made with and consists of: ``backbone`` (`buddy.backbones.fingerprint`), ``router`` and
             ``adapter`` (SHA-256, absent where the run has none), ``prior`` or ``calibration`` (of the record's file).
@@ -67,6 +69,7 @@ class RunInfo:
     training: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     probes: dict[str, int] = field(default_factory=dict)
+    backbone_source: dict[str, Any] | None = None
     commit: str = ""
     schema: int = SCHEMA
 
@@ -87,6 +90,16 @@ class RunInfo:
             raise UserError(f"{folder}: not a run (no {RUN_FILE}); `buddy runs` lists the trained runs") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error})") from None
+
+    def backbone_folder(self, folder: str | Path) -> Path:
+        """Where the backbone of a run in this folder is meant to be."""
+        return (Path(folder) / self.backbone_path).resolve()
+
+
+def found(results: str | Path) -> list[Path]:
+    """The folders of all runs below a folder, by path; not of those that are just being written, which are hidden."""
+    files = (path.relative_to(results) for path in Path(results).rglob(RUN_FILE))
+    return sorted(Path(results) / file.parent for file in files if not any(part[0] == "." for part in file.parts))
 
 
 @dataclass
@@ -133,9 +146,9 @@ def load(
     if not (path / RUN_FILE).exists() and (path / "config.json").exists():
         return _load_dense(path, kv, device, dtype)
     info = RunInfo.read(path)
-    folder = Path(backbone) if backbone is not None else (path / info.backbone_path).resolve()
+    folder = Path(backbone) if backbone is not None else info.backbone_folder(path)
     if not (folder / "config.json").exists():
-        raise UserError(f"{path}: its backbone is not at {folder}; say where it is with backbone= (--backbone)")
+        raise _no_backbone(path, folder, info)
 
     from buddy import tensors
     from buddy.routing.model import RoutedModel
@@ -234,6 +247,13 @@ def _policy(path: Path, info: RunInfo) -> Policy:
         raise UserError(
             f"{path / RUN_FILE}: policy_settings: not those of a policy {info.policy} ({reason})"
         ) from error
+
+
+def _no_backbone(run: Path, folder: Path, info: RunInfo) -> UserError:
+    from buddy import backbones
+
+    made = f", or make it: {backbones.command(info.backbone_source, folder)}" if info.backbone_source else ""
+    return UserError(f"{run}: its backbone is not at {folder}; say where it is with backbone= (--backbone){made}")
 
 
 def _load_dense(folder: Path, kv: str | None, device: str, dtype: str) -> RoutedModel:

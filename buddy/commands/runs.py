@@ -22,14 +22,15 @@ def runs(
       buddy runs --results results/demo --json
     """
     from buddy.errors import UserError
-    from buddy.runs import RUN_FILE, RunInfo
+    from buddy.runs import RunInfo
+    from buddy.runs import found as folders_of
 
     if not results.is_dir():
         raise UserError(f"--results: {results} is not a folder")
     found, damaged = [], []
-    for path in sorted(results.rglob(RUN_FILE)):
+    for path in folders_of(results):
         try:
-            found.append((path.parent, RunInfo.read(path.parent)))
+            found.append((path, RunInfo.read(path)))
         except UserError as error:  # one that cannot be read hides no other
             damaged.append(str(error))
     if as_json:

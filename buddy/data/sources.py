@@ -43,8 +43,7 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
     split = split or data.evaluation
     if split not in data.splits:
         raise UserError(f"data set {name}: no split {split!r}; there is {choices(data.splits)}")
-    if source in ("hub", "embedded") and not data.repository:
-        raise UserError(f"data set {name}: rows of your own; give as source the folder that has {name}.{split}.jsonl")
+    _check_had(data, source)
     if source == "hub":
         rows, origin = _from_hub(data, split, revision or commit(name)), f"data set {data.repository}, split {split}"
     else:
@@ -55,6 +54,19 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
     return with_ids(rows, f"{name}-{split}")
 
 
+def _check_had(data: DataSet, source: str) -> None:
+    """Refuse a set of rows of one's own where a published or embedded one is asked for.
+
+    Raises:
+        UserError: it is one.
+    """
+    if source in ("hub", "embedded") and not data.repository:
+        raise UserError(
+            f"data set {data.name}: rows of your own; give as source the folder that has {data.name}.{data.evaluation}.jsonl, "
+            "or make it of other sets (`buddy data --of`)"
+        )
+
+
 def available(name: str, source: str) -> list[str]:
     """The splits of a data set that a source holds; the evaluation split comes first and is always there.
 
@@ -62,6 +74,7 @@ def available(name: str, source: str) -> list[str]:
         UserError: the name or the source is unknown, or the evaluation split is not there.
     """
     data = entry(name)
+    _check_had(data, source)
     if source == "hub":
         return list(data.splits)
     find(name, source, data.evaluation)

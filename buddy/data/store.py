@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from buddy import folders
-from buddy.data import sources
+from buddy.data import mixture, sources
 from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, read_file, write_file
 from buddy.data.sources import PROVENANCE
@@ -23,7 +23,9 @@ Answerer = Callable[[list[Row]], tuple[list[Row], dict[str, Any]]]
 """Called with rows: the rows with responses of its own, and what data.json says of them (``by``: whose they are)."""
 
 
-def materialise(name: str, source: str, out: str | Path, answered: Answerer | None = None) -> dict[str, Any]:
+def materialise(
+    name: str, source: str, out: str | Path, answered: Answerer | None = None, of: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write every split of a data set that the source holds as ``out/SPLIT.jsonl``, and ``out/data.json``.
 
     Args:
@@ -31,26 +33,37 @@ def materialise(name: str, source: str, out: str | Path, answered: Answerer | No
         source: "hub", "embedded" or a folder (see `sources.load`).
         out: folder to make: absent, empty or a data set made by this function, which is replaced.
         answered: answers the prompts of the training split, which alone is written then.
+        of: data sets of the source whose prompts make up this one, which is then `pairs` (`buddy.data.mixture`).
 
     Returns:
         The content of data.json: name, source, repository, config, revision (the commit found, null for files), and
         per split its rows and the SHA-256 of its file; of a source that is itself the folder of a data set, what that
-        says of where it came from. ``answers`` is what ``answered`` says.
+        says of where it came from. ``answers`` is what ``answered`` says, ``of`` what each set of a mixture gave.
 
     Raises:
-        UserError: as `sources.load`, or a set without prompts is to be answered; ``out`` is then as it was before.
+        UserError: as `sources.load` and `mixture.mixed`, or a set without prompts is to be answered; ``out`` is then as
+            it was before.
     """
     data = entry(name)
+    if of and name != mixture.NAME:
+        raise UserError(f"--of {','.join(of)}: belongs to --name {mixture.NAME}, not to --name {name}")
     folders.claim(out, HOLDS, _unmarked)
     if answered is not None and data.response is None:
         questions(name, [])
-    splits = sources.available(name, source) if answered is None else [data.train or data.evaluation]
-    content: dict[str, Any] = {"name": name, **_origin(data, source), "splits": {}}
-    rows = {split: sources.load(name, source, split, content["revision"]) for split in splits}
+    training = data.train or data.evaluation
+    rows: dict[str, list[Row]] = {}
+    if of:
+        mixed, facts = mixture.mixed(of, source)
+        content: dict[str, Any] = {"name": name, "source": source, "of": facts, "splits": {}}
+        rows[training] = mixed
+    else:
+        content = {"name": name, **_origin(data, source), "splits": {}}
+        for split in sources.available(name, source) if answered is None else [training]:
+            rows[split] = sources.load(name, source, split, content["revision"])
     if answered is not None:
-        rows[splits[0]], content["answers"] = answered(rows[splits[0]])
+        rows[training], content["answers"] = answered(rows[training])
     with folders.fresh(out, HOLDS, _unmarked) as partial:
-        for split in splits:
+        for split in rows:
             path = partial / f"{split}.jsonl"
             write_file(path, rows[split])
             content["splits"][split] = {"rows": len(rows[split]), "sha256": sha256(path)}
@@ -62,7 +75,8 @@ def _origin(data: DataSet, source: str) -> dict[str, Any]:
     """Where the rows come from; the commit is the one that a Hub repository has at this moment."""
     found = sources.described(Path(source)) if source not in ("hub", "embedded") else {}
     if found.get("name") == data.name:
-        return {name: found.get(name) for name in ("source", "repository", "config", "revision")}
+        mixed = {"of": found["of"]} if "of" in found else {}
+        return {name: found.get(name) for name in ("source", "repository", "config", "revision")} | mixed
     published = source == "hub"
     return {
         "source": source,

@@ -48,7 +48,8 @@ def _pairs(row: Row) -> str:
     return str(row["prompt"])
 
 
-_QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k, "pairs": _pairs}
+QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k, "pairs": _pairs}
+"""How a row of each set is asked; sets that are not among them have no prompts with responses."""
 
 CUT = "cut"
 """Column of a row whose response was cut off before its end; others do not have it."""
@@ -72,11 +73,11 @@ def questions(name: str, rows: Sequence[Row]) -> list[str]:
     Raises:
         UserError: the data set has no prompts and responses.
     """
-    if name not in _QUESTIONS:
+    if name not in QUESTIONS:
         raise UserError(
-            f"data set {entry(name).name}: has no prompts with responses; those that have: {choices(_QUESTIONS)}"
+            f"data set {entry(name).name}: has no prompts with responses; those that have: {choices(QUESTIONS)}"
         )
-    return [_QUESTIONS[name](row) for row in rows]
+    return [QUESTIONS[name](row) for row in rows]
 
 
 def examples(name: str, rows: Sequence[Row]) -> list[Example]:

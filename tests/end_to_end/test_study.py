@@ -154,10 +154,11 @@ def test_a_person_can_generate_with_the_trained_run(finished):
     assert run in [entry["path"] for entry in json.loads(listed.stdout)]
     result = buddy(finished, "generate", "--run", run, "--budget", "0.67", "--max-new-tokens", "5", "hello")
     assert result.returncode == 0, result.stderr
-    strips = [line for line in result.stdout.splitlines() if line.endswith("4/6")]
-    assert strips
-    assert all(line.count("█") == 4 and line.count("·") == 2 for line in strips)
-    assert "tokens/s" in result.stdout
+    assert "tokens/s; 4 of 6 blocks in every step" in result.stdout
+    newest = buddy(finished, "generate", "--budget", "0.67", "--max-new-tokens", "5", "--json", "hello")
+    said = json.loads(newest.stdout)
+    assert said["run"] in [entry["path"] for entry in json.loads(listed.stdout)]
+    assert said["executed"] == [4] * 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""The run that a command takes where none is named, and its backbone, which a shipped run comes without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from buddy.errors import UserError
+
+if TYPE_CHECKING:
+    from buddy.runs import RunInfo
+
+REFERENCE = "reference"
+"""Below the results: what this repository ships; everything else there was made on this machine."""
+
+SHIPPED = Path(REFERENCE) / "smollm2-run" / "run"
+
+
+def default_run(results: Path) -> Path:
+    """The newest BUDDY run of this machine whose backbone is there, else the shipped one; says which on standard error.
+
+    Args:
+        results: folder that holds the studies.
+
+    Raises:
+        UserError: there is neither.
+    """
+    from buddy import runs
+
+    trained = [folder for folder in runs.found(results) if _usable(folder, results)]
+    if trained:
+        run, why = max(trained, key=lambda folder: (folder / runs.RUN_FILE).stat().st_mtime_ns), f"newest in {results}"
+    elif (results / SHIPPED / runs.RUN_FILE).exists():
+        run, why = results / SHIPPED, f"shipped; none trained in {results}"
+    else:
+        raise UserError(
+            f"--run: none given, no BUDDY run below {results} and none shipped in {results / SHIPPED}; `make demo` trains "
+            "some, and so does `buddy train`"
+        )
+    typer.echo(f"run {run} ({why}; --run names another)", err=True)
+    return run
+
+
+def _usable(folder: Path, results: Path) -> bool:
+    """Whether a run is BUDDY's, of this machine, and can be loaded as it stands."""
+    from buddy.runs import RunInfo
+
+    if (results / REFERENCE) in folder.parents:
+        return False
+    try:
+        info = RunInfo.read(folder)
+    except UserError:
+        return False
+    return info.method == "buddy" and (info.backbone_folder(folder) / "config.json").exists()
+
+
+def fetch_backbone(run: Path, results: Path) -> None:
+    """Have the backbone of a shipped run in the place where the run looks for it; fetched once, with a line.
+
+    Any other run is left alone: its backbone was on this machine, and loading it says what is missing.
+
+    Args:
+        run: folder of a run, or of a backbone.
+        results: folder that holds the studies and the shipped runs.
+
+    Raises:
+        UserError: it cannot be fetched, or is not what the run says.
+    """
+    from buddy import backbones, locks, runs
+
+    shipped = (results / REFERENCE).resolve() in run.resolve().parents
+    if not shipped or not (run / runs.RUN_FILE).exists():
+        return
+    info = runs.RunInfo.read(run)
+    folder = info.backbone_folder(run)
+    if info.backbone_source is None or (folder / "config.json").exists():
+        return
+    source = _source(run, info)
+    typer.echo(f"backbone {info.backbone}: fetched once, into {folder}", err=True)
+    with locks.held(folder):
+        backbones.prepare(source, folder, name=info.backbone, blocks=info.policy_settings.get("blocks"))
+
+
+def _source(run: Path, info: RunInfo) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    from buddy.runs import RUN_FILE
+    from buddy.settings import Source
+
+    try:
+        return TypeAdapter(Source).validate_python(info.backbone_source)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(f"{run / RUN_FILE}: backbone_source: not a source of a backbone ({reason})") from None
