@@ -36,7 +36,8 @@ COLUMNS = {
     "ptb": {"text"},
 }
 LEAST = {**dict.fromkeys(TASKS, 60), "gsm8k": 60, "alpaca": 200, "samsum": 40}
-EMBEDDED = [(name, split) for name, entry in data.CATALOGUE.items() for split in entry.splits]
+PUBLISHED = {name: entry for name, entry in data.CATALOGUE.items() if entry.repository}  # others are of rows of one's own
+EMBEDDED = [(name, split) for name, entry in PUBLISHED.items() for split in entry.splits]
 PROSE = ("wikitext2", "ptb")
 
 
@@ -129,7 +130,7 @@ def test_embedded_right_answers_are_not_told_by_their_length(name):
     assert abs(sum(right) / len(right) / (sum(wrong) / len(wrong)) - 1) <= 0.1
 
 
-@pytest.mark.parametrize("name", list(data.CATALOGUE))
+@pytest.mark.parametrize("name", list(PUBLISHED))
 def test_embedded_rows_are_all_different(name):
     """No two rows of a set, in one split or across, have the same id or nearly the same words."""
     rows = [row for split in data.CATALOGUE[name].splits for row in rows_of(name, split)]
