@@ -130,7 +130,7 @@ def test_several_lengths_have_a_record_each_as_if_alone(arguments, tmp_path):
         assert (beside.kind, beside.backbone, beside.study, beside.n) == ("importance", "small", "s", 3)
     # A study reads them as lengths of its own corpus.
     out.rename(tmp_path / "backbone~small")
-    rows = frame.load(tmp_path).query("kind == 'importance' and length.notna()")
+    rows = frame.load(tmp_path)[0].query("kind == 'importance' and length.notna()")
     assert sorted(rows.length) == [16, 24]
     assert rows.corpus.isna().all()
 
