@@ -528,6 +528,12 @@ class Router(Settings):
         6, description="removal orders to search, each on the examples that it suits, besides one for all of them", ge=1
     )
     search_examples: int = Field(32, description="examples that an order is searched on", ge=1)
+    exchanges: int = Field(
+        8,
+        description="exchanges of one block for another in a search, at most; 0 takes the best run of neighbouring blocks, or "
+        "the prior's route, as it is",
+        ge=0,
+    )
     loss: Loss = Field(
         "kl",
         description="what a route costs: kl, divergence of the response's tokens from the model at full depth, which varies "

@@ -26,8 +26,6 @@ BACK, OUT = 3, 5
 """Blocks that may come back, and blocks that may go instead, of which all pairs are measured."""
 AT_ONCE = 3
 """Blocks measured anew together: they share the blocks before the first of them."""
-EXCHANGES = 8
-"""Exchanges at most; a search has not been seen to make more than four."""
 
 
 class Search:
@@ -78,14 +76,16 @@ class Search:
         """All runs of neighbouring candidates of that length."""
         return [frozenset(self.candidates[at : at + length]) for at in range(len(self.candidates) - length + 1)]
 
-    def climb(self, start: Collection[int]) -> frozenset[int]:
-        """Exchange one block of a set for another for as long as that lowers the cost.
+    def climb(self, start: Collection[int], exchanges: int = 8) -> frozenset[int]:
+        """Exchange one block of a set for another for as long as that lowers the cost, so many times at most.
 
         What could go instead is ranked once, beside the set that the climb starts from.
         """
         now = frozenset(start)
+        if not exchanges:
+            return now
         out = self._cheapest([block for block in self.candidates if block not in now], now.__or__)
-        for _ in range(EXCHANGES):
+        for _ in range(exchanges):
             back = self._cheapest(sorted(now), now.__sub__)[:BACK]
             others = [block for block in out if block not in now][:OUT]
             following = self.best([now, *(now - {one} | {other} for one in back for other in others)])

@@ -271,8 +271,9 @@ class _Fitting:
         started = time.perf_counter()
         candidates = range(self.policy.blocks)[self.policy.candidates]
         search = Search(self.backbone, rows, candidates, self.settings.loss, self.settings.batch_size)
-        starts = [frozenset(known), *(search.runs(max(self.depths)) if name == "all" else ())]
-        order = search.order(search.climb(search.best(starts)))
+        anew = name == "all" or not self.settings.exchanges
+        starts = [frozenset(known), *(search.runs(max(self.depths)) if anew else ())]
+        order = search.order(search.climb(search.best(starts), self.settings.exchanges))
         logger.info("router: order %s removes %s (%.0f s)", name, order, time.perf_counter() - started)
         return order
 
