@@ -160,14 +160,14 @@ def check_depths(model: RoutedModel, depths: Iterable[int]) -> None:
         depths: numbers of removed blocks.
 
     Raises:
-        UserError: one of them is not legal; names those that are.
+        BudgetError: one of them is not legal; names those that are.
     """
     legal = [removed for removed in range(model.blocks) if _runs(model, removed)]
     for removed in depths:
         if removed not in legal and legal == [0]:
-            raise UserError(f"--removed: {removed} is not 0: the dense model runs all {model.blocks} blocks")
+            raise BudgetError(f"--removed: {removed} is not 0: the dense model runs all {model.blocks} blocks")
         if removed not in legal:
-            raise UserError(f"--removed: {removed} is not one of {_ranges(legal)}, of {model.blocks} blocks")
+            raise BudgetError(f"--removed: {removed} is not one of {_ranges(legal)}, of {model.blocks} blocks")
 
 
 def _runs(model: RoutedModel, removed: int) -> bool:

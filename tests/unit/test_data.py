@@ -36,7 +36,9 @@ COLUMNS = {
     "ptb": {"text"},
 }
 LEAST = {**dict.fromkeys(TASKS, 60), "gsm8k": 60, "alpaca": 200, "samsum": 40}
-PUBLISHED = {name: entry for name, entry in data.CATALOGUE.items() if entry.repository}  # others are of rows of one's own
+PUBLISHED = {
+    name: entry for name, entry in data.CATALOGUE.items() if entry.repository
+}  # others are of rows of one's own
 EMBEDDED = [(name, split) for name, entry in PUBLISHED.items() for split in entry.splits]
 PROSE = ("wikitext2", "ptb")
 

@@ -200,7 +200,7 @@ def test_a_limit_is_marked(arguments):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"removed": "0,3"}, "nearest legal"),
+        ({"removed": "0,3"}, "--removed: [0-9]+ is not"),
         ({"tasks": "gsm8k,piqa"}, "--tasks: 'piqa'"),
         ({"new_tokens": 600}, "--new-tokens: 600"),
     ],
