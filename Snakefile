@@ -1,26 +1,10 @@
 # BUDDY: from backbones to paper-ready tables. `snakemake --profile slurm -j 64` runs the study of config.yaml.
-import os
-
-from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version, validate
-
-from buddy.config import read_file
-from buddy.errors import UserError
 
 min_version("9.20")
 
 
-def checked(ask, *arguments):
-    """What `ask` answers; a user's mistake is one line that names file, key, value and what is allowed."""
-    try:
-        return ask(*arguments)
-    except UserError as error:
-        raise WorkflowError(str(error)) from None
-
-
-# Before Snakemake reads it, which would take the second of two equal keys, and tell a slip without file and line.
-for _file in ("config.yaml", *workflow.overwrite_configfiles):
-    checked(read_file, os.path.relpath(_file))
+include: "rules/checked.smk"
 
 
 configfile: "config.yaml"

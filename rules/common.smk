@@ -17,7 +17,6 @@ from buddy.records import write_json
 from buddy.reporting import figure_names, source
 from buddy.settings import INDICATORS, NOT_OF_PEERS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
 
-
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
 ORIGIN = " with ".join(str(file) for file in ["config.yaml", *CONFIGFILES])
 STUDY = checked(buddy_config.parse, config, ORIGIN)

@@ -44,8 +44,8 @@ class DecisionModule(nn.Module):
         Args:
             mean, deviation: (width,), of the features that the weights were trained on.
         """
-        self.down.weight /= deviation
-        self.down.bias -= self.down.weight @ mean
+        self.down.weight.div_(deviation)
+        self.down.bias.sub_(self.down.weight @ mean)
 
     def forward(self, features: Tensor) -> Tensor:
         """Score every candidate block for every token.
