@@ -24,6 +24,7 @@ include: "rules/latency.smk"
 include: "rules/breakdown.smk"
 include: "rules/report.smk"
 include: "rules/wandb.smk"
+include: "rules/misnamed.smk"
 
 
 localrules:

@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from buddy import config as buddy_config
 from buddy import limits
 from buddy.data.catalogue import check_corpus
-from buddy.errors import UserError
+from buddy.errors import UserError, unknown
 from buddy.records import find as find_records
 from buddy.records import write_json
 from buddy.reporting import figure_names, source
@@ -71,8 +71,8 @@ wildcard_constraints:
     corpus=any_of(CORPORA),
     preset=any_of(PREDICTOR_PRESETS),
     dataset="[a-z0-9_]+",
-    table="table[0-9]+|likelihood",
-    figure="[a-z0-9_]+",
+    table=any_of(TABLES_OF_STUDY),
+    figure=any_of(figure_names.NAMES),
 
 
 def parent(path):

@@ -600,7 +600,7 @@ def test_a_static_peer_is_timed_by_the_same_clock(arguments, static):
         assert record.variant == ({**variant, "kv": "zero", "decode": decode} if decode else {})
         if decode == "reuse":
             assert record.metrics["decode_of_sliced"]["median"] > 0
-    with pytest.raises(BudgetError, match="--removed: [0-9]+ is not"):
+    with pytest.raises(BudgetError, match=r"--removed: [0-9]+ is not"):
         command(**arguments | {"removed": "2,5"})
 
 

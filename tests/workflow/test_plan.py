@@ -53,6 +53,21 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert seconds < 10
 
 
+@pytest.mark.parametrize("name", ["tabel2", "table99", "figure3"])
+def test_a_result_that_there_is_not_is_told_with_those_that_there_are(checkout, name):
+    said = snakemake(checkout, "-n", name)
+    assert said.returncode != 0
+    assert re.search(
+        rf"result: '{name}' is not one of table1, table2, .* figure13 or ablation", said.stdout + said.stderr
+    )
+
+
+def test_a_figure_that_there_is_not_is_not_planned(checkout):
+    said = snakemake(checkout, "-n", "results/paper/figures/nope.pdf")
+    assert said.returncode != 0
+    assert "No rule to produce" in said.stdout + said.stderr
+
+
 TRAINED = {  # runs of BUDDY, and of peers, that a table needs
     "table1": (1, 21), "table2": (2, 21), "table4": (1, 0), "table5": (3, 0), "table6": (4, 0), "table7": (6, 0),
     "table8": (1, 0), "table9": (21, 84), "table12": (2, 42), "table13": (4, 0), "table14": (1, 8),
