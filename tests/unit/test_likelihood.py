@@ -273,7 +273,7 @@ def test_the_whole_model_has_no_adapter(model, arguments, tmp_path):
     [
         ({"removed": "1,6"}, "--removed: [0-9]+ is not"),
         ({"kv": "zero,none"}, "--kv: 'none'"),
-        ({"kv": "zero,zero"}, "--kv: .* one is named twice"),
+        ({"kv": "zero,zero"}, "--kv: .*one is named twice"),
         ({"data": ["nowhere"]}, "not a data set"),
         ({"data": ["a/x,b/x"]}, "each once"),
         ({"items": 0}, "--items"),

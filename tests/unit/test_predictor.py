@@ -772,7 +772,7 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
         assert {**mine, "executed_mean": 0} == {**plainly, "executed_mean": 0}
     capsys.readouterr()
     assert not command("generate", "--run", out, "--budget", "auto", "--max-new-tokens", 2, "--device", "cpu", "hello")
-    assert "blocks 1 to 7" in capsys.readouterr().out
+    assert "block  P  token" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_a_line(study, tmp_path, capsys):
@@ -783,7 +783,10 @@ def test_mistakes_are_told_in_a_line(study, tmp_path, capsys):
         (["predictor", "--run", study / "run", "--preset", "paper", "--group", 1, *given], "--group: 1 is not allowed"),
         (["budget-eval", "--run", study / "run", *given], "has no budget predictor"),
         (["generate", "--run", study / "run", "--budget", "auto", "hi", "--device", "cpu"], "buddy predictor --run"),
-        (["generate", "--run", study / "run", "--budget", "much", "hi", "--device", "cpu"], "is neither a number"),
+        (
+            ["generate", "--run", study / "run", "--budget", "much", "hi", "--device", "cpu"],
+            "is not a number in (0, 1], auto or auto:PRICE",
+        ),
         (["evaluate", "--run", study / "run", "--budget", "auto", *given], "buddy predictor --run"),
         (["evaluate", "--run", study / "run", "--budget", "0.5", *given], "neither auto nor auto:PRICE"),
     ):

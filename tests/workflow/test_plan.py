@@ -116,7 +116,7 @@ def test_each_backbone_answers_the_prompts_that_its_own_runs_are_trained_on(chec
     overlay = {"study": {**study, "tables": tables}, "data": {"answers": "backbone"}}
     (checkout / "own.yaml").write_text(yaml.safe_dump(overlay))
     jobs = planned(checkout, "table2", "table3", "--configfile", "own.yaml")
-    assert (jobs["answers"], jobs["train"], jobs["adapt"]) == (2, 2, 2 * 4)
+    assert (jobs["answers"], jobs["train"], jobs["adapt"]) == (2, 2 * 2, 2 * 4)
     assert "answers" not in planned(checkout, "table2")
 
 
