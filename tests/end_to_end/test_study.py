@@ -62,7 +62,9 @@ def test_every_measurement_left_a_record(finished):
     # mixed and nested budgets; PuDDing's two runs beside dense
     assert kinds.count("latency") == 2 * (2 + 4 * 2) + 2 * 2 + 2 + 2 * 2 * 2
     assert kinds.count("rouge") == 2 * 2  # depths and decode modes
-    assert kinds.count("likelihood") == 2 * (2 * 2 + 1 + 3 * 2)  # every run at its depths, with two K/V policies
+    assert kinds.count("likelihood") == 2 * 2 * (
+        2 * 2 + 1 + 3 * 2
+    )  # every run at its depths; K/V policies, decode modes
     assert kinds.count("breakdown") == 2
     assert kinds.count("importance") == 1 + 1 + 2  # on the study's corpus, on another, at two context lengths
     assert kinds.count("calibration") == 2
@@ -144,8 +146,8 @@ def test_adding_an_ablation_value_adds_its_runs_only(finished):
     overlay["study"]["ablations"][0]["feature"].append("key+value")
     (finished / "knob.yaml").write_text(yaml.safe_dump(overlay))
     jobs = planned(finished, "--configfile", "knob.yaml")
-    # besides its own, the table of what training costs and the picture of the ablation
-    assert jobs == {"train": 1, "evaluate": 1, "table": 2, "figure": 1, "all": 1}
+    # besides its own, the tables of likelihoods and of what training costs, and the picture of the ablation
+    assert jobs == {"train": 1, "evaluate": 1, "score": 1, "table": 3, "figure": 1, "all": 1}
 
 
 def test_a_person_can_generate_with_the_trained_run(finished):
@@ -164,7 +166,7 @@ def test_a_person_can_generate_with_the_trained_run(finished):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "--run", f"results/tiny/runs/{MAIN}", "--budget", "1.5", "hi"], "budget: 1.5 is over 1"),
+        (["generate", "--run", f"results/tiny/runs/{MAIN}", "--budget", "1.5", "hi"], "--budget: 1.5 is not between 0 and 1"),
         (["generate", "--run", f"results/tiny/runs/{MAIN}", "--budget", "0.1", "hi"], "nearest legal budgets are 0.3333"),
         (["generate", "--run", "results/nowhere", "--budget", "0.5", "hi"], "not a run"),
         (["evaluate", "--run", f"results/tiny/runs/{MAIN}", "--data", "results/tiny/data", "--removed", "9", "--out", "x"], "of 6 blocks"),
