@@ -67,6 +67,7 @@ def generate(
     from transformers import TextStreamer
 
     from buddy import runs
+    from buddy.chat import in_template
     from buddy.commands import _strip
     from buddy.commands._options import choice, within
     from buddy.commands._run import default_run, fetch_backbone
@@ -85,11 +86,7 @@ def generate(
     model = runs.load(run, backbone=backbone, kv=kv or None, device=device)
     tokenizer = model.tokenizer
     if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"--chat: {run} has no chat template; leave --chat out")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        text = in_template(tokenizer, text, str(run))
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     asked = inputs.input_ids.shape[1]
     if asked == 0:
