@@ -26,27 +26,9 @@ from buddy.evaluation import passages
 from buddy.policies.buddy import BuddyPolicy
 from buddy.records import Record
 from buddy.resampling import estimate
-from buddy.routing.decision import ranking
-from buddy.routing.model import RoutedModel
+from buddy.training import router
 from buddy.training.orders import route
-from buddy.training.routes import Bundle, Loss, by_length, measure
-
-
-def chosen_routes(model: RoutedModel, rows: list[dict[str, Any]], removed: int) -> Tensor:
-    """The route (N, L) that the router gives each prompt."""
-    policy = model.policy
-    assert isinstance(policy, BuddyPolicy)
-    routes = torch.ones(len(rows), policy.blocks, dtype=torch.bool)
-    for members in by_length(rows, 8):
-        part = [rows[member] for member in members]
-        features = Bundle(model.backbone, part).features(policy.source_block, policy.feature)
-        lengths = [row["prompt_length"] for row in part]
-        for member, tokens in zip(members, features.split(lengths), strict=True):
-            scores = policy.decision(tokens[None].to(model.device))[0].double().mean(0) + policy.omega * policy.prior
-            routes[member] = route(
-                (ranking(scores[None])[0] + policy.source_block).cpu().flip(0).tolist(), removed, policy.blocks
-            )
-    return routes
+from buddy.training.routes import Loss, measure
 
 
 @torch.no_grad()
@@ -57,7 +39,9 @@ def compared(run: Path, record: Path, folders: list[Path], removed: int, items: 
     sets = [passages.read(folder, model.tokenizer, items, 256, model.origin.info.training) for folder in folders]
     rows = [{"input_ids": item.tokens, "prompt_length": item.prompt} for one in sets for item in one.items]
     sizes = [len(one.items) for one in sets]
-    chosen = chosen_routes(model, rows, removed)
+    policy = model.policy
+    assert isinstance(policy, BuddyPolicy)
+    chosen = router.taken(policy, router.read(model.backbone, policy, rows, 8), [removed])[:, 0]
     orders = Record.read(record).metrics["router"]["orders"]
     fixed = {name: route(order, removed, model.blocks) for name, order in orders.items()}
     counts = Counter(tuple(row) for row in chosen.tolist())

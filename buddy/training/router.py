@@ -146,7 +146,7 @@ def fit(
         _cut(rows[index], settings.response_tokens)
         for index in torch.randperm(len(rows), generator=generator).tolist()[:wanted]
     ]
-    examples = _Examples(chosen, _read(backbone, policy, chosen, settings.batch_size))
+    examples = _Examples(chosen, read(backbone, policy, chosen, settings.batch_size))
     held_out, learnt = examples.part(0, settings.held_out), examples.part(settings.held_out, len(chosen))
     made_by = {
         "settings": settings.model_dump(),
@@ -167,7 +167,7 @@ def _cut(row: Row, tokens: int) -> Row:
 
 
 @torch.no_grad()
-def _read(backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
+def read(backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
     """(tokens, width) of each prompt: what the policy reads of the source block."""
     found: dict[int, Tensor] = {}
     for members in by_length(rows, batch_size):
@@ -313,8 +313,8 @@ class _Fitting:
         start = _copied(decision)
         states = {"start": start}
         places = torch.stack([self._places(order) for order in orders.values()])
-        for name, alike in zip(names, places, strict=True):
-            self._fix(alike)
+        for name, same in zip(names, places, strict=True):
+            self._fix(same)
             states[f"fixed {name}"] = _copied(decision)
         for share in SHARES:
             decision.load_state_dict(start)
@@ -384,21 +384,30 @@ class _Fitting:
     @torch.no_grad()
     def _held_out(self, held_out: _Examples, seen: dict[bytes, float]) -> dict[str, float]:
         """Mean loss of the routes that the router takes, and how many different ones at the deepest pruning."""
-        policy = self.policy
-        device = next(policy.decision.parameters()).device
-        scores = torch.stack(
-            [policy.decision(tokens[None].to(device))[0].double().mean(0) for tokens in held_out.tokens]
-        )
-        order = ranking(scores + policy.omega * policy.prior.to(device)).cpu().flip(-1) + policy.source_block
-        routes = torch.stack([
-            torch.stack([route(row, depth, policy.blocks) for depth in self.depths]) for row in order.tolist()
-        ])  # fmt: skip
+        routes = taken(self.policy, held_out.tokens, self.depths)
         key = routes.numpy().tobytes()
         if key not in seen:
             seen[key] = float(
                 measure(self.backbone, held_out.rows, routes, self.settings.loss, self.settings.batch_size).mean()
             )
         return {"loss": seen[key], "paths": float(len(routes[:, -1].unique(dim=0)))}
+
+
+@torch.no_grad()
+def taken(policy: BuddyPolicy, tokens: Sequence[Tensor], depths: Sequence[int]) -> Tensor:
+    """Boolean (N, depths, L): the routes that a router takes after prompts.
+
+    Args:
+        policy: the router.
+        tokens: features of N prompts' tokens, (tokens, width) each.
+        depths: numbers of removed blocks.
+    """
+    device = next(policy.decision.parameters()).device
+    scores = torch.stack([policy.decision(each[None].to(device))[0].double().mean(0) for each in tokens])
+    orders = ranking(scores + policy.omega * policy.prior.to(device)).cpu().flip(-1) + policy.source_block
+    return torch.stack([
+        torch.stack([route(order, depth, policy.blocks) for depth in depths]) for order in orders.tolist()
+    ])  # fmt: skip
 
 
 State = dict[str, Tensor]
