@@ -24,8 +24,8 @@ from tqdm import tqdm
 import buddy
 from buddy.evaluation import passages
 from buddy.policies.buddy import BuddyPolicy
-from buddy.records import Record
 from buddy.resampling import estimate
+from buddy.study.records import Record
 from buddy.training import router
 from buddy.training.orders import route
 from buddy.training.routes import Loss, measure

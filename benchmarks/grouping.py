@@ -5,7 +5,7 @@
 Prints a line per prompt length: milliseconds of a pass block by block (gather and scatter at each block) and path by path
 (whole sequences), over the same batch at full depth, for prompts of one length and for prompts between an eighth of it
 and all of it; and the engine's choice. One token stands for a decode step after a prompt of 64. Routes come from a
-random router, budgets from 0.5 to 1. `buddy.routing.plan.FIXED_TOKENS` is chosen from this table.
+random router, budgets from 0.5 to 1. `buddy.routing.schedule.FIXED_TOKENS` is chosen from this table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from buddy.evaluation.latency import wait
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.engine import Routing, routed
 from buddy.routing.kv import RoutedCache
-from buddy.routing.plan import plan
+from buddy.routing.schedule import plan
 
 
 def main() -> None:

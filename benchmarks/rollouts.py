@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from buddy import runs
 from buddy.evaluation.latency import wait
 from buddy.routing.model import RoutedModel
-from buddy.training import grpo, predictor, responses
-from buddy.training.rewards import Rollouts
+from buddy.training import grpo, predictor, predictor_examples
+from buddy.training.depth_losses import Rollouts
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     model = runs.load(options.run, device=options.device)
-    rows = responses.training_rows(options.data, model.tokenizer, options.examples, options.max_length)
+    rows = predictor_examples.training_rows(options.data, model.tokenizer, options.examples, options.max_length)
     policy: Any = model.policy
     drawn = grpo.draw(torch.zeros(len(rows), policy.blocks - policy.always), options.group, 0, 0) + policy.always + 1
     most = model.origin.info.training.get("most_removed", policy.blocks // 2)

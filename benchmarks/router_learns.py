@@ -40,8 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.importance import estimate
 from buddy.policies.buddy import BuddyPolicy
+from buddy.policies.priors import normalise, standardise
 from buddy.routing.engine import Routing, routed
-from buddy.routing.priors import normalise, standardise
 from buddy.settings import Router, Training
 from buddy.training import router, sft
 from buddy.training.examples import Collator, encode

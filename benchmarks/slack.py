@@ -29,9 +29,9 @@ from buddy.data import inputs
 from buddy.errors import UserError
 from buddy.evaluation import latency, likelihood, passages
 from buddy.evaluation.likelihood import MEASURES, Mode
-from buddy.records import Stopwatch
 from buddy.routing.model import RoutedModel
 from buddy.settings import Latency
+from buddy.study.records import Stopwatch
 
 INDEPENDENT = "independent"
 

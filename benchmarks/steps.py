@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from buddy import config
-from buddy.config import Config, Run
-from buddy.settings import Table
+from buddy.study import config
+from buddy.study.config import Config, Run
+from buddy.study.settings import Table
 
 
 @dataclass

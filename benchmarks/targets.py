@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from buddy.records import Record, find
+from buddy.study.records import Record, find
 
 Metrics = dict[str, Any]
 

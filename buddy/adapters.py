@@ -27,7 +27,7 @@ def attach(model: Any, folder: Path) -> PeftModel:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from buddy import tensors
+    from buddy.storage import tensors
 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():  # PEFT would ask the Hub for it

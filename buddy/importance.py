@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from tqdm import tqdm
 
 from buddy.errors import UserError, unknown
-from buddy.routing.stack import Stack
+from buddy.routing.blocks import Stack
 from buddy.routing.types import Block, CausalLM
 
 

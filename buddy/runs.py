@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy import adapters, folders
+from buddy import adapters
 from buddy.errors import UserError
-from buddy.records import sha256, write_json
+from buddy.storage import folders
+from buddy.storage.files import sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,8 @@ def load(
     if not (folder / "config.json").exists():
         raise _no_backbone(path, folder, info)
 
-    from buddy import tensors
     from buddy.routing.model import RoutedModel
+    from buddy.storage import tensors
 
     check(path, info)
     check_backbone(folder, info.digests.get("backbone"), str(path))
@@ -281,8 +282,8 @@ def load_backbone(folder: str | Path, device: str = "auto", dtype: str = "auto")
     """
     from transformers import AutoModelForCausalLM
 
-    from buddy import tensors
     from buddy.backbones import inspect, linked, pad_token, weights
+    from buddy.storage import tensors
 
     device, kind = pick(device, dtype)
     if not (Path(folder) / "config.json").exists():

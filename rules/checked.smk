@@ -4,7 +4,7 @@ import os
 
 from snakemake.exceptions import WorkflowError
 
-from buddy.config import read_file
+from buddy.study.config import read_file
 from buddy.errors import UserError
 
 

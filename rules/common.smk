@@ -8,14 +8,15 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from buddy import config as buddy_config
-from buddy import limits
+from buddy.study import config as buddy_config
+from buddy.study import limits
 from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError, unknown
-from buddy.records import find as find_records
-from buddy.records import write_json
-from buddy.reporting import figure_names, source
-from buddy.settings import INDICATORS, NOT_OF_PEERS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
+from buddy.study.records import find as find_records
+from buddy.storage.files import write_json
+from buddy.study import planned_figures, layout
+from buddy.settings import INDICATORS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
+from buddy.study.settings import NOT_OF_PEERS
 
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
 ORIGIN = " with ".join(str(file) for file in ["config.yaml", *CONFIGFILES])
@@ -25,7 +26,7 @@ validate(config, "../workflow/schemas/config.schema.json", set_default=False)
 
 RESULTS = f"results/{STUDY.study.name}"
 # The records behind tables and figures: those that the rules measure, or those that the study names (study.records).
-RECORDS = checked(source.records_folder, STUDY, RESULTS, ORIGIN)
+RECORDS = checked(layout.records_folder, STUDY, RESULTS, ORIGIN)
 MEASURES = STUDY.study.records is None
 TABLES_OF_STUDY = STUDY.measured_tables()
 RUNS = {run.path: run for run in STUDY.runs()}
@@ -72,7 +73,7 @@ wildcard_constraints:
     preset=any_of(PREDICTOR_PRESETS),
     dataset="[a-z0-9_]+",
     table=any_of(TABLES_OF_STUDY),
-    figure=any_of(figure_names.NAMES),
+    figure=any_of(planned_figures.NAMES),
 
 
 def parent(path):
@@ -415,12 +416,12 @@ def figure_records(name):
     """The records that a figure shows."""
     if name == "latency":
         return latency_records([STUDY.main_run(backbone) for backbone in STUDY.timed_backbones()])
-    if name in figure_names.ORDERS:
-        planned = figure_names.orders(STUDY, name)
+    if name in planned_figures.ORDERS:
+        planned = planned_figures.orders(STUDY, name)
         return shown_files(f"{RECORDS}/importance/{file}" for file in planned) if planned else there("importance")
     if name == "figure4":
         return path_records(STUDY.trace.datasets)
-    if name in figure_names.HEAT_MAPS:
+    if name in planned_figures.HEAT_MAPS:
         return path_records([*STUDY.trace.datasets, *STUDY.trace.tasks])
     if name == "figure5":
         planned = [f"{RECORDS}/rouge/{run.path}/dataset~samsum" for run in STUDY.summarising_runs()]
@@ -445,11 +446,11 @@ def measurements(kind):
         "generation": STUDY.generation.model_dump(),
         "likelihood": [STUDY.likelihood.model_dump(), STUDY.study.model_dump(include={"main", "recipes", "ablations"})],
         **dict.fromkeys(("properties", "figure4"), STUDY.trace.model_dump(exclude={"backbones", "tasks"})),
-        **dict.fromkeys(figure_names.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
+        **dict.fromkeys(planned_figures.HEAT_MAPS, STUDY.trace.model_dump(exclude={"backbones"})),
         "figure5": STUDY.summaries.model_dump(exclude={"backbones"}),
         "figure12": STUDY.predictor.presets,
         "figure13": [STUDY.predictor.presets, STUDY.predictor.datasets, STUDY.predictor.tasks],
-        **dict.fromkeys(figure_names.ORDERS, [STUDY.importance.corpus, *CORPORA]),
+        **dict.fromkeys(planned_figures.ORDERS, [STUDY.importance.corpus, *CORPORA]),
     }.get(kind, STUDY.evaluation.tasks)
 
 
@@ -481,7 +482,7 @@ def figure_settings(wildcards):
 
 # What tables and figures are about, the parts of the report in the order of the paper.
 SECTIONS = {
-    "1 Properties of the method": ["properties", "figure4", "figure5", *figure_names.HEAT_MAPS],
+    "1 Properties of the method": ["properties", "figure4", "figure5", *planned_figures.HEAT_MAPS],
     "2 Accuracy and likelihood against budget": ["accuracy", "generation", "accuracy_vs_budget", "likelihood"],
     "3 Speed": ["latency", "peer_latency", "breakdown"],
     "4 Ablations": ["ablation", "figure1", "figure2", "figure7", "figure8"],

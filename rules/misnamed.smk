@@ -2,7 +2,7 @@
 
 
 def no_such_result(wildcards):
-    names = [*TABLES_OF_STUDY, *figure_names.planned(STUDY)]
+    names = [*TABLES_OF_STUDY, *planned_figures.planned(STUDY)]
     raise WorkflowError(str(unknown("result", wildcards.misnamed, names)))
 
 

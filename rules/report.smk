@@ -9,7 +9,7 @@ report: "../workflow/report/workflow.rst"
 TABLES = [name for name in TABLES_OF_STUDY if table_records(name)]
 # What `compare` reads: the paper has no likelihoods, and their own table compares them.
 COMPARED = [name for name, table in TABLES_OF_STUDY.items() if table.kind != "likelihood"]
-FIGURES = [name for name in figure_names.planned(STUDY) if figure_records(name)]
+FIGURES = [name for name in planned_figures.planned(STUDY) if figure_records(name)]
 
 
 localrules:
@@ -81,7 +81,7 @@ for _name in TABLES_OF_STUDY:
 
 
 # `snakemake figure4` and so on, for any study: what it does not measure is a panel with the reason.
-for _name in figure_names.NAMES:
+for _name in planned_figures.NAMES:
     if _name.startswith("figure"):
 
         rule:

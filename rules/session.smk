@@ -5,9 +5,9 @@ import logging
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from buddy import notes, preflight, progress
-from buddy.config import differences, digest
-from buddy.failures import Failure, summary
+from buddy.study import sessions, preflight, progress
+from buddy.storage.digests import differences, digest
+from buddy.study.failures import Failure, summary
 
 FROZEN = "BUDDY_STUDY"  # digest of the study that jobs were submitted with, in their environment
 THIS_STUDY = digest(STUDY.model_dump(mode="json"))
@@ -30,16 +30,16 @@ def refuse_another_study():
 
 def begin_session():
     """Note this call, remove the locks of a killed one, and mark what has to be made again."""
-    session = notes.begin(STUDY.study.name)
-    alive = [str(other.process) for other in notes.others(session) if other.process.alive]
+    session = sessions.begin(STUDY.study.name)
+    alive = [str(other.process) for other in sessions.others(session) if other.process.alive]
     if alive:
         logger.warning(f"Study {STUDY.study.name} is at work already: {'; '.join(alive)}.")
-    for lock in notes.stale_locks(session, Path(RESULTS)):
+    for lock in sessions.stale_locks(session, Path(RESULTS)):
         lock.unlink(missing_ok=True)
         logger.warning(f"Removed {lock}: its Snakemake is gone.")
     if MEASURES and not alive:
         for output, problem in progress.damaged(STUDY, Path(RESULTS)):
-            notes.mark_incomplete(output)
+            sessions.mark_incomplete(output)
             logger.warning(f"{output}: {problem}: made again.")
     os.environ[FROZEN] = THIS_STUDY
     return session
@@ -54,12 +54,12 @@ else:
 def start():
     """Before the first job: refuse what would go wrong hours from now."""
     global SESSION
-    problem = notes.leftovers(SESSION, Path(RESULTS))
+    problem = sessions.leftovers(SESSION, Path(RESULTS))
     if problem:
         raise WorkflowError(problem)
     run_name = getattr(getattr(workflow.scheduler, "_executor", None), "run_uuid", "")
     if run_name:
-        SESSION = notes.submits(SESSION, run_name)
+        SESSION = sessions.submits(SESSION, run_name)
         preflight_jobs()
 
 

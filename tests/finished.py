@@ -7,9 +7,10 @@ import yaml
 from checkout import clone
 from records_factory import Maker
 
-from buddy import manifest, progress
-from buddy.config import merge, parse
-from buddy.records import Record, write_json
+from buddy.storage.files import write_json
+from buddy.study import manifest, progress
+from buddy.study.config import merge, parse
+from buddy.study.records import Record
 
 STUDY = ("--configfile", "small.yaml")
 RUN = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"

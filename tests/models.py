@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from buddy import runs
 from buddy.policies.buddy import BuddyPolicy
-from buddy.routing.decision import source_feature
+from buddy.policies.decision import source_feature
 from buddy.routing.model import RoutedModel
 
 ARCHITECTURES = {

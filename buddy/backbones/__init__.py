@@ -12,11 +12,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from buddy import folders
 from buddy.backbones import linked, untrained, weights, wheel
 from buddy.errors import UserError, unknown
-from buddy.records import write_json
 from buddy.settings import FolderSource, HubSource, RandomSource, WheelSource
+from buddy.storage import folders
+from buddy.storage.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from buddy import folders, hub
+from buddy import hub
 from buddy.errors import UserError
-from buddy.records import write_json
+from buddy.storage import folders
+from buddy.storage.files import write_json
 
 PROVENANCE = "encoder.json"
 HOLDS = "an encoder"

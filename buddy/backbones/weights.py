@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy import tensors
 from buddy.errors import UserError
+from buddy.storage import tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

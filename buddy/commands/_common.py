@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddy.config import Run
 from buddy.errors import BudgetError, UserError, choices
-from buddy.records import Stopwatch, commit, environment
 from buddy.runs import RunInfo
-from buddy.settings import Tracking
+from buddy.study.config import Run
+from buddy.study.records import Stopwatch, commit, environment
+from buddy.study.settings import Tracking
 
 if TYPE_CHECKING:
     from buddy.routing.model import RoutedModel
@@ -63,8 +63,8 @@ def tracked_job(
 ) -> Iterator[Tracker]:
     """A W&B run for any job, set up from WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY and WANDB_DIR.
 
-    While it lasts, nobody else writes what the job writes (`buddy.locks`); when it has succeeded, its files are listed
-    (`buddy.manifest`).
+    While it lasts, nobody else writes what the job writes (`buddy.storage.locks`); when it has succeeded, its files are listed
+    (`buddy.study.manifest`).
 
     Args:
         stage: job type.
@@ -78,7 +78,8 @@ def tracked_job(
     Raises:
         UserError: another job writes there.
     """
-    from buddy import locks, manifest
+    from buddy.storage import locks
+    from buddy.study import manifest
     from buddy.tracking import track
 
     written = [given for given in writes if given]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
 from buddy.commands._options import counts
-from buddy.records import Budget, Record, Stopwatch, claim_folder
 from buddy.settings import KV, Settings
+from buddy.study.records import Budget, Record, Stopwatch, claim_folder
 
 if TYPE_CHECKING:
     from buddy.routing.model import RoutedModel

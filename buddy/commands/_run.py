@@ -68,7 +68,8 @@ def fetch_backbone(run: Path, results: Path) -> None:
     Raises:
         UserError: it cannot be fetched, or is not what the run says.
     """
-    from buddy import backbones, locks, runs
+    from buddy import backbones, runs
+    from buddy.storage import locks
 
     shipped = (results / REFERENCE).resolve() in run.resolve().parents
     if not shipped or not (run / runs.RUN_FILE).exists():

@@ -40,8 +40,9 @@ def keep(
         provenance: environment, commit and seconds (`buddy.commands._common.provenance`).
         facts: further metrics of the record.
     """
-    from buddy import backbones, checkpoints, runs
-    from buddy.records import Budget, Record
+    from buddy import backbones, runs
+    from buddy.storage import checkpoints
+    from buddy.study.records import Budget, Record
 
     info.probes = _paths(result.probes)
     info.backbone_source = backbones.portable(info.backbone_folder(out))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import METHODS, MOST_SEED, NOT_OF_PEERS, STATIC_PEERS, First, Pudding, Training
+from buddy.settings import MOST_SEED, STATIC_PEERS, First, Pudding, Training
+from buddy.study.settings import METHODS, NOT_OF_PEERS
 
 if TYPE_CHECKING:
-    from buddy.records import Record
+    from buddy.study.records import Record
     from buddy.training import peers
     from buddy.training.job import Job
 
@@ -63,7 +64,8 @@ def adapt(
     from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
     from buddy.errors import UserError
-    from buddy.records import Stopwatch, claim, commit, sha256
+    from buddy.storage.files import sha256
+    from buddy.study.records import Stopwatch, claim, commit
     from buddy.training.job import Job
 
     runs.claim(out)
@@ -121,7 +123,7 @@ def _make(
     method: str, job: Job, found: Record | None, pudding: Pudding, first: First, tasks: Path | None
 ) -> peers.Peer:
     """Make the peer that was asked for."""
-    from buddy.peers.pudding import Omission
+    from buddy.baselines.pudding import Omission
     from buddy.training import peers
 
     if method == "first":
@@ -141,7 +143,7 @@ def _calibration(method: str, path: Path | None, removed: int, backbone: Path) -
     """
     from buddy import runs
     from buddy.errors import UserError
-    from buddy.records import Record
+    from buddy.study.records import Record
 
     if method in ("dense_lora", "first"):
         return None
@@ -174,7 +176,7 @@ def _check_depth(method: str, found: Record | None, removed: int, blocks: int) -
 
 
 def _axes(method: str, found: Record | None, removed: int, lora: str) -> dict[str, Any]:
-    """The run's axes, in the order of its path in a study (`buddy.config.Config.method_runs`)."""
+    """The run's axes, in the order of its path in a study (`buddy.study.config.Config.method_runs`)."""
     if method == "dense_lora":
         return {}
     criterion = {"criterion": found.metrics["criterion"]} if found is not None and method in STATIC_PEERS else {}

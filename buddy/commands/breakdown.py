@@ -36,7 +36,7 @@ def breakdown(
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.evaluation import breakdown as profiling
-    from buddy.records import Stopwatch
+    from buddy.study.records import Stopwatch
 
     prompts = inputs.prompts(data)
 

@@ -14,8 +14,8 @@ from buddy.settings import Predictor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from buddy.records import Stopwatch
     from buddy.routing.model import RoutedModel
+    from buddy.study.records import Stopwatch
 
 _READ = ("max_length", "table_batch", "limit")
 ALL = "all"
@@ -52,11 +52,11 @@ def budget_eval(
     from buddy.errors import UserError
     from buddy.evaluation import budgets
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Record, claim_folder
-    from buddy.training import responses
+    from buddy.study.records import Record, claim_folder
+    from buddy.training import predictor_examples
 
     claim_folder(out)
-    responses.fingerprints(data)  # refuses what is no data set, before anything is loaded
+    predictor_examples.fingerprints(data)  # refuses what is no data set, before anything is loaded
     model = runs.load(run, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
     info, policy = model.origin.info, model.policy
@@ -92,9 +92,9 @@ def _tables(
     import torch
 
     from buddy.evaluation.budgets import table_depths
-    from buddy.records import Stopwatch
-    from buddy.training import responses
-    from buddy.training.rewards import loss_table
+    from buddy.study.records import Stopwatch
+    from buddy.training import predictor_examples
+    from buddy.training.depth_losses import loss_table
 
     kept_back = model.origin.info.training.get("predictor", {}).get("kept_back", {})
     policy: Any = model.policy
@@ -102,7 +102,9 @@ def _tables(
     whole, tables = Stopwatch(str(model.device)), {}
     for folder in data:
         watch = Stopwatch(str(model.device))
-        rows, which = responses.held_out_rows(folder, model.tokenizer, settings.limit, settings.max_length, kept_back)
+        rows, which = predictor_examples.held_out_rows(
+            folder, model.tokenizer, settings.limit, settings.max_length, kept_back
+        )
         contexts, losses = tables[folder.name] = loss_table(model.backbone, policy, rows, depths, settings.table_batch)
         yield folder.name, which, contexts, losses, watch
     if len(tables) > 1:

@@ -11,7 +11,7 @@ from buddy.commands._options import with_settings
 from buddy.settings import Importance
 
 if TYPE_CHECKING:
-    from buddy.peers.removal import Removal
+    from buddy.baselines.removal import Removal
 
 
 @with_settings(Importance, leave_out=("corpus",))
@@ -51,14 +51,14 @@ def calibrate(
     """
     from contextlib import nullcontext
 
-    from buddy import peers
+    from buddy import baselines as peers
     from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
-    from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import windows
-    from buddy.records import Budget, Record, Stopwatch, claim
     from buddy.runs import load_backbone
+    from buddy.study.config import Run
+    from buddy.study.records import Budget, Record, Stopwatch, claim
 
     criterion, peer = peers.peer(method, criterion or None)
     protecting = _blocks(protect)

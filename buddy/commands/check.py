@@ -23,10 +23,11 @@ def check(
       buddy check demo
       buddy check --repair /data/results/paper
     """
-    from buddy import check as checking
-    from buddy import config, locks
     from buddy.commands._study import study_folder
     from buddy.errors import UserError
+    from buddy.storage import locks
+    from buddy.study import check as checking
+    from buddy.study import config
 
     folder = study_folder(study, results)
     if repair and (busy := locks.owners(folder)):

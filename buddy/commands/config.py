@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from buddy.config import Config
 from buddy.settings import Settings
+from buddy.study.config import Config
 
 
 def config(
@@ -27,8 +27,8 @@ def config(
       buddy config --schema > workflow/schemas/config.schema.json
       buddy config --docs > docs/configuration.md
     """
-    from buddy import config as study
-    from buddy.records import write_json
+    from buddy.storage.files import write_json
+    from buddy.study import config as study
 
     if schema:
         print(json.dumps(study.schema(), indent=2))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buddy.data.catalogue import CATALOGUE
-from buddy.settings import Data
+from buddy.study.settings import Data
 
 if TYPE_CHECKING:
     from buddy.data.rows import Row
@@ -62,9 +62,9 @@ def data(
       # Prompts of several sets in one, spread evenly; prose gives passages and what follows them
       buddy data --name pairs --source embedded --of alpaca,gsm8k,samsum,wikitext2 --out pairs
     """
-    from buddy import locks
     from buddy.commands._common import backbone_folder, tracked_job
     from buddy.data import materialise
+    from buddy.storage import locks
 
     sets = [part.strip() for part in of.split(",") if part.strip()]
     answerer = None

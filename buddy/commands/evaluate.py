@@ -46,7 +46,7 @@ def evaluate(
     from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.records import Budget, Stopwatch
+    from buddy.study.records import Budget, Stopwatch
     from buddy.tracking.report import average_name
 
     check_examples(data, settings.tasks, settings.few_shot)

@@ -48,11 +48,11 @@ def importance(
     from buddy.backbones.fingerprint import of_backbone
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.commands._options import choice
-    from buddy.config import Run
     from buddy.data import inputs
     from buddy.importance import INDICATORS, TAYLOR, estimate, windows
-    from buddy.records import Record, Stopwatch, claim, claim_folder
     from buddy.runs import load_backbone
+    from buddy.study.config import Run
+    from buddy.study.records import Record, Stopwatch, claim, claim_folder
 
     choice("--indicator", indicator, tuple(INDICATORS))
     choice("--taylor", taylor, TAYLOR)

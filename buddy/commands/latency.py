@@ -44,8 +44,8 @@ def latency(
     from buddy.commands._measured import open_run
     from buddy.data import inputs
     from buddy.evaluation.latency import benchmark, usable_engines
-    from buddy.records import Budget, Record, Stopwatch
     from buddy.routing.budget import round_half_up
+    from buddy.study.records import Budget, Record, Stopwatch
 
     prompts = inputs.prompts(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype)

@@ -37,12 +37,12 @@ def pool(
           --data results/demo/data/alpaca --pudding-tasks piqa,arc_easy --out pudding-8
     """
     from buddy.backbones.fingerprint import of_backbone
+    from buddy.baselines.pudding import find_pool
     from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
-    from buddy.config import Run
     from buddy.data.choices import training_items
-    from buddy.peers.pudding import find_pool
-    from buddy.records import Budget, Record, Stopwatch, claim
     from buddy.runs import load_backbone
+    from buddy.study.config import Run
+    from buddy.study.records import Budget, Record, Stopwatch, claim
 
     if out:
         claim(out)

@@ -51,9 +51,9 @@ def predictor(
     from buddy.commands._trained import keep
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Stopwatch, claim, commit
+    from buddy.study.records import Stopwatch, claim, commit
     from buddy.training import predictor as training
-    from buddy.training import responses, sft
+    from buddy.training import predictor_examples, sft
 
     runs.claim(out)
     if record:
@@ -61,7 +61,7 @@ def predictor(
     choice("--preset", preset, PREDICTOR_PRESETS)
     if run.resolve() == out.resolve():
         raise UserError(f"--out: {out} is the run itself; name another folder")
-    kept_back = responses.fingerprints(data)
+    kept_back = predictor_examples.fingerprints(data)
     model = runs.load(run, device=device, dtype=dtype)
     check_one_gpu(model.device.type)
     origin, policy = model.origin, model.policy
@@ -69,7 +69,9 @@ def predictor(
         raise UserError(f"--run: {run} is a run of method {origin.info.method}; a budget predictor needs one of buddy")
     count = settings.examples if preset == "paper" else settings.examples or training.TUNED_EXAMPLES
     rows = [
-        row for folder in data for row in responses.training_rows(folder, model.tokenizer, count, settings.max_length)
+        row
+        for folder in data
+        for row in predictor_examples.training_rows(folder, model.tokenizer, count, settings.max_length)
     ]
     read = settings.model_dump(include=set(READ_BY_PRESET[preset]))  # type: ignore[index]
     said = {**read, "preset": preset, "data": [folder.name for folder in data]}

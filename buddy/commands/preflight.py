@@ -28,10 +28,10 @@ def preflight(
       buddy preflight
       buddy preflight config.yaml workflow/demo.yaml --jobs 200
     """
-    from buddy import config as studies
-    from buddy import preflight as flight
     from buddy.errors import UserError
-    from buddy.processes import query
+    from buddy.storage.processes import query
+    from buddy.study import config as studies
+    from buddy.study import preflight as flight
 
     if query("scontrol", "ping") is None:
         raise UserError("no Slurm answers here (scontrol ping); run it where you would call sbatch")

@@ -34,7 +34,7 @@ def rouge(
     from buddy.commands._measured import open_run
     from buddy.data import inputs
     from buddy.evaluation import summaries
-    from buddy.records import Budget, Stopwatch
+    from buddy.study.records import Budget, Stopwatch
 
     pairs = inputs.pairs(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)

@@ -39,7 +39,7 @@ def score(
     from buddy import runs
     from buddy.commands._measured import open_run
     from buddy.evaluation import likelihood, passages
-    from buddy.records import Budget, Stopwatch
+    from buddy.study.records import Budget, Stopwatch
 
     folders = _folders(data)
     measured = open_run(run, removed, out, settings.kv[0], device, dtype, study, name)

@@ -39,7 +39,7 @@ def solve(
     from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.records import Budget
+    from buddy.study.records import Budget
 
     check_examples(data, settings.tasks, settings.few_shot)
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)

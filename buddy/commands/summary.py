@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from buddy.progress import Job, Stage
+    from buddy.study.progress import Job, Stage
 
 SHOWN = 5
 
@@ -29,8 +29,8 @@ def summary(
       buddy summary --study demo
       buddy summary --study /data/results/paper --all
     """
-    from buddy import config, progress
     from buddy.commands._study import study_folder
+    from buddy.study import config, progress
 
     folder = study_folder(study, results)
     stages = progress.read(config.read(folder / "study.json"), folder)
@@ -39,7 +39,7 @@ def summary(
 
 
 def _lines(stages: list[Stage], folder: Path, everything: bool) -> Iterator[str]:
-    from buddy.progress import STATES
+    from buddy.study.progress import STATES
 
     width = max(len(stage.name) for stage in stages)
     yield f"{'stage':{width}}" + "".join(f"{name:>9}" for name in STATES) + f"{'hours':>10}{'GPU hours':>11}"

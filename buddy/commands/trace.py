@@ -36,7 +36,7 @@ def trace(
     keep_off_the_hub()
 
     from buddy.evaluation import traces
-    from buddy.records import Budget
+    from buddy.study.records import Budget
 
     prompts = traces.prompts(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands._options import with_settings
-from buddy.settings import FEATURES, MOST_SEED, PRIORS, ROUTER_RECIPES, Router, Training, unread_by_tuned
+from buddy.settings import FEATURES, MOST_SEED, PRIORS, ROUTER_RECIPES, Router, Training
+from buddy.study.settings import unread_by_tuned
 
 
 @with_settings(Router, name="router", prefix="router")
@@ -67,8 +68,8 @@ def train(
     from buddy.data import inputs
     from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.records import Stopwatch, claim, commit
     from buddy.routing import kv
+    from buddy.study.records import Stopwatch, claim, commit
     from buddy.training import sft
     from buddy.training.recipe import Recipe, drawn
 
@@ -191,7 +192,8 @@ def read_prior(path: Path | None, backbone: Path) -> tuple[str, list[float], dic
     """
     from buddy import runs
     from buddy.errors import UserError, unknown
-    from buddy.records import Record, sha256
+    from buddy.storage.files import sha256
+    from buddy.study.records import Record
 
     if path is None:
         return "none", [], {}
@@ -214,7 +216,7 @@ def fused_prior(indicator: str, values: list[float], blocks: int, source_block: 
     import torch
 
     from buddy.errors import UserError
-    from buddy.routing.priors import normalise, standardise
+    from buddy.policies.priors import normalise, standardise
 
     if indicator == "none":
         return None

@@ -25,8 +25,8 @@ def wandb_report(
       buddy wandb-report --study demo
       buddy wandb-report --study paper --entity my-team --project buddy
     """
-    from buddy import config
     from buddy.commands._study import study_folder
+    from buddy.study import config
     from buddy.tracking import modes, report
 
     folder = study_folder(study, results)

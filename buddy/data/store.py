@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from buddy import folders
 from buddy.data import mixture, sources
 from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, read_file, write_file
 from buddy.data.sources import PROVENANCE
 from buddy.data.templates import questions
 from buddy.errors import UserError
-from buddy.records import sha256, write_json
+from buddy.storage import folders
+from buddy.storage.files import sha256, write_json
 
 HOLDS = "a data set"
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from buddy.checkpoints import Checkpoints
-from buddy.config import digest
 from buddy.data.catalogue import entry
 from buddy.data.rows import Row
 from buddy.data.templates import CUT, questions
 from buddy.evaluation import traces
 from buddy.routing.model import RoutedModel
+from buddy.storage.checkpoints import Checkpoints
+from buddy.storage.digests import digest
 
 SHARD = 4
 """Batches whose answers are written together."""

@@ -41,15 +41,15 @@ from tqdm import tqdm
 from buddy.errors import UserError
 from buddy.evaluation.latency import spread, wait
 from buddy.routing.budget import Budget
-from buddy.routing.marks import CACHE, DECISION, GATHER, PREDICTOR, PREFIX, mark, marking
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Policy
+from buddy.routing.profiling import CACHE, DECISION, GATHER, PREDICTOR, PREFIX, mark, marking
 from buddy.routing.types import CausalLM
 from buddy.settings import Breakdown
 
 BACKBONE, OTHER = "backbone", "other"
 COMPONENTS = (BACKBONE, DECISION, GATHER, CACHE, OTHER)
-"""Of every pass; where a budget predictor is asked, there is one more (`buddy.routing.marks.PREDICTOR`)."""
+"""Of every pass; where a budget predictor is asked, there is one more (`buddy.routing.profiling.PREDICTOR`)."""
 PHASES = ("prefill", "decode")
 ITERATIONS = 50
 """Routing steps behind one timing: one alone is too short for the clock."""

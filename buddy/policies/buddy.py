@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from buddy.errors import UserError
+from buddy.policies.decision import DecisionModule, RunningMean, source_feature, straight_through
 from buddy.policies.predictor import Asked, BudgetPredictor
 from buddy.routing.budget import Budget, executed_per_sequence, price_of
-from buddy.routing.decision import (
-    DecisionModule,
-    RunningMean,
-    first_places,
-    keep_top,
-    ranking,
-    source_feature,
-    straight_through,
-)
-from buddy.routing.marks import PREDICTOR, mark
 from buddy.routing.policy import Choices, Policy
+from buddy.routing.profiling import PREDICTOR, mark
+from buddy.routing.ranking import first_places, keep_top, ranking
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from buddy.errors import BudgetError, UserError
-from buddy.routing.decision import RunningMean, source_feature
+from buddy.policies.decision import RunningMean, source_feature
 
 SHARPNESS = 10.0
 """Where the sharpness of a priced policy begins: it grows as far as the depths can be told apart."""

@@ -1,6 +1,6 @@
 """PuDDing (Wee, Park and Lee, ICML 2025, arXiv 2502.04348): one of several omission sets for each prompt.
 
-A router reads the prompt and predicts, for every omission set of a pool (`buddy.peers.pudding`), the loss that the
+A router reads the prompt and predicts, for every omission set of a pool (`buddy.baselines.pudding`), the loss that the
 backbone would have without its blocks: minus the mean log-likelihood of the right answer's tokens. The set with the
 lowest prediction is left out, from the prefill to the last token that is decoded.
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from buddy.errors import BudgetError, UserError
+from buddy.policies.decision import RunningMean
 from buddy.routing.budget import Budget, executed_per_sequence
-from buddy.routing.decision import RunningMean
 from buddy.routing.policy import Policy
 
 BACKBONE = "backbone"

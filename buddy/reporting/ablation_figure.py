@@ -13,7 +13,8 @@ from buddy.reporting import measures, style
 from buddy.reporting.labels import INDICATORS
 from buddy.reporting.panels import empty, finish, panels, reason
 from buddy.reporting.study import Series, Study
-from buddy.settings import FEATURES, PRIORS, Ablation
+from buddy.settings import FEATURES, PRIORS
+from buddy.study.settings import Ablation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, number, one_path, provenance, trained_by
+from buddy.reporting.coordinates import coordinates, number, one_path, provenance, trained_by
 from buddy.reporting.grid import NEAR, Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import TASK_LABELS, series_labels
 from buddy.reporting.render import NEAR_SIGN
 from buddy.reporting.significance import difference
 from buddy.reporting.study import Series, Study
-from buddy.settings import Ablation, Table, Variant
+from buddy.study.settings import Ablation, Table, Variant
 
 ERROR_NOTE = "± standard error over a task's items; that of the average is sqrt(sum of squares) / number of tasks."
 

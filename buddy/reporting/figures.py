@@ -13,13 +13,13 @@ from buddy.errors import unknown
 from buddy.reporting import style
 from buddy.reporting.ablation_figure import ablation
 from buddy.reporting.accuracy_figure import accuracy_vs_budget
-from buddy.reporting.figure_names import HEAT_MAPS, NAMES, planned
 from buddy.reporting.importance_figures import by_length, other_corpus, other_indicators, own_corpus
 from buddy.reporting.latency_figure import latency
 from buddy.reporting.path_figures import heat_map, paths_per_generation
 from buddy.reporting.predictor_figures import against_constant, training_curves
 from buddy.reporting.rouge_figure import rouge
 from buddy.reporting.study import Study
+from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def build(study: Study, name: str) -> dict[str, bytes]:
 
     Args:
         study: settings and records.
-        name: one of `buddy.reporting.figure_names.NAMES`.
+        name: one of `buddy.study.planned_figures.NAMES`.
 
     Returns:
         The files' contents by kind, ``pdf`` and ``png``.

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from buddy.config import UNSAID
 from buddy.errors import UserError
-from buddy.records import Record, find
 from buddy.reporting import plausible
+from buddy.study.config import UNSAID
+from buddy.study.records import Record, find
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load(folder: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     such file never stops the others.
 
     Args:
-        folder: the folder of records, as `buddy.reporting.source.records_folder` finds it.
+        folder: the folder of records, as `buddy.study.layout.records_folder` finds it.
 
     Returns:
         A frame with ``COLUMNS``, empty if nothing has been measured; and what was left out: the reason by the file's
@@ -89,7 +89,7 @@ def load(folder: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
 
 
 def series_of(run_path: str) -> str:
-    """A run's path (`buddy.config.Run.path`) without its backbone, seed and depth: equal for runs to be averaged, and
+    """A run's path (`buddy.study.config.Run.path`) without its backbone, seed and depth: equal for runs to be averaged, and
     for a peer's runs at its depths."""
     return "/".join(part for part in run_path.split("/") if "~" in part and part.split("~")[0] not in _NOT_SERIES)
 

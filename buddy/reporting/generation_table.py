@@ -8,12 +8,12 @@ import pandas as pd
 
 from buddy.reporting import measures, published
 from buddy.reporting.accuracy_tables import rank_columns, rank_note
-from buddy.reporting.cells import coordinates, either, number, one_path, provenance, trained_by
+from buddy.reporting.coordinates import coordinates, either, number, one_path, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row, ran
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
-from buddy.settings import Table
+from buddy.study.settings import Table
 
 FILTERS = ("strict-match", "flexible-extract")
 """The harness's ways to find an answer in GSM8K's texts; the first is the one shown, the CSV has both."""

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from buddy.reporting import style
-from buddy.reporting.figure_names import ORDERS, subjects
 from buddy.reporting.labels import INDICATORS
 from buddy.reporting.panels import empty, panels, reason
 from buddy.reporting.study import Study
 from buddy.settings import corpus_name
+from buddy.study.planned_figures import ORDERS, subjects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from buddy.config import UNSAID
 from buddy.reporting.study import Series, is_main_criterion
 from buddy.settings import RouterRecipe
+from buddy.study.config import UNSAID
 
 TASK_LABELS = {
     "openbookqa": "OBQA",

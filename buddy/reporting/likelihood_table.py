@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from buddy.reporting.accuracy_tables import rank_note
-from buddy.reporting.cells import coordinates, one_path, provenance, trained_by
+from buddy.reporting.coordinates import coordinates, one_path, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row, ran, rank
 from buddy.reporting.labels import DATASETS, series_labels, variant_labels
 from buddy.reporting.likelihoods import AVERAGE, MEASURES, UNITS, Mode, Scored, difference, main_mode, scored
@@ -20,7 +20,8 @@ from buddy.reporting.measures import Measure
 from buddy.reporting.significance import LEVEL, Difference, holm, verdict
 from buddy.reporting.study import Series, Study
 from buddy.resampling import RESAMPLES
-from buddy.settings import STATIC_PEERS, Table
+from buddy.settings import STATIC_PEERS
+from buddy.study.settings import Table
 
 HEADERS = {"nll": "NLL", "kl": "KL", "agreement": "Agreement"}
 DIGITS = {"nll": 3, "kl": 3, "agreement": 1}

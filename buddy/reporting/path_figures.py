@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from buddy.reporting import measures, published, style
-from buddy.reporting.figure_names import HEAT_MAPS, subjects
 from buddy.reporting.labels import DATASETS, TASK_LABELS
 from buddy.reporting.panels import empty, finish, panels, reason, removed_axis
 from buddy.reporting.study import Study
+from buddy.study.planned_figures import HEAT_MAPS, subjects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from buddy.reporting import retention, style
-from buddy.reporting.figure_names import subjects
 from buddy.reporting.labels import DATASETS, TASK_LABELS
 from buddy.reporting.panels import empty, finish, gap, panels, reason, whole_numbers
 from buddy.reporting.study import Study
+from buddy.study.planned_figures import subjects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

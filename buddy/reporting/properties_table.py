@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from buddy.reporting.cells import coordinates, either, one_path, provenance, trained_by
+from buddy.reporting.coordinates import coordinates, either, one_path, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
-from buddy.settings import Table
+from buddy.study.settings import Table
 
 _UNITS = {
     "largest_deviation": "blocks",

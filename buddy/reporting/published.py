@@ -15,7 +15,8 @@ import pandas as pd
 
 from buddy.errors import unknown
 from buddy.reporting.study import is_main_criterion
-from buddy.settings import Backbone, FolderSource, HubSource, RandomSource
+from buddy.settings import FolderSource, HubSource, RandomSource
+from buddy.study.settings import Backbone
 
 FILES = ("accuracy", "ablations", "latency", "breakdown", "figures", "gsm8k", "training_cost")
 BACKBONES = ("llama3-8b", "qwen2.5-7b-instruct", "llama2-7b", "llama1-13b")
@@ -51,7 +52,7 @@ def has_figures_of(method: str, variant: Mapping[str, Any]) -> bool:
 
     Args:
         method: its name.
-        variant: its axes (`buddy.config.Run.variant`).
+        variant: its axes (`buddy.study.config.Run.variant`).
     """
     if method == "buddy":
         return dict(variant) == MAIN_VARIANT  # without LoRA it has one axis more

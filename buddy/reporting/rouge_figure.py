@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from buddy.reporting import published, style
-from buddy.reporting.figure_names import subjects
 from buddy.reporting.labels import DATASETS, EXECUTIONS
 from buddy.reporting.panels import empty, finish, gap, panels, removed_axis, shifts
 from buddy.reporting.study import Study
+from buddy.study.planned_figures import subjects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

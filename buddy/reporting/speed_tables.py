@@ -7,13 +7,13 @@ from itertools import compress
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.cells import coordinates, either, number, one_path, provenance
+from buddy.reporting.coordinates import coordinates, either, number, one_path, provenance
 from buddy.reporting.frame import AUTO
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS, PREDICTOR
 from buddy.reporting.measures import LATENCY_METRICS, Measure
 from buddy.reporting.study import Race, Study
-from buddy.settings import Table
+from buddy.study.settings import Table
 
 PASSES_NOTE = "± bootstrap standard error of the median over the timed passes."
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, get_args
 
 import pandas as pd
 
-from buddy import config
-from buddy.config import Config, Run
 from buddy.errors import UserError, choices
 from buddy.reporting import frame as frames
 from buddy.reporting.frame import series_of
-from buddy.reporting.source import records_folder
 from buddy.settings import CRITERIA, TASKS, Engine
+from buddy.study import config
+from buddy.study.config import Config, Run
+from buddy.study.layout import records_folder
 
 METHOD_ORDER = ("dense", "dense_lora", "shortened_llama", "shortgpt", "sleb", "pudding", "first", "buddy")
 """Order of methods in tables and legends: the paper's, BUDDY last."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
-from buddy.reporting.cells import one_path
+from buddy.reporting.coordinates import one_path
 from buddy.reporting.generation_table import FILTERS, TASK
 from buddy.reporting.grid import limit_text, ran
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels

@@ -14,7 +14,7 @@ from buddy.reporting.properties_table import properties
 from buddy.reporting.speed_tables import breakdown, latency
 from buddy.reporting.study import Study
 from buddy.reporting.training_cost_table import training_cost
-from buddy.settings import Table
+from buddy.study.settings import Table
 
 
 def names(study: Study) -> list[str]:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from buddy.reporting import published
-from buddy.reporting.cells import coordinates, number, provenance, trained_by
+from buddy.reporting.coordinates import coordinates, number, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import series_labels
 from buddy.reporting.measures import Measure, over_seeds
 from buddy.reporting.study import Series, Study
-from buddy.settings import STATIC_PEERS, Table
+from buddy.settings import STATIC_PEERS
+from buddy.study.settings import Table
 
 _PAPERS = {"run": "sft", "predictor_paper": "grpo"}
 """Columns of BUDDY's row that the paper has."""

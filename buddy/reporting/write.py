@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from buddy.records import write_bytes
 from buddy.reporting import figures, render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
-from buddy.reporting.page import to_html
+from buddy.reporting.html import to_html
 from buddy.reporting.significance import significance
 from buddy.reporting.study import Study
+from buddy.storage.files import write_bytes
 
 
 def table(study: Study, name: str) -> list[Path]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from buddy.routing.plan import Rows
-from buddy.routing.twin import twin
+from buddy.routing.schedule import Rows
 from buddy.routing.types import Block
+from buddy.routing.views import twin
 
 NAME = "buddy_rows"
 

@@ -24,13 +24,13 @@ from buddy.errors import UserError
 from buddy.routing.attention import reading_rows
 from buddy.routing.budget import Budget
 from buddy.routing.kv import RoutedCache, Tap, project
-from buddy.routing.marks import CACHE, DECISION, GATHER, mark
-from buddy.routing.plan import Plan, Rows, plan
 from buddy.routing.policy import Policy
+from buddy.routing.profiling import CACHE, DECISION, GATHER, mark
+from buddy.routing.schedule import Plan, Rows, plan
 from buddy.routing.shared import Sharing, decide, decide_each
 from buddy.routing.trace import Trace
-from buddy.routing.twin import twin
 from buddy.routing.types import Block, CausalLM, Decoder
+from buddy.routing.views import twin
 from buddy.settings import MODEL_TYPES
 
 KeysValues = tuple[Tensor, Tensor]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from buddy.routing.marks import CACHE, mark
-from buddy.routing.plan import Rows
+from buddy.routing.profiling import CACHE, mark
+from buddy.routing.schedule import Rows
 from buddy.routing.types import CausalLM
 
 
@@ -132,7 +132,7 @@ class RoutedCache(Cache):
         present: (L, B, capacity) boolean under ``mask``: where a block has K/V. None until a route is recorded.
         complete: per block, whether no position of it is missing: known on the host, so that no step has to ask.
         routing: the policy's state and the current route, kept by the engine.
-        graph: captured decode steps (`buddy.routing.graph`), or None.
+        graph: captured decode steps (`buddy.routing.graphs.decoder`), or None.
     """
 
     capacity: int = _of_extent("capacity")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from buddy.errors import UserError, choices
-from buddy.routing import decoders, inputs, options
+from buddy.routing import inputs, options
 from buddy.routing.budget import Budget
 from buddy.routing.engine import Routing, check_supported, routed
+from buddy.routing.graphs import decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.options import Options
 from buddy.routing.policy import Policy

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from buddy.errors import UserError
 from buddy.routing.budget import Budget, executed_per_sequence
-from buddy.routing.decision import keep_top
 from buddy.routing.policy import Choices, Policy
+from buddy.routing.ranking import keep_top
 
 
 @dataclass(frozen=True)

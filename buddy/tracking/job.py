@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from buddy import records
-from buddy.config import digest
-from buddy.settings import Tracking
+from buddy.storage.digests import digest
+from buddy.study import records
+from buddy.study.settings import Tracking
 from buddy.tracking.lineage import Thing, things
 from buddy.tracking.modes import Mode, check_reachable, choose_mode, in_one_line, keep_key_out_of_logs, warn
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from buddy import records
-from buddy.config import digest
+from buddy.storage.digests import digest
+from buddy.study import records
 
 ROOMS = {
     "backbones": "backbone",

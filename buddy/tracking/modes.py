@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from buddy.errors import UserError
-from buddy.settings import Tracking
+from buddy.study.settings import Tracking
 
 log = logging.getLogger("buddy.tracking")
 

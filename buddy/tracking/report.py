@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from buddy import records
-from buddy.config import Config
 from buddy.errors import UserError
-from buddy.settings import Ablation, Variant
+from buddy.study import records
+from buddy.study.config import Config
+from buddy.study.settings import Ablation, Variant
 from buddy.tracking.modes import in_one_line
 
 PAGE = "report.json"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from buddy import records
+from buddy.study import records
 from buddy.tracking import modes
 
 SENT = "sent.json"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from buddy.config import digest
+from buddy.storage.digests import digest
 
 SAMPLES = 4096
 """Values of a tensor that are looked at: of two models one tensor is never the same in all of them but by being it."""

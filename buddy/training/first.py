@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from buddy.checkpoints import FOLDER, Checkpoints
-from buddy.config import digest
 from buddy.policies.first import FirstPolicy, FirstState
 from buddy.routing.engine import Routing
+from buddy.storage.checkpoints import FOLDER, Checkpoints
+from buddy.storage.digests import digest
 from buddy.training import fingerprints
 from buddy.training.examples import encode
 from buddy.training.job import Job, OnLog

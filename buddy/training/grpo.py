@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from buddy.checkpoints import Checkpoints
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.types import CausalLM
 from buddy.settings import READ_BY_PRESET, Predictor
+from buddy.storage.checkpoints import Checkpoints
 from buddy.training import divergence, fingerprints
-from buddy.training.rewards import Rollouts, Row
+from buddy.training.depth_losses import Rollouts, Row
 
 OnLog = Callable[[int, dict[str, float]], None]
 

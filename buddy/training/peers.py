@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from buddy.baselines.pudding import Omission, pool
 from buddy.data.choices import training_items
-from buddy.peers.pudding import Omission, pool
 from buddy.policies.first import FirstPolicy
 from buddy.policies.pudding import PuddingPolicy
 from buddy.policies.static import StaticPolicy
@@ -43,7 +43,7 @@ def pudding(job: Job, omissions: Sequence[Omission], settings: Pudding, tasks: P
 
     Args:
         job: what every peer is given.
-        omissions: orders of removal, from `buddy.peers.pudding.find_pool`.
+        omissions: orders of removal, from `buddy.baselines.pudding.find_pool`.
         settings: the section `pudding`.
         tasks: folder of the data sets that the router learns from.
     """

@@ -1,7 +1,7 @@
 """Training of the budget predictor on a finished run: backbone and router stay as they are (paper sec. 4.4).
 
 Two presets. ``paper`` is GRPO with every published value (`buddy.training.grpo`). ``tuned`` takes the exact expectation
-over a coarse grid of depths, at any price (`buddy.training.priced`).
+over a coarse grid of depths, at any price (`buddy.training.tuned_predictor`).
 
 Why not TRL's `GRPOTrainer`: its actions are tokens. It generates completions with the model it trains, scores their text
 and differentiates through their log-probabilities; here an action is a depth, the response is given, and no gradient
@@ -26,8 +26,8 @@ from buddy.policies.predictor import BudgetPredictor
 from buddy.routing.budget import round_half_up
 from buddy.routing.types import CausalLM
 from buddy.settings import PREDICTOR_PRESETS, Predictor
-from buddy.training import grpo, priced
-from buddy.training.rewards import Row, loss_table
+from buddy.training import grpo, tuned_predictor
+from buddy.training.depth_losses import Row, loss_table
 
 TUNED_EXAMPLES = 2000
 """Examples of each data set that preset ``tuned`` takes where nothing else is said: all their losses are measured."""
@@ -41,7 +41,7 @@ class Fitted:
     """Outcome of a predictor's training.
 
     Attributes:
-        curve: a point per log line (`grpo.train`, `priced.fit`).
+        curve: a point per log line (`grpo.train`, `tuned_predictor.fit`).
         steps: updates of ``paper``, passes of ``tuned``.
         kept: the step whose state is the result: the last one of ``paper``, of ``tuned`` the best on held-out prompts.
     """
@@ -98,7 +98,7 @@ def train(
     Args:
         backbone: frozen causal language model, with its adapter.
         policy: on the backbone's device; it gets the predictor, and nothing else of it changes.
-        rows: examples, from `buddy.training.responses`.
+        rows: examples, from `buddy.training.predictor_examples`.
         preset: ``paper`` or ``tuned``.
         settings: the section `predictor` of the study.
         most_removed: blocks left out at most in the run's own training.
@@ -112,14 +112,16 @@ def train(
         if preset == "paper":
             predictor = BudgetPredictor(policy.width, depths, preset, hidden=policy.rank)
         else:
-            predictor = BudgetPredictor(policy.width, depths, preset, hidden=priced.HIDDEN, price=settings.price)
+            predictor = BudgetPredictor(
+                policy.width, depths, preset, hidden=tuned_predictor.HIDDEN, price=settings.price
+            )
     if preset == "paper":
         policy.predictor = predictor.to(backbone.device)
         curve = grpo.train(backbone, policy, rows, settings, folder / FOLDER, seed, on_log)
         kept = curve[-1]["step"]
     else:
         contexts, losses = loss_table(backbone, policy, rows, depths, settings.table_batch, folder / FOLDER)
-        curve, kept = priced.fit(predictor, contexts, losses, policy.blocks, settings, seed, on_log)
+        curve, kept = tuned_predictor.fit(predictor, contexts, losses, policy.blocks, settings, seed, on_log)
         policy.predictor = predictor.to(backbone.device)
     policy.requires_grad_(False)
     return Fitted(curve, curve[-1]["step"], kept)

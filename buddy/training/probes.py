@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from buddy.policies.buddy import BuddyPolicy
-from buddy.routing.decision import first_places, keep_top
+from buddy.routing.blocks import Stack
 from buddy.routing.padding import leading, padded
 from buddy.routing.policy import Policy
-from buddy.routing.stack import Stack
+from buddy.routing.ranking import first_places, keep_top
 from buddy.routing.types import CausalLM
 
 PROMPTS = 64

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from buddy.checkpoints import FOLDER, Checkpoints
-from buddy.config import digest
+from buddy.baselines.pudding import Answers, by_length, outputs_without
 from buddy.data.choices import Item, Tokens
 from buddy.errors import UserError
-from buddy.peers.pudding import Answers, by_length, outputs_without
 from buddy.policies.pudding import BACKBONE, PuddingPolicy, StateReader, TextReader
+from buddy.routing.blocks import Stack
 from buddy.routing.padding import leading, padded
-from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 from buddy.settings import Pudding
+from buddy.storage.checkpoints import FOLDER, Checkpoints
+from buddy.storage.digests import digest
 from buddy.training import divergence, fingerprints
 
 logger = logging.getLogger(__name__)

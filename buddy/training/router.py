@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from buddy.checkpoints import FOLDER, Checkpoints
 from buddy.data.templates import Example
 from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
-from buddy.routing.decision import ranking
+from buddy.routing.ranking import ranking
 from buddy.routing.types import CausalLM
 from buddy.settings import Router, Training
+from buddy.storage.checkpoints import FOLDER, Checkpoints
 from buddy.training import choosing, fingerprints
 from buddy.training.examples import encode
 from buddy.training.orders import Search, route

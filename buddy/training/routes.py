@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from buddy.routing.decision import source_feature
+from buddy.policies.decision import source_feature
+from buddy.routing.blocks import Stack
 from buddy.routing.padding import leading, padded
-from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 from buddy.training import loss as losses
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buddy import checkpoints
-from buddy.checkpoints import Checkpoints
 from buddy.data.templates import Example
 from buddy.routing.engine import Routing, routed
 from buddy.routing.policy import Policy
 from buddy.routing.types import CausalLM
 from buddy.settings import Training
+from buddy.storage import checkpoints
+from buddy.storage.checkpoints import Checkpoints
 from buddy.training import divergence, fingerprints
 from buddy.training import loss as losses
 from buddy.training.examples import Collator, encode

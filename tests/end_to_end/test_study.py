@@ -11,7 +11,7 @@ import pytest
 import yaml
 from checkout import clone, planned, snakemake
 
-from buddy.records import Record, find
+from buddy.study.records import Record, find
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes on two free cores, and more on busy ones
 

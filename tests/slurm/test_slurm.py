@@ -10,7 +10,7 @@ import slurmd
 import watch
 from checkout import clone
 
-from buddy import config, records
+from buddy.study import config, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 

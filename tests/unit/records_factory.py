@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from buddy.config import Config, Run, parse
-from buddy.records import Budget, Record, write_json
 from buddy.settings import TASKS
+from buddy.storage.files import write_json
+from buddy.study.config import Config, Run, parse
+from buddy.study.records import Budget, Record
 
 FOUR = ("openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 CHANCE = {task: 1 / 4 if task in FOUR else 1 / 2 for task in TASKS} | {"siqa": 1 / 3}

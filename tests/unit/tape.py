@@ -94,7 +94,7 @@ class Graph(TorchDispatchMode):
 
 
 class Tape:
-    """Stands in for `buddy.routing.capture.Recorder`.
+    """Stands in for `buddy.routing.graphs.recording.Recorder`.
 
     Args:
         late: work that runs beside the main stream runs as late as it may, not as early.

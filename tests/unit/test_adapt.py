@@ -26,8 +26,8 @@ from buddy.errors import BudgetError, UserError
 from buddy.evaluation import accuracy
 from buddy.evaluation.harness import BuddyLM
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.settings import Evaluation, Training
+from buddy.study.records import Record
 from buddy.training import sft
 from buddy.training.recipe import Recipe
 

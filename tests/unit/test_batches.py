@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from buddy.policies.static import StaticPolicy
 from buddy.routing.attention import attend_rows
 from buddy.routing.engine import Routing, routed
-from buddy.routing.plan import Rows, grouping_pays, plan
+from buddy.routing.schedule import Rows, grouping_pays, plan
 
 KV = ("zero", "mask", "project")
 CPU = torch.device("cpu")

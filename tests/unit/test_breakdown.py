@@ -27,10 +27,10 @@ from buddy.evaluation.breakdown import (
     stretches,
 )
 from buddy.policies.buddy import BuddyPolicy
-from buddy.records import Record
 from buddy.routing.kv import BlockCache
 from buddy.routing.model import RoutedModel
 from buddy.settings import Breakdown
+from buddy.study.records import Record
 
 PARTS = COMPONENTS[:-1]
 SLEEP_MS = 50

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from records_factory import Maker, demo
 
-from buddy import check, checkpoints, config, manifest, progress
-from buddy.records import Record, write_json
+from buddy.storage import checkpoints
+from buddy.storage.files import write_json
+from buddy.study import check, config, manifest, progress
+from buddy.study.records import Record
 
 RUN = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
 ACCURACY = f"records/accuracy/{RUN}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from buddy.checkpoints import Checkpoints, Damaged, found_below, made_by
+from buddy.storage.checkpoints import Checkpoints, Damaged, found_below, made_by
 from buddy.training import fingerprints
 
 MADE_BY = {"settings": {"rate": 0.1, "sets": [(1, 2), (3,)]}, "seed": 0}

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buddy.policies.buddy import BuddyPolicy
-from buddy.routing.decision import DecisionModule, RunningMean, first_places, keep_top, source_feature, straight_through
-from buddy.routing.priors import normalise, standardise
+from buddy.policies.decision import DecisionModule, RunningMean, source_feature, straight_through
+from buddy.policies.priors import normalise, standardise
+from buddy.routing.ranking import first_places, keep_top
 
 
 @settings(deadline=None, max_examples=50)

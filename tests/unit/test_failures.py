@@ -5,7 +5,7 @@ import os
 import pytest
 
 from buddy import cli
-from buddy.failures import Failure, summary
+from buddy.study.failures import Failure, summary
 
 BAR = "  0%|   | 0/8\r 12%|#  | 1/8\r"
 

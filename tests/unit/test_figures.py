@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
 
-from buddy.config import parse
 from buddy.errors import UserError
-from buddy.reporting import figure_names, figures, frame, published, study, style, write
+from buddy.reporting import figures, frame, published, study, style, write
 from buddy.reporting.importance_figures import removal_orders
-from buddy.settings import METHODS
+from buddy.study import planned_figures
+from buddy.study.config import parse
+from buddy.study.settings import METHODS
 
 NAME = "smollm2-135m"
 
@@ -123,7 +124,7 @@ def words(figure) -> str:
     return " ".join(text.get_text() for axes in figure.axes for text in [axes.title, *axes.texts])
 
 
-@pytest.mark.parametrize("name", figure_names.NAMES)
+@pytest.mark.parametrize("name", planned_figures.NAMES)
 def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str) -> None:
     assert "not measured" in words(drawn(small, name)).replace("\n", " ")
     paths = write.figure(study.load(small.folder), name)
@@ -132,9 +133,9 @@ def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str
 
 def test_planned_figures_need_what_they_show() -> None:
     everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 5, 6, 9, 10, 11, 12, 13)), "ablation"}
-    assert set(figure_names.planned(parse(paper(methods=EVERY_METHOD)))) == everything
+    assert set(planned_figures.planned(parse(paper(methods=EVERY_METHOD)))) == everything
     orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb"], "lengths": [256, 272]}
-    assert set(figure_names.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
+    assert set(planned_figures.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
         *everything,
         *("figure2", "figure7", "figure8"),
     }
@@ -142,34 +143,34 @@ def test_planned_figures_need_what_they_show() -> None:
     content["study"]["ablations"] = []
     content["study"]["main"] = {"prior": "none"}
     del content["study"]["tables"]["table6"]
-    assert figure_names.planned(parse(content)) == ["accuracy_vs_budget"]
+    assert planned_figures.planned(parse(content)) == ["accuracy_vs_budget"]
     # Three depths: there is no fourth to draw.
-    assert "figure11" not in figure_names.planned(parse(demo()))
-    assert "figure6" in figure_names.planned(parse(demo()))
+    assert "figure11" not in planned_figures.planned(parse(demo()))
+    assert "figure6" in planned_figures.planned(parse(demo()))
 
 
 def test_what_is_ranked_for_each_figure() -> None:
     asked = {"indicators": ["cosine", "taylor"], "corpora": ["ptb", "texts/book.txt"], "lengths": [256, 272]}
     config = parse({**paper(), "orders": {"backbones": ["qwen2.5-7b"], **asked}})
-    own = {one.removeprefix("backbone~qwen2.5-7b/") for one in figure_names.orders(config, "figure8")}
+    own = {one.removeprefix("backbone~qwen2.5-7b/") for one in planned_figures.orders(config, "figure8")}
     assert own == {
         *("indicator~cosine.json", "corpus~ptb/indicator~cosine.json"),
         "corpus~book/indicator~cosine.json",
     }
-    assert figure_names.orders(config, "figure7") == [
+    assert planned_figures.orders(config, "figure7") == [
         f"backbone~qwen2.5-7b/corpus~{name}/indicator~taylor.json" for name in ("ptb", "book")
     ]
-    assert figure_names.orders(config, "figure2") == [
+    assert planned_figures.orders(config, "figure2") == [
         f"backbone~qwen2.5-7b/length~{length}/indicator~taylor.json" for length in (256, 272)
     ]
     # Figure 1 shows what the runs of the ablations' backbone fuse, and what is looked at besides.
-    assert set(figure_names.orders(config, "figure1")) == {
+    assert set(planned_figures.orders(config, "figure1")) == {
         *(f"backbone~llama2-7b/indicator~{name}.json" for name in ("delta_ppl", "taylor")),
         "backbone~qwen2.5-7b/indicator~taylor.json",
     }
     assert ("qwen2.5-7b", "cosine") in config.importances()
     nothing = parse({**paper(), "orders": {"backbones": [], **asked}})
-    assert [figure_names.orders(nothing, name) for name in ("figure2", "figure7", "figure8")] == [[], [], []]
+    assert [planned_figures.orders(nothing, name) for name in ("figure2", "figure7", "figure8")] == [[], [], []]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from buddy import policies, runs
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.errors import BudgetError, UserError
 from buddy.policies.first import START, FirstPolicy
-from buddy.routing.decoders import Decoders
 from buddy.routing.engine import Routing, routed
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced

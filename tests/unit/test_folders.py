@@ -8,9 +8,10 @@ import pytest
 from command_line import buddy
 from models import saved, tiny, with_router
 
-from buddy import folders, runs
+from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.errors import UserError
+from buddy.storage import folders
 
 ROW = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
 

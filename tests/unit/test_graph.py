@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.routing import decoders, graph
-from buddy.routing.decoders import Decoders
+from buddy.routing.graphs import decoder, decoders
+from buddy.routing.graphs.decoders import Decoders
+from buddy.routing.graphs.kernels import lean
+from buddy.routing.graphs.steps import ALL, NONE, SOME, Pieces
 from buddy.routing.kv import RoutedCache
-from buddy.routing.lean import lean
 from buddy.routing.model import RoutedModel
-from buddy.routing.pieces import ALL, NONE, SOME, Pieces
 
 KV = ("zero", "mask", "project")
 CUDA = torch.cuda.is_available()
@@ -223,8 +223,8 @@ def test_each_block_is_captured_once_per_window_and_nothing_at_later_steps(kv, m
 @pytest.mark.parametrize("how", ["recompute", "reuse"])
 @pytest.mark.parametrize("kv", KV)
 def test_a_path_walked_for_long_becomes_one_graph(how, kv, monkeypatch):
-    monkeypatch.setattr(graph, "PATH_STEPS", 3)
-    monkeypatch.setattr(graph, "KEPT_PATHS", 2)
+    monkeypatch.setattr(decoder, "PATH_STEPS", 3)
+    monkeypatch.setattr(decoder, "KEPT_PATHS", 2)
     model = routed(tiny(blocks=12, seed=3), kv=kv)
     for batch, budgets in ((1, 0.5), (3, [0.5, 1.0, 0.75])):
         ids, mask = prompts(batch)

@@ -12,8 +12,8 @@ from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.importance import importance as command
 from buddy.errors import UserError
 from buddy.importance import INDICATORS, estimate, windows
-from buddy.records import Record, find
 from buddy.reporting import frame
+from buddy.study.records import Record, find
 
 IDS = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 

@@ -16,18 +16,18 @@ from tape import Tape
 from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.commands.latency import latency as command
-from buddy.config import parse
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import latency
 from buddy.evaluation.latency import Entry, Racer, batches, benchmark, contender, heats, race, usable_engines
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record, find
-from buddy.routing.decoders import Decoders
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 from buddy.settings import Latency
+from buddy.study.config import parse
+from buddy.study.records import Record, find
 
 EXECUTIONS = ["dense", "sliced", "reuse", "recompute", "mixed"]
 PROMPTS = ["one prompt", "another, longer prompt", "third"]  # 10, 22 and 5 tokens, one per byte

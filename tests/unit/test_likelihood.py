@@ -18,8 +18,8 @@ from buddy.evaluation.likelihood import Mode
 from buddy.evaluation.passages import Passage
 from buddy.policies.first import FirstPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record, find
 from buddy.routing.model import RoutedModel
+from buddy.study.records import Record, find
 
 KV = ("zero", "mask", "project")
 DECODE = ("recompute", "reuse")

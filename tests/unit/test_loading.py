@@ -16,7 +16,7 @@ from buddy.backbones import fingerprint
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
-from buddy.records import Record
+from buddy.study.records import Record
 
 WEIGHTS = "model.safetensors"
 

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from buddy import locks, processes
 from buddy.errors import UserError
-from buddy.processes import Process
+from buddy.storage import locks, processes
+from buddy.storage.processes import Process
 
 HOLD = (
     "import sys; from buddy import locks\nwith locks.held(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"

@@ -12,8 +12,8 @@ from models import VOCABULARY, prompts, tiny, with_router
 from tape import Tape
 
 from buddy.evaluation.memory import Peak
-from buddy.routing import decoders
-from buddy.routing.decoders import Decoders
+from buddy.routing.graphs import decoders
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import AHEAD, RoutedModel
 

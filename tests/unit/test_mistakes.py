@@ -10,8 +10,9 @@ import pytest
 import yaml
 from command_line import buddy
 
-from buddy import cli, config
+from buddy import cli
 from buddy.errors import UserError
+from buddy.study import config
 
 ROOT = Path(__file__).resolve().parents[2]
 

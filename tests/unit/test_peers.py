@@ -10,16 +10,16 @@ from models import VOCABULARY, tiny
 from torch.nn.functional import cosine_similarity, cross_entropy
 from typer.testing import CliRunner
 
-from buddy import peers
+from buddy import baselines as peers
 from buddy.backbones.untrained import byte_tokenizer
+from buddy.baselines import calibrate
+from buddy.baselines.removal import lowest
 from buddy.cli import build
 from buddy.errors import UserError
 from buddy.importance import TAYLOR, estimate, windows
-from buddy.peers import calibrate
-from buddy.peers.removal import lowest
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.routing.model import RoutedModel
+from buddy.study.records import Record
 
 IDS = torch.randint(1, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 

@@ -24,15 +24,15 @@ from buddy.evaluation.harness import BuddyLM
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.predictor import BudgetPredictor, mean_feature
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.routing.budget import price_of
-from buddy.routing.decoders import Decoders
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
-from buddy.routing.marks import PREDICTOR
 from buddy.routing.model import RoutedModel
+from buddy.routing.profiling import PREDICTOR
 from buddy.settings import Breakdown, Predictor
-from buddy.training import grpo, predictor, priced, responses, rewards
-from buddy.training.rewards import Rollouts, loss_table
+from buddy.study.records import Record
+from buddy.training import depth_losses, grpo, predictor, predictor_examples, tuned_predictor
+from buddy.training.depth_losses import Rollouts, loss_table
 
 PAPER = {"depths": [3, 4, 5, 6, 7], "preset": "paper"}
 TUNED = {"depths": [3, 5, 7], "preset": "tuned", "hidden": 8, "price": 0.4}
@@ -89,7 +89,7 @@ def one_loss(model, row, depth):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("source", "feature"), [(1, "value"), (2, "key")])
 def test_the_table_has_the_losses_of_whole_passes(architecture, source, feature, monkeypatch):
-    monkeypatch.setattr(rewards, "HEAD_TOKENS", 2)
+    monkeypatch.setattr(depth_losses, "HEAD_TOKENS", 2)
     model = with_router(tiny(architecture), feature, source)
     examples, depths = rows(), [3, 4, 6, 7]
     contexts, losses = loss_table(model.backbone, model.policy, examples, depths, batch_size=4)
@@ -128,12 +128,12 @@ def test_what_depths_have_in_common_is_run_once():
 
 def test_a_table_is_not_measured_twice(tmp_path, monkeypatch):
     model = with_router(tiny())
-    monkeypatch.setattr(rewards, "SHARD", 2)
+    monkeypatch.setattr(depth_losses, "SHARD", 2)
     first = loss_table(model.backbone, model.policy, rows(5), [3, 7], 2, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     (tmp_path / "losses-00001.safetensors").unlink()
     asked = []
-    monkeypatch.setattr(rewards, "Rollouts", lambda *given: asked.append(len(given[2])) or Rollouts(*given))
+    monkeypatch.setattr(depth_losses, "Rollouts", lambda *given: asked.append(len(given[2])) or Rollouts(*given))
     again = loss_table(model.backbone, model.policy, rows(5), [3, 7], 2, tmp_path)
     assert asked == [2]
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
@@ -296,7 +296,7 @@ def test_a_killed_paper_training_ends_as_an_uninterrupted_one(tmp_path):
 
 
 def test_a_killed_tuned_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "SHARD", 4)
+    monkeypatch.setattr(depth_losses, "SHARD", 4)
     whole, network = trained("tuned", tmp_path / "whole", epochs=3, depths=3)
     losses = []
 
@@ -306,7 +306,7 @@ def test_a_killed_tuned_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
             raise KeyboardInterrupt
         return Rollouts(*given)
 
-    monkeypatch.setattr(rewards, "Rollouts", dies)
+    monkeypatch.setattr(depth_losses, "Rollouts", dies)
     with pytest.raises(KeyboardInterrupt):
         trained("tuned", tmp_path / "cut", epochs=3, depths=3)
     resumed, again = trained("tuned", tmp_path / "cut", epochs=3, depths=3)
@@ -341,7 +341,7 @@ def test_the_tuned_gradient_is_that_of_the_expectation():
         return total + np.mean((estimated - scaled.numpy()) ** 2)
 
     network.rise.copy_(torch.tensor([1, 0.5, 0]))
-    loss = priced.objective(network, contexts, scaled, prices)
+    loss = tuned_predictor.objective(network, contexts, scaled, prices)
     assert loss.item() == pytest.approx(objective(start), rel=1e-9)
     loss.backward()
     for name, value in start.items():
@@ -364,7 +364,7 @@ def toy(count, seed):
 def test_it_learns_which_prompts_need_depth():
     torch.manual_seed(0)
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)
-    curve, kept = priced.fit(network, *toy(400, 0), 7, Predictor(epochs=100))
+    curve, kept = tuned_predictor.fit(network, *toy(400, 0), 7, Predictor(epochs=100))
     contexts, losses = toy(300, 1)
     chosen = network.choose(contexts, 0.5)
     right = torch.where(contexts[:, 0] > 0, 7, 3)
@@ -392,7 +392,7 @@ def test_what_cannot_be_told_apart_is_not_said_to_beat_constants():
     torch.manual_seed(0)
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)
     _, losses = toy(400, 0)
-    priced.fit(network, torch.randn(400, 8), losses, 7, Predictor(epochs=20))
+    tuned_predictor.fit(network, torch.randn(400, 8), losses, 7, Predictor(epochs=20))
     found = budgets.measure(network, torch.randn(300, 8), full_table(toy(300, 1)[1]), 7, resamples=200)
     assert not found["beats_constant"]
     assert abs(found["gain"]["value"]) < 0.15
@@ -403,7 +403,7 @@ def test_a_price_is_from_quality_alone_to_depth_alone():
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)
     contexts, losses = toy(200, 0)
     losses += torch.tensor([0.6, 0.3, 0.0])  # depth is worth something to everybody
-    priced.fit(network, contexts, losses, 7, Predictor(epochs=40))
+    tuned_predictor.fit(network, contexts, losses, 7, Predictor(epochs=40))
     means = [network.choose(contexts, price).double().mean().item() for price in (0.0, 0.3, 0.6, 1.0)]
     assert means == sorted(means, reverse=True)
     assert means[0] > 6.5
@@ -413,14 +413,14 @@ def test_a_price_is_from_quality_alone_to_depth_alone():
 def test_losses_are_measured_from_full_depth_in_units_of_the_shallowest():
     network = BudgetPredictor(2, [3, 5, 7], "tuned", price=0.5)
     contexts = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-    scaled = priced.prepare(network, contexts, torch.tensor([[5.0, 3.0, 2.0], [9.0, 6.0, 5.0]]).double())
+    scaled = tuned_predictor.prepare(network, contexts, torch.tensor([[5.0, 3.0, 2.0], [9.0, 6.0, 5.0]]).double())
     nats = (3 + 4) / 2
     torch.testing.assert_close(scaled, torch.tensor([[3.0, 1.0, 0.0], [4.0, 1.0, 0.0]]) / nats)
     assert network.nats.item() == pytest.approx(nats)
     torch.testing.assert_close(network.rise, torch.tensor([3.5, 1.0, 0.0]) / nats)
     assert network.mean.tolist() == [2, 5]
     flat = torch.tensor([[1.0, 3.0, 2.0], [6.0, 6.0, 5.0]]).double()  # depth is worth nothing on average
-    priced.prepare(network, contexts, flat)
+    tuned_predictor.prepare(network, contexts, flat)
     assert network.nats.item() == pytest.approx(0.1)
     assert network.scale[0].item() == 1
 
@@ -428,7 +428,7 @@ def test_losses_are_measured_from_full_depth_in_units_of_the_shallowest():
 def test_too_few_examples_are_refused():
     network = BudgetPredictor(8, [3, 5, 7], "tuned", price=0.5)
     with pytest.raises(UserError, match="examples: 3 prompts"):
-        priced.fit(network, *toy(3, 0), 7, Predictor())
+        tuned_predictor.fit(network, *toy(3, 0), 7, Predictor())
 
 
 # ---- in use --------------------------------------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def test_the_harness_leaves_the_budget_to_it():
 def test_a_saved_predictor_says_the_same(tmp_path, settings):
     model = decided(settings)
     if model.policy.predictor.priced:
-        priced.prepare(model.policy.predictor, torch.randn(5, 16), torch.randn(5, 3))
+        tuned_predictor.prepare(model.policy.predictor, torch.randn(5, 16), torch.randn(5, 3))
     folder, run = tmp_path / "backbone", tmp_path / "run"
     model.backbone.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -702,21 +702,21 @@ def study(tmp_path_factory):
 
 def test_the_last_fifth_is_kept_back(study):
     tokenizer = byte_tokenizer()
-    learnt = responses.training_rows(study / "alpaca", tokenizer, None, 4096)
-    known = responses.fingerprints([study / "alpaca", study / "piqa"])
+    learnt = predictor_examples.training_rows(study / "alpaca", tokenizer, None, 4096)
+    known = predictor_examples.fingerprints([study / "alpaca", study / "piqa"])
     assert list(known) == ["alpaca"]
-    held, which = responses.held_out_rows(study / "alpaca", tokenizer, None, 4096, known)
+    held, which = predictor_examples.held_out_rows(study / "alpaca", tokenizer, None, 4096, known)
     assert which == "held back"
     assert len(held) == 44 == 220 - len(learnt)
     assert not {tuple(row["input_ids"]) for row in held} & {tuple(row["input_ids"]) for row in learnt}
-    everything, which = responses.held_out_rows(study / "alpaca", tokenizer, None, 4096, {})
+    everything, which = predictor_examples.held_out_rows(study / "alpaca", tokenizer, None, 4096, {})
     assert (len(everything), which) == (220, "all rows")
-    questions, which = responses.held_out_rows(study / "piqa", tokenizer, 5, 4096, known)
+    questions, which = predictor_examples.held_out_rows(study / "piqa", tokenizer, 5, 4096, known)
     assert (len(questions), which) == (5, "evaluation split")
     row = json.loads((study / "piqa/validation.jsonl").read_text().split("\n")[0])
     text = tokenizer.decode(questions[0]["input_ids"])
     assert text == f"Question: {row['goal']}\nAnswer: {row[('sol1', 'sol2')[int(row['label'])]]}"
-    assert len(responses.training_rows(study / "piqa", tokenizer, 3, 4096)) == 3
+    assert len(predictor_examples.training_rows(study / "piqa", tokenizer, 3, 4096)) == 3
 
 
 def command(*arguments):

@@ -3,8 +3,8 @@
 import pytest
 from checkout import ROOT
 
-from buddy import limits, preflight
-from buddy.preflight import Asked
+from buddy.study import limits, preflight
+from buddy.study.preflight import Asked
 
 ANSWERS = {
     "scontrol": """case "$*" in

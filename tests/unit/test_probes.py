@@ -14,10 +14,10 @@ from buddy.backbones.untrained import byte_tokenizer
 from buddy.cli import build
 from buddy.data import materialise
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.routing.engine import Routing, routed
 from buddy.runs import RunInfo
 from buddy.settings import Training
+from buddy.study.records import Record
 from buddy.training import sft
 from buddy.training.examples import encode
 from buddy.training.probes import PROMPTS, Probes, figures

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from buddy import config, progress
-from buddy.config import Config
+from buddy.study import config, progress
+from buddy.study.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"

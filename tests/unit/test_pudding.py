@@ -18,13 +18,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 import buddy
 from buddy import data, runs
 from buddy.backbones.untrained import byte_tokenizer
+from buddy.baselines.pudding import Omission, find_pool, pool
 from buddy.data.choices import Item, training_items
 from buddy.data.tasks import STOCK, tasks
 from buddy.errors import BudgetError, UserError
-from buddy.peers.pudding import Omission, find_pool, pool
 from buddy.policies.pudding import PuddingPolicy
-from buddy.routing.decoders import Decoders
 from buddy.routing.engine import Routing, routed
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Policy

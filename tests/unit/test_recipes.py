@@ -10,16 +10,17 @@ from command_line import buddy
 from records_factory import Maker, demo, paper
 from safetensors.torch import load_file
 
-from buddy import config, load
+from buddy import load
 from buddy.commands.train import fit_depths
-from buddy.config import Config, Run, parse
 from buddy.errors import UserError
-from buddy.records import Record
 from buddy.reporting import ablation_figure, figures, published, significance, study, style, tables
 from buddy.reporting.accuracy_figure import _marks
 from buddy.reporting.labels import series_labels
 from buddy.reporting.likelihood_table import _variants
 from buddy.runs import RunInfo
+from buddy.study import config
+from buddy.study.config import Config, Run, parse
+from buddy.study.records import Record
 from buddy.tracking import report
 
 NAME = "smollm2-135m"

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from buddy.errors import UserError
-from buddy.records import SCHEMA, Budget, Record, commit, environment, find, write_json
+from buddy.storage.files import write_json
+from buddy.study.records import SCHEMA, Budget, Record, commit, environment, find
 
 
 def record(**changes):

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.errors import UserError
 from buddy.policies.buddy import BuddyPolicy
+from buddy.policies.decision import DecisionModule
 from buddy.routing import kv
-from buddy.routing.decision import DecisionModule
 from buddy.settings import Router, Training
 from buddy.training import choosing, router
 from buddy.training.orders import Search, route

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from buddy.errors import UserError
 from buddy.policies.first import FirstPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.routing.decision import first_places, keep_top
-from buddy.routing.decoders import Decoders
+from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Choices
+from buddy.routing.ranking import first_places, keep_top
 from buddy.routing.shared import Sharing, nested, pooled
 
 KV = ("zero", "mask", "project")

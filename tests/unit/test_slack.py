@@ -13,8 +13,8 @@ from buddy.backbones.untrained import byte_tokenizer
 from buddy.evaluation import likelihood
 from buddy.evaluation.likelihood import Mode
 from buddy.evaluation.passages import Passage
-from buddy.records import Budget, Record
 from buddy.routing.model import RoutedModel
+from buddy.study.records import Budget, Record
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -19,10 +19,10 @@ from buddy.evaluation import accuracy
 from buddy.evaluation.harness import BuddyLM
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 from buddy.settings import Generation
+from buddy.study.records import Record
 
 # Question, right answer, what the model has learnt to say, and whether each of the two filters finds the answer in it.
 ITEMS = [

@@ -14,9 +14,9 @@ from buddy.commands.rouge import rouge as command
 from buddy.data import inputs, materialise
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import summaries, traces
-from buddy.records import Record, find
 from buddy.reporting import frame
 from buddy.settings import Summaries
+from buddy.study.records import Record, find
 
 PAIRS = [
     ("Ann: tea? Bob: yes.\n\nSummary:\n", "Ann and Bob have tea."),

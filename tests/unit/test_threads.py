@@ -10,7 +10,7 @@ from models import prompts, tiny, with_router
 
 from buddy.policies.static import StaticPolicy
 from buddy.routing.engine import Routing, routed
-from buddy.routing.lean import lean
+from buddy.routing.graphs.kernels import lean
 from buddy.routing.model import RoutedModel
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False}

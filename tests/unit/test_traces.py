@@ -14,10 +14,10 @@ from buddy.data.tasks import tasks
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import traces
 from buddy.policies.static import StaticPolicy
-from buddy.records import Record
 from buddy.routing.model import RoutedModel
 from buddy.routing.trace import Trace as Routes
 from buddy.settings import Trace
+from buddy.study.records import Record
 
 PROMPTS = ["one prompt", "another, longer prompt", "third", "What is it?", "a"]
 SETTINGS = Trace(prompts=5, new_tokens=9, batch_size=3)

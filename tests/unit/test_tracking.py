@@ -23,9 +23,10 @@ import pytest
 import wandb
 from wandb_server import KEY, WandbServer
 
-from buddy import config, tracking
+from buddy import tracking
 from buddy.errors import UserError
-from buddy.settings import Tracking
+from buddy.study import config
+from buddy.study.settings import Tracking
 from buddy.tracking import job as jobs
 from buddy.tracking import lineage, modes, report, sync
 
@@ -136,7 +137,7 @@ def test_an_exception_passes_and_marks_the_run(tmp_path: Path) -> None:
 KILLED = """
 import json, pathlib, sys, time
 from buddy import tracking
-from buddy.settings import Tracking
+from buddy.study.settings import Tracking
 job, folder = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])
 with tracking.track("train", **job, folder=folder, settings=Tracking(mode="offline")) as tracker:
     for step in range(5):
@@ -201,7 +202,7 @@ def test_disabled_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib
 from buddy import tracking
-from buddy.settings import Tracking
+from buddy.study.settings import Tracking
 with tracking.track("train", **{JOB!r}, folder=pathlib.Path({str(tmp_path / "wandb")!r}), settings=Tracking(mode="online")) as tracker:
     tracker.log({{"loss": 1.0}}, step=0)
     tracker.summary({{"loss": 1.0}})

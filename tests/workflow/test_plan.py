@@ -14,7 +14,7 @@ import yaml
 from checkout import ROOT, clone, planned, snakemake
 from records_factory import Maker
 
-from buddy import config
+from buddy.study import config
 
 
 @pytest.fixture(scope="module")

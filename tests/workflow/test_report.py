@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT, clone, planned, snakemake
 
-from buddy import config, progress
+from buddy.study import config, progress
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,11 @@ import yaml
 from checkout import planned, snakemake
 from finished import ACCURACY, RUN, SMALL, STUDY
 
-from buddy import notes
-from buddy.config import digest, merge, parse
-from buddy.processes import Process
-from buddy.records import write_json
+from buddy.storage.digests import digest
+from buddy.storage.files import write_json
+from buddy.storage.processes import Process
+from buddy.study import sessions
+from buddy.study.config import merge, parse
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def folder(made, tmp_path):
 def session(folder, process, **fields):
     """As a call of Snakemake notes itself."""
     os.chdir(folder)
-    one = notes.Session(process, "small", "snakemake", **fields)
+    one = sessions.Session(process, "small", "snakemake", **fields)
     one.write()
     return one
 
@@ -69,7 +70,7 @@ def gone():
 
 
 def _started(pid):
-    from buddy import processes
+    from buddy.storage import processes
 
     return processes._started(pid)
 

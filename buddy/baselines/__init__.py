@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from buddy.baselines import shortened_llama, shortgpt, sleb
+from buddy.baselines.removal import Peer, Removal
 from buddy.errors import UserError, unknown
-from buddy.peers import shortened_llama, shortgpt, sleb
-from buddy.peers.removal import Peer, Removal
 from buddy.routing.types import CausalLM
 
 METHODS: dict[str, dict[str, Peer]] = {

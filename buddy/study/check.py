@@ -1,7 +1,7 @@
 """A study read whole: every record, run and checkpoint, and what of it is missing, damaged or of other settings.
 
 Planning looks at names, sizes and ends of files. Here everything is opened: files against the list that their job left
-(`buddy.manifest`), records against their schema and against the path they stand in, runs and checkpoints against the
+(`buddy.study.manifest`), records against their schema and against the path they stand in, runs and checkpoints against the
 study's settings. No torch is needed.
 """
 
@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from buddy import checkpoints, manifest, progress
-from buddy.config import Config, Run, differences
 from buddy.errors import UserError
-from buddy.records import Record, find
-from buddy.settings import NOT_OF_PEERS
+from buddy.storage import checkpoints
+from buddy.storage.digests import differences
+from buddy.study import manifest, progress
+from buddy.study.config import Config, Run
+from buddy.study.records import Record, find
+from buddy.study.settings import NOT_OF_PEERS
 
 Kind = Literal["missing", "damaged", "other settings"]
 

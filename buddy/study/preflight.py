@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from buddy import limits
-from buddy.config import Config
 from buddy.errors import UserError
-from buddy.processes import query
+from buddy.storage.processes import query
+from buddy.study import limits
+from buddy.study.config import Config
 
 PROFILE = "workflow/profiles/slurm/config.yaml"
 

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from buddy.baselines.removal import Peer, Removal, lowest
 from buddy.importance import estimate, removal_ppl
-from buddy.peers.removal import Peer, Removal, lowest
 from buddy.routing.types import CausalLM
 
 FIRST_FOUR_LAST_TWO = (0, 1, 2, 3, -2, -1)

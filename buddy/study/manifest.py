@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from buddy import checkpoints
-from buddy.records import write_json
+from buddy.storage import checkpoints
+from buddy.storage.files import write_json
 
 NAME = ".files.json"
 
@@ -60,7 +60,7 @@ def lacking(folder: Path, by_content: bool = False) -> list[str]:
 
 
 def cut_short(path: Path) -> bool:
-    """Whether a JSON file that `buddy.records.write_json` wrote has lost its end; looks at its last bytes alone."""
+    """Whether a JSON file that `buddy.study.records.write_json` wrote has lost its end; looks at its last bytes alone."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 16))
         end = stream.read().rstrip()

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from buddy.baselines.removal import Peer, Removal, lowest
 from buddy.importance import estimate
-from buddy.peers.removal import Peer, Removal, lowest
 from buddy.routing.types import CausalLM
 
 

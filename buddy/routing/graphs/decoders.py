@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from buddy.routing.capture import Recorder
-from buddy.routing.graph import FIRST_WINDOW, GraphCache, GraphDecoder
+from buddy.routing.graphs.decoder import FIRST_WINDOW, GraphCache, GraphDecoder
+from buddy.routing.graphs.recording import Recorder
 from buddy.routing.quantised import stored
 
 KEPT = 2

@@ -1,7 +1,7 @@
 """A recipe for the budget predictor that learns: the exact expectation over depths, at every price.
 
 What GRPO samples is measured once: the cross-entropy of each training response at each depth of a coarse grid
-(`buddy.training.rewards.loss_table`). From then on no backbone is needed, and the expected reward of a policy is a sum:
+(`buddy.training.depth_losses.loss_table`). From then on no backbone is needed, and the expected reward of a policy is a sum:
 
     reward(prompt, depth; price) = -((1 - price) * loss(prompt, depth) + price * cost(depth))
     loss of the network = -mean over prompts and prices of sum over depths of pi(depth | prompt, price) * reward

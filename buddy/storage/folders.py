@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from buddy.errors import UserError
-from buddy.records import check_writable, write_json
+from buddy.storage.files import check_writable, write_json
 
 MARK = ".buddy.json"
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from buddy.checkpoints import Checkpoints
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.predictor import mean_feature
-from buddy.routing.decision import ranking
+from buddy.routing.blocks import Stack
 from buddy.routing.padding import leading, padded
-from buddy.routing.stack import Stack
+from buddy.routing.ranking import ranking
 from buddy.routing.types import CausalLM
+from buddy.storage.checkpoints import Checkpoints
 from buddy.training import fingerprints
 
 Row = Mapping[str, Any]

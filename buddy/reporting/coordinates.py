@@ -8,7 +8,8 @@ from typing import Any
 from buddy.reporting.frame import PROBE_PATHS
 from buddy.reporting.labels import variant_labels
 from buddy.reporting.study import Series, Study
-from buddy.settings import STATIC_PEERS, Loss, Variant
+from buddy.settings import STATIC_PEERS, Loss
+from buddy.study.settings import Variant
 
 
 def number(name: str) -> int:

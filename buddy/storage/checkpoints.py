@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from buddy.config import differences, digest
-from buddy.records import write_bytes, write_json
+from buddy.storage.digests import differences, digest
+from buddy.storage.files import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 

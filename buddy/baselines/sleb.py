@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from tqdm import tqdm
 
+from buddy.baselines.removal import Peer, Removal, lowest
 from buddy.importance import removal_ppl
-from buddy.peers.removal import Peer, Removal, lowest
 from buddy.routing.types import CausalLM
 
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from buddy import processes
 from buddy.errors import UserError
-from buddy.processes import Process
+from buddy.storage import processes
+from buddy.storage.processes import Process
 
 logger = logging.getLogger(__name__)
 

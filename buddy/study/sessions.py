@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from buddy import locks
-from buddy.processes import Process, query
-from buddy.records import write_json
+from buddy.storage import locks
+from buddy.storage.files import write_json
+from buddy.storage.processes import Process, query
 
 FOLDER = Path(".snakemake")
 SESSIONS = "buddy"

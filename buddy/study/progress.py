@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from buddy import manifest, notes
-from buddy.config import Config, Run
-from buddy.records import find
-from buddy.reporting import figure_names
-from buddy.settings import STATIC_PEERS, Table
+from buddy.settings import STATIC_PEERS
+from buddy.study import manifest, planned_figures, sessions
+from buddy.study.config import Config, Run
+from buddy.study.records import find
+from buddy.study.settings import Table
 
 State = Literal["done", "running", "failed", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "failed", "missing")
@@ -183,14 +183,14 @@ def markers(folder: Path) -> tuple[set[str], bool]:
     """
     folder = folder.absolute()
     for place in (folder.parent.parent, Path.cwd()):
-        kept = place / notes.FOLDER
+        kept = place / sessions.FOLDER
         if kept.is_dir():
             break
     else:
         return set(), False
-    outputs = {(place / output) for output in notes.started(kept)}
+    outputs = {(place / output) for output in sessions.started(kept)}
     below = {output.relative_to(folder).as_posix() for output in outputs if output.is_relative_to(folder)}
-    return below, notes.locked(kept)
+    return below, sessions.locked(kept)
 
 
 def jobs(study: Config) -> Iterator[Job]:
@@ -201,7 +201,7 @@ def jobs(study: Config) -> Iterator[Job]:
         yield from _measurements(study)
     for name in study.measured_tables():
         yield Job("table", name, f"tables/{name}.csv")
-    for name in figure_names.planned(study) if study.study.records is None else []:
+    for name in planned_figures.planned(study) if study.study.records is None else []:
         yield Job("figure", name, f"figures/{name}.png")
 
 
@@ -267,7 +267,7 @@ def _makers(study: Config) -> Iterator[Job]:
 
 def _orders(study: Config) -> Iterator[Job]:
     """What Figures 2, 7 and 8 show: a job for each corpus, and one for all context lengths."""
-    files = [file for name in figure_names.ORDERS for file in figure_names.orders(study, name)]
+    files = [file for name in planned_figures.ORDERS for file in planned_figures.orders(study, name)]
     for name in (file.removesuffix(".json") for file in files):
         backbone, *level, indicator = name.split("/")
         if "corpus~" in name:

@@ -7,13 +7,11 @@ This module imports no torch: records are read on laptops.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import UserError, unknown
+from buddy.storage.files import check_writable, write_json
 
 SCHEMA = 1
 KINDS = (
@@ -185,49 +184,6 @@ def claim_folder(folder: str | Path, option: str = "--out") -> None:
 
 
 _RECORD = re.compile(rb'\{\s*"kind"')  # how `Record.write` begins
-
-
-def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder that files cannot be written into or that cannot be made, before hours of work.
-
-    Raises:
-        UserError: it cannot; names ``what``, and the place that is in the way.
-    """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise UserError(f"{what}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what}: {there} is not writable")
-
-
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON atomically; NaN and infinities, which JSON does not know, are refused."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, f"{text}\n".encode())
-
-
-def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file beside its target first and rename it, so that a killed job leaves the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find(folder: str | Path) -> list[Path]:

@@ -7,10 +7,8 @@ names file, key, value and what is allowed. No torch is imported here.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +19,9 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from buddy.errors import UserError, choices, short, unknown
 from buddy.settings import (
-    METHODS,
     SOURCES,
     STATIC_PEERS,
-    Ablation,
-    Backbone,
     Breakdown,
-    Data,
     Evaluation,
     First,
     Generation,
@@ -35,18 +29,24 @@ from buddy.settings import (
     Latency,
     Likelihood,
     Name,
-    Orders,
-    Peers,
     Predictor,
     Pudding,
     Router,
     Settings,
-    StudyPlan,
     Summaries,
-    Table,
     Trace,
-    Tracking,
     Training,
+)
+from buddy.study.settings import (
+    METHODS,
+    Ablation,
+    Backbone,
+    Data,
+    Orders,
+    Peers,
+    StudyPlan,
+    Table,
+    Tracking,
     Variant,
     unread_by_tuned,
 )
@@ -500,23 +500,3 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
 def schema() -> dict[str, Any]:
     """The JSON schema of a study file, generated from the models."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, a phrase each: ``settings.learning_rate is 0.1, here 0.2``."""
-    for name in [*here, *(name for name in there if name not in here)]:
-        one, other = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            yield from differences(one, other, f"{prefix}{name}.")
-        elif one != other:
-            yield f"{prefix}{name} is {_short(one)}, here {_short(other)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def digest(*parts: Any) -> str:
-    """Twelve hexadecimal digits that identify these JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from buddy.routing.capture import Piece
 from buddy.routing.engine import RouteState, Routing
+from buddy.routing.graphs.recording import Piece
+from buddy.routing.graphs.steps import ALL, NONE, SOME, Key, Path, Pieces
 from buddy.routing.kv import RoutedCache
-from buddy.routing.pieces import ALL, NONE, SOME, Key, Path, Pieces
 from buddy.routing.policy import Policy
 from buddy.routing.shared import Sharing
 from buddy.routing.types import CausalLM
@@ -112,7 +112,7 @@ class GraphDecoder:
         kv: what stands for the K/V of a skipped block.
         batch: number of sequences B.
         capacity: columns C of the cache, a power of two.
-        recorder: records graphs (`buddy.routing.capture`); None does the work anew at every step, as a machine without
+        recorder: records graphs (`buddy.routing.graphs.recording`); None does the work anew at every step, as a machine without
             GPU has to.
         first_window: columns of the smallest window.
 

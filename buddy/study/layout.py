@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from buddy.config import Config
 from buddy.errors import UserError, choices
-from buddy.records import KINDS
+from buddy.study.config import Config
+from buddy.study.records import KINDS
 
 
 def records_folder(config: Config, folder: str | Path, origin: str) -> Path:

@@ -1,7 +1,7 @@
 """What a decode step does on the device, piece by piece, on buffers that stay where they are.
 
 Each piece can be recorded as a CUDA graph: its shapes depend on nothing but the key it goes by, and it asks the device
-for nothing. Which pieces make a step, `buddy.routing.graph` decides.
+for nothing. Which pieces make a step, `buddy.routing.graphs.decoder` decides.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from buddy.routing import nest
 from buddy.routing.attention import reading_rows
-from buddy.routing.capture import Cut, nowhere
+from buddy.routing.graphs import nest
+from buddy.routing.graphs.kernels import lean
+from buddy.routing.graphs.recording import Cut, nowhere
 from buddy.routing.kv import project
-from buddy.routing.lean import lean
 from buddy.routing.policy import Policy
 from buddy.routing.shared import Sharing, decide
 from buddy.routing.types import CausalLM, Decoder

@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from buddy.baselines.removal import lowest
 from buddy.data.choices import Item, Tokens
 from buddy.errors import UserError, unknown
-from buddy.peers.removal import lowest
+from buddy.routing.blocks import Stack
 from buddy.routing.padding import padded
-from buddy.routing.stack import Stack
 from buddy.routing.types import CausalLM
 
 logger = logging.getLogger(__name__)

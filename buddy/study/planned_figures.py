@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from buddy.config import Config
 from buddy.settings import corpus_name
+from buddy.study.config import Config
 
 NAMES = ("accuracy_vs_budget", "latency", *(f"figure{number}" for number in (1, 2, *range(4, 14))), "ablation")
 """Every figure. Those with a number are the paper's (its Figure 3 is a drawing of the method); 14 is not among them."""
