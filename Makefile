@@ -47,8 +47,9 @@ else
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/end_to_end tests/slurm
 endif
 
-lint: setup ## ruff, snakefmt, snakemake --lint, mypy, codespell
+lint: setup ## ruff, import-linter, snakefmt, snakemake --lint, mypy, codespell
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/mypy
