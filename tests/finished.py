@@ -65,7 +65,8 @@ def finished(tmp_path):
 FAKE = """\
 import json, os, sys, time
 from pathlib import Path
-from buddy import locks, cli
+from buddy import cli
+from buddy.storage import locks
 stage = sys.argv[1]
 with open("tries", "a") as tries:
     tries.write(stage + "\\n")

@@ -171,7 +171,7 @@ WRONG = [
     ({"evaluation": {"tasks": ["piqua"]}}, "evaluation.tasks", "'piqa'"),
     ({"study": {"main": {"feature": "query"}}}, "study.main.feature", "'key', 'value' or 'key+value'"),
     ({"study": {"removed": {"llama2-7b": [31]}}}, "removed", "not between 1 and 30"),
-    ({"study": {"recipes": ["paper"]}}, "study: recipes: ['paper']", "must name that of main, tuned"),
+    ({"study": {"recipes": ["tuned"]}}, "study: recipes: ['tuned']", "must name that of main, paper"),
     ({"router": {"example": 64}}, "router", "did you mean examples?"),
     (
         {"backbones": {"llama2-7b": {"source": {"hub": "a/b", "revison": "x"}}}},
@@ -331,7 +331,7 @@ def test_a_table_without_any_records_given_says_so(given):
 
 
 def test_records_given_are_never_measured_again(given):
-    run = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"
+    run = "backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
     for target in (f"runs/{run}/run.json", f"records/latency/{run}/dataset~alpaca", f"records/breakdown/{run}"):
         result = snakemake(given, "-n", f"results/reference-machine/{target}", *GIVEN)
         assert result.returncode != 0
