@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
 from buddy.commands._options import counts
 from buddy.settings import KV, Settings
@@ -27,18 +29,30 @@ class Measured:
         folder: where it was loaded from.
         model: the run.
         depths: numbers of removed blocks, ascending, as W&B takes points; each is legal for the run.
-        kv: K/V of skipped blocks.
+        kv: K/V of skipped blocks; None where that is the run's own affair, and no axis of the records.
     """
 
     folder: Path
     model: RoutedModel
     depths: list[int]
-    kv: KV
+    kv: KV | None
 
     @property
     def info(self) -> RunInfo:
         """What the run folder says, or what was said of a dense model."""
         return self.model.origin.info
+
+    def budget(self, removed: int) -> Budget:
+        """The budget that leaves out so many blocks."""
+        return Budget.of(self.model.blocks - removed, self.model.blocks)
+
+    def watch(self) -> Stopwatch:
+        """A stopwatch for a measurement that begins now."""
+        return Stopwatch(str(self.model.device))
+
+    def say(self, removed: int, *words: str) -> None:
+        """Print what came out at a depth: its modes, if any, and the figures."""
+        typer.echo(f"{', '.join([f'{removed} of {self.model.blocks} blocks removed', *words[:-1]])}: {words[-1]}")
 
     def tracked(
         self, stage: str, settings: Settings, out: Path, part: str = "", reads: Iterable[Path] = ()
@@ -49,23 +63,28 @@ class Measured:
         return tracked(stage, self.info.study, run, config, part, [self.folder, *reads], [out])
 
     def records(
-        self, kind: str, out: Path, measure: Callable[[Budget], tuple[dict[str, Any], int]]
+        self,
+        kind: str,
+        out: Path,
+        measure: Callable[[Budget], tuple[dict[str, Any], int]],
+        line: Callable[[dict[str, Any]], str],
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Measure depth after depth; each has its record, ``removed~N.json``, before the next begins.
+        """Measure depth after depth; each has its record, ``removed~N.json``, and its line before the next begins.
 
         Args:
             kind: of the records.
             out: folder for them.
             measure: the metrics at a budget, and the number of items behind them.
+            line: the metrics in a few words.
 
         Yields:
             The number of removed blocks, and the metrics.
         """
-        blocks = self.model.blocks
         for removed in self.depths:
-            watch = Stopwatch(str(self.model.device))
-            metrics, items = measure(Budget.of(blocks - removed, blocks))
+            watch = self.watch()
+            metrics, items = measure(self.budget(removed))
             self.write(kind, out / f"removed~{removed}.json", removed, metrics, items, watch)
+            self.say(removed, line(metrics))
             yield removed, metrics
 
     def write(
@@ -76,6 +95,8 @@ class Measured:
         metrics: dict[str, Any],
         items: int,
         watch: Stopwatch,
+        method: str | None = None,
+        variant: dict[str, Any] | None = None,
         **axes: str,
     ) -> None:
         """Write one record.
@@ -86,19 +107,22 @@ class Measured:
             removed: number of removed blocks; None where each input had its own.
             items: number of items behind the metrics.
             watch: started when the measurement began.
+            method, variant: of what was measured, where that is not the run itself.
             axes: of the measurement, besides the run's own and ``kv``.
         """
-        info, blocks = self.info, self.model.blocks
+        info = self.info
+        kv = {} if self.kv is None else {"kv": self.kv}
+        own = {**info.variant, **kv, **axes} if info.variant else {}
         Record(
             kind=kind,
             study=info.study,
             backbone=info.backbone,
-            method=info.method,
+            method=method or info.method,
             metrics=metrics,
             n=items,
-            variant={**info.variant, "kv": self.kv, **axes} if info.variant else {},
+            variant=own if variant is None else variant,
             seed=info.seed,
-            budget=None if removed is None else Budget.of(blocks - removed, blocks),
+            budget=None if removed is None else self.budget(removed),
             digests=info.digests,
             **provenance(self.model, watch),
         ).write(path)
@@ -108,7 +132,7 @@ def open_run(
     run: Path,
     removed: str | None,
     out: Path,
-    kv: KV,
+    kv: KV | None,
     device: str,
     dtype: str,
     study: str | None = None,
@@ -121,7 +145,7 @@ def open_run(
         run: run folder, or a backbone folder for the dense model.
         removed: numbers of removed blocks, such as ``0,4,8``; None for a measurement without a depth.
         out: folder for the records, checked before anything is loaded.
-        kv: K/V of skipped blocks.
+        kv: K/V of skipped blocks; None for the run's own, which the records then do not name.
         device, dtype: as in `buddy.runs.load`.
         study: study it belongs to; the run's own, or ``adhoc``, where it is empty. None leaves it as it is.
         name: the backbone's name, for a dense model; its folder's by default.

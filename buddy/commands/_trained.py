@@ -4,64 +4,96 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buddy import runs
+from buddy.commands._common import provenance, run_of, tracked
+from buddy.study.records import Budget, Record, Stopwatch, claim
+
 if TYPE_CHECKING:
     from buddy.routing.policy import Policy
-    from buddy.runs import RunInfo
     from buddy.tracking import Tracker
     from buddy.training.sft import Trained
 
 logger = logging.getLogger(__name__)
 
 
-def keep(
-    out: Path,
-    info: RunInfo,
-    policy: Policy,
-    result: Trained,
-    examples: int,
-    record: Path | None,
-    tracker: Tracker,
-    provenance: dict[str, Any],
-    facts: dict[str, Any] | None = None,
-) -> None:
-    """Save a trained run and its record; its checkpoints have done their work.
+def claim_run(out: Path, record: Path | None) -> None:
+    """Make sure, before any work, that a run and its record may be written.
 
-    Args:
-        out: run folder.
-        info: its ``run.json``.
-        policy: with its final state.
-        result: outcome of the training.
-        examples: number of examples it was trained on.
-        record: training record to write, if any.
-        tracker: its W&B run, for the summary.
-        provenance: environment, commit and seconds (`buddy.commands._common.provenance`).
-        facts: further metrics of the record.
+    Raises:
+        UserError: something else is there.
     """
-    from buddy import backbones, runs
-    from buddy.storage import checkpoints
-    from buddy.study.records import Budget, Record
+    runs.claim(out)
+    if record:
+        claim(record, "--record")
 
-    info.probes = _paths(result.probes)
-    info.backbone_source = backbones.portable(info.backbone_folder(out))
-    runs.save(out, info, policy, result.adapted)
-    metrics: dict[str, Any] = {
-        "steps": result.steps,
-        "epochs": info.training.get("epochs", 0) if result.steps else 0,
-        "examples": examples,
-        "tokens": result.tokens,
-        "objective": info.training.get("loss") if result.steps else None,
-        "final_loss": result.curve[-1]["loss"] if result.curve else None,
-        "curve": result.curve,
-        **({"probes": result.probes} if result.probes else {}),
-        "trainable_parameters": result.trainable,
-        "router_parameters": sum(p.numel() for p in policy.parameters()),
-        **(facts or {}),
-    }
-    removed = info.variant.get("removed")
-    if record is not None:
+
+@dataclass(frozen=True)
+class Making:
+    """A run that is being trained.
+
+    Attributes:
+        out: its folder.
+        info: its ``run.json``.
+        record: training record to write, if any.
+        model: what is trained; anything with ``dtype`` and ``device``.
+        tracker: its W&B run.
+        watch: started when the training began.
+    """
+
+    out: Path
+    info: runs.RunInfo
+    record: Path | None
+    model: Any
+    tracker: Tracker
+    watch: Stopwatch
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add a point to the training's curves."""
+        self.tracker.log(values, step=step)
+
+    def keep(self, policy: Policy, result: Trained, examples: int, facts: dict[str, Any] | None = None) -> None:
+        """Save the trained run and its record; its checkpoints have done their work.
+
+        Args:
+            policy: with its final state.
+            result: outcome of the training.
+            examples: number of examples it was trained on.
+            facts: further metrics of the record.
+        """
+        from buddy import backbones
+        from buddy.storage import checkpoints
+
+        info = self.info
+        info.probes = _paths(result.probes)
+        info.backbone_source = backbones.portable(info.backbone_folder(self.out))
+        runs.save(self.out, info, policy, result.adapted)
+        metrics: dict[str, Any] = {
+            "steps": result.steps,
+            "epochs": info.training.get("epochs", 0) if result.steps else 0,
+            "examples": examples,
+            "tokens": result.tokens,
+            "objective": info.training.get("loss") if result.steps else None,
+            "final_loss": result.curve[-1]["loss"] if result.curve else None,
+            "curve": result.curve,
+            **({"probes": result.probes} if result.probes else {}),
+            "trainable_parameters": result.trainable,
+            "router_parameters": sum(p.numel() for p in policy.parameters()),
+            **(facts or {}),
+        }
+        if self.record is not None:
+            self._write(self.record, policy.blocks, metrics, examples)
+        # Last: a job killed before this line trains nothing anew.
+        shutil.rmtree(self.out / checkpoints.FOLDER, ignore_errors=True)
+        self.tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
+
+    def _write(self, path: Path, blocks: int, metrics: dict[str, Any], examples: int) -> None:
+        info, removed = self.info, self.info.variant.get("removed")
         Record(
             kind="training",
             study=info.study,
@@ -71,14 +103,37 @@ def keep(
             n=examples,
             variant=info.variant,
             seed=info.seed,
-            budget=Budget.of(policy.blocks - removed, policy.blocks) if removed is not None else None,
-            digests=runs.RunInfo.read(out).digests,
-            **provenance,
-        ).write(record)
-    shutil.rmtree(
-        out / checkpoints.FOLDER, ignore_errors=True
-    )  # last: a job killed before this line trains nothing anew
-    tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
+            budget=None if removed is None else Budget.of(blocks - removed, blocks),
+            digests=runs.RunInfo.read(self.out).digests,
+            **provenance(self.model, self.watch),
+        ).write(path)
+
+
+@contextmanager
+def making(
+    stage: str,
+    model: Any,
+    info: runs.RunInfo,
+    out: Path,
+    record: Path | None,
+    reads: Iterable[Path | None],
+    config: dict[str, Any] | None = None,
+    part: str = "",
+) -> Iterator[Making]:
+    """Begin a run's folder, and follow its training on W&B.
+
+    Args:
+        stage: job type.
+        model, info, out, record: as in `Making`.
+        reads: what of the study it is made from; None is nothing.
+        config: every setting of the job; what ``run.json`` says of the training by default.
+        part: as in `buddy.commands._common.tracked`.
+    """
+    config = info.training if config is None else config
+    with tracked(stage, info.study, run_of(info), config, part, reads, [out, record]) as tracker:
+        watch = Stopwatch(str(model.device))
+        runs.begin(out)
+        yield Making(out, info, record, model, tracker, watch)
 
 
 def told_of(data: Path) -> dict[str, Any]:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from buddy.commands._options import with_settings
+from buddy.commands import _arguments as arg
+from buddy.commands import _given
+from buddy.commands._common import backbone_folder, check_one_gpu
+from buddy.commands._options import choice, with_settings
+from buddy.commands._trained import claim_run, making, told_of
+from buddy.errors import UserError
 from buddy.settings import MOST_SEED, STATIC_PEERS, First, Pudding, Training
+from buddy.storage.files import sha256
+from buddy.study.config import peer_axes
+from buddy.study.records import commit
 from buddy.study.settings import METHODS, NOT_OF_PEERS
 
 if TYPE_CHECKING:
@@ -24,8 +32,8 @@ ADAPTED = tuple(method for method in METHODS if method not in ("dense", "buddy")
 @with_settings(Training, leave_out=("data", *NOT_OF_PEERS))
 def adapt(
     method: Annotated[str, typer.Option(help="dense_lora, shortgpt, shortened_llama, sleb, pudding or first")],
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
-    out: Annotated[Path, typer.Option(help="run folder to write")],
+    backbone: arg.Backbone,
+    out: arg.RunOut,
     settings: Training,
     pudding: Pudding,
     first: First,
@@ -38,12 +46,12 @@ def adapt(
     ] = None,
     tasks: Annotated[Path | None, typer.Option(help="folder of data sets that PuDDing's router learns from")] = None,
     lora: Annotated[str, typer.Option(help="trained: with LoRA, by BUDDY's recipe; none: without")] = "trained",
-    record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
+    record: arg.TrainingRecord = None,
     seed: Annotated[int, typer.Option(help="seed of weights and of the order of examples", min=0, max=MOST_SEED)] = 0,
-    study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
-    name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    study: arg.Study = "adhoc",
+    name: arg.Name = "",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Make a run of a peer at one depth: its choice of blocks, and LoRA trained by the same recipe as BUDDY's.
 
@@ -59,18 +67,10 @@ def adapt(
     """
     from buddy import runs
     from buddy.backbones.fingerprint import of_backbone
-    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import choice
-    from buddy.commands._trained import keep, told_of
     from buddy.data import inputs
-    from buddy.errors import UserError
-    from buddy.storage.files import sha256
-    from buddy.study.records import Stopwatch, claim, commit
     from buddy.training.job import Job
 
-    runs.claim(out)
-    if record:
-        claim(record, "--record")
+    claim_run(out, record)
     choice("--method", method, ADAPTED)
     choice("--lora", lora, ("trained", "none"))
     learns = lora == "trained" or method == "first"
@@ -80,12 +80,13 @@ def adapt(
         raise UserError("--data: an instruction data set to train on is missing; make one with `buddy data`")
     pairs = inputs.training(data)[: settings.examples] if learns and data is not None else []
     backbone = backbone_folder(backbone)
-    found = _calibration(method, calibration, removed, backbone)
+    found = _given.calibration(method, calibration, removed, backbone)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     _check_depth(method, found, removed, model.config.num_hidden_layers)
     if lora == "none":
         settings = settings.model_copy(update={"lora_rank": 0})
+    criterion = found.metrics["criterion"] if found and method in STATIC_PEERS else None
     dynamic = {"pudding": pudding, "first": first}.get(method)
     info = runs.RunInfo(
         method=method,
@@ -93,7 +94,7 @@ def adapt(
         policy_settings={},
         backbone=name or backbone.name,
         backbone_path=runs.relative(backbone, out),
-        variant=_axes(method, found, removed, lora),
+        variant={} if method == "dense_lora" else dict(peer_axes(criterion, removed, lora)),
         seed=seed,
         study=study,
         kv=settings.kv,
@@ -108,15 +109,11 @@ def adapt(
         },
         commit=commit(),
     )
-    reads, writes = [backbone, data, calibration], [out, record]
-    with tracked("adapt", study, run_of(info), info.training, "", reads, writes) as tracker:
-        watch = Stopwatch(str(model.device))
-        runs.begin(out)
-        on_log = lambda step, values: tracker.log(values, step=step)  # noqa: E731
-        job = Job(model, tokenizer, pairs, settings, removed, out, seed, on_log)
-        made = _make(method, job, found, pudding, first, tasks)
+    with making("adapt", model, info, out, record, [backbone, data, calibration]) as job:
+        training = Job(model, tokenizer, pairs, settings, removed, out, seed, job.log)
+        made = _make(method, training, found, pudding, first, tasks)
         info.policy_settings = made.policy.settings()
-        keep(out, info, made.policy, made.trained, len(pairs), record, tracker, provenance(model, watch), made.facts)
+        job.keep(made.policy, made.trained, len(pairs), made.facts)
 
 
 def _make(
@@ -135,37 +132,12 @@ def _make(
     return peers.pudding(job, [Omission.of(one) for one in found.metrics["omissions"]], pudding, tasks)
 
 
-def _calibration(method: str, path: Path | None, removed: int, backbone: Path) -> Record | None:
-    """The record that a peer's choice of blocks comes from; None for a method that needs none.
-
-    Raises:
-        UserError: it is missing, of another kind, method or backbone, or too short.
-    """
-    from buddy import runs
-    from buddy.errors import UserError
-    from buddy.study.records import Record
-
-    if method in ("dense_lora", "first"):
-        return None
-    if path is None:
-        raise UserError(f"--calibration: {method} needs the record of `buddy calibrate --method {method}`")
-    record = Record.read(path)
-    if record.kind != "calibration" or record.method != method:
-        raise UserError(f"--calibration: {path} is a record of kind {record.kind} and method {record.method}")
-    runs.check_backbone(backbone, record.digests.get("backbone"), f"--calibration: {path}")
-    if removed > (most := record.budget.removed if record.budget else 0):
-        raise UserError(f"--removed: {removed} blocks asked for, {path} removes at most {most}")
-    return record
-
-
 def _check_depth(method: str, found: Record | None, removed: int, blocks: int) -> None:
     """Refuse a depth that the method or the backbone has not.
 
     Raises:
         UserError: a dense model with blocks removed, a peer without, too many, or a record of another backbone.
     """
-    from buddy.errors import UserError
-
     if method == "dense_lora":
         if removed:
             raise UserError(f"--removed: {removed} blocks asked for, dense_lora removes none")
@@ -173,11 +145,3 @@ def _check_depth(method: str, found: Record | None, removed: int, blocks: int) -
         raise UserError(f"--removed: {removed} is not between 1 and {blocks - 2}, of {blocks} blocks")
     if found is not None and found.metrics["blocks"] != blocks:
         raise UserError(f"--calibration: it is of a model of {found.metrics['blocks']} blocks, this one has {blocks}")
-
-
-def _axes(method: str, found: Record | None, removed: int, lora: str) -> dict[str, Any]:
-    """The run's axes, in the order of its path in a study (`buddy.study.config.Config.method_runs`)."""
-    if method == "dense_lora":
-        return {}
-    criterion = {"criterion": found.metrics["criterion"]} if found is not None and method in STATIC_PEERS else {}
-    return {**criterion, "removed": removed, "lora": lora}

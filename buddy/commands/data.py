@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
 from buddy.data.catalogue import CATALOGUE
 from buddy.study.settings import Data
 
@@ -19,7 +20,7 @@ _fields = Data.model_fields
 
 def data(
     name: Annotated[str, typer.Option(help="data set: " + ", ".join(CATALOGUE))],
-    out: Annotated[Path, typer.Option(help="folder to make")],
+    out: arg.Folder,
     source: Annotated[str, typer.Option(help=_fields["source"].description)] = _fields["source"].default,
     of: Annotated[
         str, typer.Option(help="of pairs: the data sets whose prompts it is made of, separated by commas")
@@ -35,9 +36,9 @@ def data(
         "batch_size"
     ].default,
     examples: Annotated[int | None, typer.Option(help="answer the first N prompts (all by default)", min=1)] = None,
-    study: Annotated[str, typer.Option(help="study it is for: logs a W&B run; none without")] = "",
+    study: arg.StudyIfAny = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: where a backbone answers")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Fetch a data set: one JSON Lines file per split, and data.json, which says where they came from.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 
 def encoder(
     source: Annotated[str, typer.Option(help="repository on the Hugging Face Hub, owner/name, or a local folder")],
-    out: Annotated[Path, typer.Option(help="folder to make")],
+    out: arg.Folder,
     revision: Annotated[str, typer.Option(help="commit, tag or branch on the Hub")] = "main",
 ) -> None:
     """Fetch the encoder with which PuDDing's router reads prompts, so that no other job needs the network.

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._common import check_auto, keep_off_the_hub
+from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Evaluation
+from buddy.study.records import Budget
 
 
 @with_settings(Evaluation)
 def evaluate(
-    run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
-    data: Annotated[Path, typer.Option(help="folder of data sets, one folder per task, from `buddy data`")],
-    out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
+    run: arg.RunOrBackbone,
+    data: arg.TaskData,
+    out: arg.RecordsOut,
     settings: Evaluation,
-    removed: Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")] = "0",
+    removed: arg.Removed = "0",
     budget: Annotated[
         str,
         typer.Option(
             help="auto or auto:PRICE: in place of --removed, the run's budget predictor sets each input's depth"
         ),
     ] = "",
-    study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
-    name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    study: arg.StudyOfRun = "",
+    name: arg.NameIfDense = "",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Measure accuracy with lm-evaluation-harness at several budgets; the backbone is loaded once.
 
@@ -38,15 +41,11 @@ def evaluate(
           --limit 20 --out records
       buddy evaluate --run RUN2 --data results/demo/data --tasks piqa --budget auto --out records
     """
-    from buddy.commands._common import check_auto, keep_off_the_hub
-    from buddy.commands._measured import open_run
-
     keep_off_the_hub()
 
     from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.study.records import Budget, Stopwatch
     from buddy.tracking.report import average_name
 
     check_examples(data, settings.tasks, settings.few_shot)
@@ -64,15 +63,14 @@ def evaluate(
     reads = [data / task for task in settings.tasks]
     with measured.tracked("evaluate", settings, out, reads=reads) as tracker:
         if budget:
-            watch = Stopwatch(str(model.device))
+            watch = measured.watch()
             metrics = accuracy.predicted(lm, budget, settings, data)
             path = out / f"{budget.replace(':', '~')}.json"
             measured.write("accuracy", path, None, metrics, accuracy.items(metrics), watch)
             typer.echo(f"{metrics['executed_mean']:.2f} of {model.blocks} blocks on average: {_line(metrics)}")
             tracker.summary({"average": _average(metrics), "executed": metrics["executed_mean"], **_numbers(metrics)})
-        for count, metrics in measured.records("accuracy", out, measure):
-            typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
-            point = {"budget": (model.blocks - count) / model.blocks, "average": _average(metrics)}
+        for count, metrics in measured.records("accuracy", out, measure, _line):
+            point = {"budget": measured.budget(count).fraction, "average": _average(metrics)}
             tracker.log({**point, **_numbers(metrics)}, step=count)
             tracker.summary({average_name(count): _average(metrics)})
 

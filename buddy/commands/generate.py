@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
 from buddy.settings import MOST_SEED
 
 
@@ -42,7 +43,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 decodes greedily")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling", min=0, max=MOST_SEED)] = 0,
     backbone: Annotated[Path | None, typer.Option(help="backbone folder, where it has moved")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: arg.Device = "auto",
     trace: Annotated[bool, typer.Option(help="print which blocks each step executed")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="print JSON: text, tokens, and the route of each step")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Latency
 
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
 
 @with_settings(Latency, leave_out=("backbones", "methods", "datasets"))
 def latency(
-    run: Annotated[Path, typer.Option(help="run folder")],
-    data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data` (alpaca, samsum)")],
-    removed: Annotated[str, typer.Option(help="numbers of removed blocks, such as 4,8,12,16")],
+    run: arg.Run,
+    data: arg.Prompts,
+    removed: arg.RemovedAtOnce,
     out: Annotated[
         Path,
         typer.Option(
@@ -27,8 +29,8 @@ def latency(
         ),
     ],
     settings: Latency,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Time prefill and decode: the dense and the sliced model beside the routed one, taking turns of a few tokens.
 
@@ -40,44 +42,29 @@ def latency(
       buddy latency --run RUN --data DIR --removed 4,8,15 --batch-sizes 1,4,16 --executions mixed --out records
       buddy latency --run RUN --data DIR --removed 15 --batch-sizes 8 --executions sliced,varied --slack 0,2,4 --out records
     """
-    from buddy.commands._common import provenance
-    from buddy.commands._measured import open_run
     from buddy.data import inputs
     from buddy.evaluation.latency import benchmark, usable_engines
     from buddy.routing.budget import round_half_up
-    from buddy.study.records import Budget, Record, Stopwatch
 
     prompts = inputs.prompts(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype)
-    model, info = measured.model, measured.info
+    model = measured.model
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
     with measured.tracked("latency", settings, out, part=data.name) as tracker:
-        watch = Stopwatch(str(model.device))
+        watch = measured.watch()
         timings = benchmark(model, prompts, measured.depths, settings, data.name)
-        facts = {
-            "study": info.study,
-            "backbone": info.backbone,
-            "seed": info.seed,
-            "digests": info.digests,
-            **provenance(model, watch),
-        }
+        watch.stop()
         # Only now, so that a killed job leaves no half of a comparison; eager last, the engine that every machine has:
         # where its records are, all are.
         for timing in reversed(timings):
-            execution, sequences = timing.entry.execution, timing.entry.depths
-            routed = timing.entry.routed
-            decode = "reuse" if execution == "reuse" else "recompute"
-            removed_mean = round_half_up(sum(sequences) / len(sequences))
-            Record(
-                kind="latency",
-                method=info.method if routed else execution,
-                metrics=timing.metrics,
-                n=timing.metrics["repeats"],
-                variant={**info.variant, "kv": settings.kv, "decode": decode} if routed else {},
-                budget=Budget.of(model.blocks - removed_mean, model.blocks),
-                **facts,
-            ).write(out / timing.path)
+            entry, metrics = timing.entry, timing.metrics
+            decode = "reuse" if entry.execution == "reuse" else "recompute"
+            variant = {**measured.info.variant, "kv": settings.kv, "decode": decode} if entry.routed else {}
+            method = measured.info.method if entry.routed else entry.execution
+            mean = round_half_up(sum(entry.depths) / len(entry.depths))
+            path = out / timing.path
+            measured.write("latency", path, mean, metrics, metrics["repeats"], watch, method=method, variant=variant)
         _log(tracker, timings)
 
 

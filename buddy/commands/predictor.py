@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from buddy.commands._options import with_settings
+from buddy.commands import _arguments as arg
+from buddy.commands._common import check_one_gpu, keep_off_the_hub
+from buddy.commands._options import choice, with_settings
+from buddy.commands._trained import claim_run, making
+from buddy.errors import UserError
 from buddy.settings import MOST_SEED, PREDICTOR_PRESETS, READ_BY_PRESET, Predictor
+from buddy.study.records import commit
 
 
 @with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit", "tasks"))
@@ -20,13 +26,13 @@ def predictor(
     preset: Annotated[str, typer.Option(help="paper (GRPO, as published) or tuned (learns, and takes a price)")],
     out: Annotated[Path, typer.Option(help="run folder to write: the same adapter and router, and the predictor")],
     settings: Predictor,
-    record: Annotated[Path | None, typer.Option(help="training record to write (JSON)")] = None,
+    record: arg.TrainingRecord = None,
     seed: Annotated[
         int | None,
         typer.Option(help="seed of weights, order and draws; the run's own by default", min=0, max=MOST_SEED),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Train a budget predictor on a finished run, whose adapter and router stay as they are.
 
@@ -39,25 +45,14 @@ def predictor(
       buddy predictor --run RUN --data results/demo/data/alpaca --preset paper --steps 200 --out paper-run
       buddy predictor --run RUN --data DIR/alpaca --data DIR/boolq --preset tuned --price 0.3 --out RUN2
     """
-    from buddy.commands._common import keep_off_the_hub
-
     keep_off_the_hub()
 
-    import dataclasses
-
     from buddy import runs
-    from buddy.commands._common import check_one_gpu, provenance, run_of, tracked
-    from buddy.commands._options import choice
-    from buddy.commands._trained import keep
-    from buddy.errors import UserError
     from buddy.policies.buddy import BuddyPolicy
-    from buddy.study.records import Stopwatch, claim, commit
     from buddy.training import predictor as training
     from buddy.training import predictor_examples, sft
 
-    runs.claim(out)
-    if record:
-        claim(record, "--record")
+    claim_run(out, record)
     choice("--preset", preset, PREDICTOR_PRESETS)
     if run.resolve() == out.resolve():
         raise UserError(f"--out: {out} is the run itself; name another folder")
@@ -84,11 +79,9 @@ def predictor(
         commit=commit(),
     )
     most_removed = info.training.get("most_removed", policy.blocks - policy.always)
-    reads, writes = [run, *data], [out, record]
+    config = info.training["predictor"]
     part = f"preset~{preset}"  # each preset is another job on the same run
-    with tracked("predictor", info.study, run_of(info), info.training["predictor"], part, reads, writes) as tracker:
-        watch = Stopwatch(str(model.device))
-        runs.begin(out)
+    with making("predictor", model, info, out, record, [run, *data], config, part) as job:
         fitted = training.train(
             model.backbone,
             policy,
@@ -98,7 +91,7 @@ def predictor(
             most_removed,
             out / sft.CHECKPOINTS,
             info.seed,
-            on_log=lambda step, values: tracker.log(values, step=step),
+            on_log=job.log,
         )
         info.policy_settings = policy.settings()
         assert policy.predictor is not None
@@ -111,7 +104,7 @@ def predictor(
         )
         passes = fitted.steps * settings.batch_size / len(rows) if preset == "paper" else fitted.steps
         facts = {**training.facts(policy.predictor, fitted), "epochs": passes}
-        keep(out, info, policy, trained, len(rows), record, tracker, provenance(model, watch), facts)
+        job.keep(policy, trained, len(rows), facts)
     typer.echo(
         f"{preset}: entropy {facts['final_entropy']:.4f} of {facts['entropy_uniform']:.4f} nats (uniform), "
         f"mean budget {facts['final_mean_budget']:.3f}, {len(rows)} examples"

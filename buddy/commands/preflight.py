@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 
 def preflight(
     config: Annotated[
@@ -16,7 +18,7 @@ def preflight(
     jobs: Annotated[
         int | None, typer.Option(help="jobs queued or running at once; the profile's by default", min=1)
     ] = None,
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    results: arg.Results = Path("results"),
 ) -> None:
     """Ask a Slurm cluster, in seconds, whether a study can run there, and say which line to edit where it cannot.
 

@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
 from buddy.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def report(
-    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    study: arg.GivenStudy,
+    results: arg.Results = Path("results"),
     table: Annotated[list[str] | None, typer.Option(help="table to build, 2 or table2; repeat for more")] = None,
     figure: Annotated[
         list[str] | None, typer.Option(help="figure to draw, 4, figure4 or another name; repeat for more")

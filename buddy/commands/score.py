@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
+from buddy.errors import UserError
 from buddy.settings import Likelihood
 
 
 @with_settings(Likelihood, leave_out=("backbones", "datasets"))
 def score(
-    run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
+    run: arg.RunOrBackbone,
     data: Annotated[
         list[str],
         typer.Option(help="data set folders from `buddy data`, or text files; several by commas, or the option again"),
@@ -21,10 +24,10 @@ def score(
     out: Annotated[Path, typer.Option(help="folder for the records: kv~KV/decode~MODE/removed~N.json")],
     settings: Likelihood,
     removed: Annotated[str, typer.Option(help="numbers of removed blocks, such as 0,4,8")] = "0",
-    study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
-    name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    study: arg.StudyOfRun = "",
+    name: arg.NameIfDense = "",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Score held-out text at several budgets: NLL per token, and divergence from and greedy agreement with the whole
     backbone without LoRA, item by item; a record for each depth, K/V policy and decode mode.
@@ -37,9 +40,7 @@ def score(
           --decode recompute,reuse --items 300 --out records
     """
     from buddy import runs
-    from buddy.commands._measured import open_run
     from buddy.evaluation import likelihood, passages
-    from buddy.study.records import Budget, Stopwatch
 
     folders = _folders(data)
     measured = open_run(run, removed, out, settings.kv[0], device, dtype, study, name)
@@ -49,19 +50,19 @@ def score(
         for folder in folders
     ]
     items = [item for one in sets for item in one.items]
-    depths = {count: Budget.of(model.blocks - count, model.blocks) for count in measured.depths}
-    wanted = likelihood.modes([budget.fraction for budget in depths.values()], settings)
+    fractions = {count: measured.budget(count).fraction for count in measured.depths}
+    wanted = likelihood.modes(list(fractions.values()), settings)
     with measured.tracked("score", settings, out, reads=folders) as tracker:
-        watch = Stopwatch(str(model.device))
+        watch = measured.watch()
         found = likelihood.measure(model, runs.untouched(model), items, wanted, settings.batch_size)
         watch.stop()
-        for count, budget in depths.items():
+        for count, fraction in fractions.items():
             logged: dict[str, float] = {}
-            for mode in [mode for mode in wanted if mode.budget == budget.fraction]:
+            for mode in [mode for mode in wanted if mode.budget == fraction]:
                 metrics = likelihood.summary(sets, found[mode], mode, settings)
                 file = out / f"kv~{mode.kv}" / f"decode~{mode.decode}" / f"removed~{count}.json"
                 measured.write("likelihood", file, count, metrics, len(items), watch, kv=mode.kv, decode=mode.decode)
-                typer.echo(f"{count} of {model.blocks} blocks removed, {mode.kv}, {mode.decode}: {_line(metrics)}")
+                measured.say(count, mode.kv, mode.decode, _line(metrics))
                 logged |= {f"{mode.kv}/{mode.decode}/{key}": value["mean"] for key, value in metrics["average"].items()}
             tracker.log(logged, step=count)
 
@@ -72,8 +73,6 @@ def _folders(data: list[str]) -> list[Path]:
     Raises:
         UserError: none, or one twice.
     """
-    from buddy.errors import UserError
-
     folders = [Path(part.strip()) for given in data for part in given.split(",") if part.strip()]
     names = [folder.name for folder in folders]
     if not names or len(set(names)) != len(names):

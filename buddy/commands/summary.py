@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 if TYPE_CHECKING:
     from buddy.study.progress import Job, Stage
 
@@ -15,8 +17,8 @@ SHOWN = 5
 
 
 def summary(
-    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    study: arg.GivenStudy,
+    results: arg.Results = Path("results"),
     all_: Annotated[bool, typer.Option("--all", help="name every job that is not done")] = False,
 ) -> None:
     """Show how far a study has come: jobs done, running, failed and missing, and hours spent, stage by stage.

@@ -7,21 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy.commands import _arguments as arg
+from buddy.commands._common import keep_off_the_hub
+from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Trace
+from buddy.study.records import Budget
 
 
 @with_settings(Trace, leave_out=("backbones", "datasets", "tasks"))
 def trace(
-    run: Annotated[Path, typer.Option(help="run folder, or a backbone folder for the dense model")],
+    run: arg.RunOrBackbone,
     data: Annotated[Path, typer.Option(help="prompts: a data set folder from `buddy data`, of text or of a task")],
-    out: Annotated[Path, typer.Option(help="folder for the records: removed~N.json")],
+    out: arg.RecordsOut,
     settings: Trace,
-    removed: Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")] = "0",
-    study: Annotated[str, typer.Option(help="study it belongs to; the run's by default")] = "",
-    name: Annotated[str, typer.Option(help="the backbone's name, for a dense model")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    removed: arg.Removed = "0",
+    study: arg.StudyOfRun = "",
+    name: arg.NameIfDense = "",
+    device: arg.Device = "auto",
+    dtype: arg.Dtype = "auto",
 ) -> None:
     """Record which blocks ran: how exactly a budget is kept, and how paths differ by prompt and by step.
 
@@ -30,13 +34,9 @@ def trace(
       buddy trace --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --removed 4,8 --out records
       buddy trace --run RUN --data results/demo/data/piqa --removed 12 --prompts 50 --new-tokens 1 --out records
     """
-    from buddy.commands._common import keep_off_the_hub
-    from buddy.commands._measured import open_run
-
     keep_off_the_hub()
 
     from buddy.evaluation import traces
-    from buddy.study.records import Budget
 
     prompts = traces.prompts(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
@@ -49,8 +49,7 @@ def trace(
         return {**facts, **said, **traces.summary(routes, budget.executed)}, len(prompts)
 
     with measured.tracked("trace", settings, out, part=data.name) as tracker:
-        for count, metrics in measured.records("trace", out, measure):
-            typer.echo(f"{count} of {model.blocks} blocks removed: {_line(metrics)}")
+        for count, metrics in measured.records("trace", out, measure, _line):
             tracker.log(_numbers(metrics), step=count)
 
 

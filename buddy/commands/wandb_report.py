@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 
 def wandb_report(
-    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    study: arg.GivenStudy,
+    results: arg.Results = Path("results"),
     entity: Annotated[str, typer.Option(help="W&B user or team; by default the study's, else the key's owner")] = "",
     project: Annotated[str, typer.Option(help="W&B project; the study's by default")] = "",
 ) -> None:

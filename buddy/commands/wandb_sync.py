@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from buddy.commands import _arguments as arg
+
 
 def wandb_sync(
-    study: Annotated[str, typer.Option(help="study: its name, or its folder")],
-    results: Annotated[Path, typer.Option(help="folder that holds the studies")] = Path("results"),
+    study: arg.GivenStudy,
+    results: arg.Results = Path("results"),
     entity: Annotated[str, typer.Option(help="W&B user or team; by default where each run was to go")] = "",
     project: Annotated[str, typer.Option(help="W&B project; by default where each run was to go")] = "",
     workers: Annotated[int, typer.Option(min=1, help="runs sent at a time")] = 4,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from buddy.errors import UserError
 
 EPSILON = 1e-8
 
@@ -44,3 +48,26 @@ def standardise(prior: Tensor) -> Tensor:
     """The prior as it is fused, ``(p - mean) / (std + eps)`` (paper sec. 4.2.2); population standard deviation."""
     p = prior.double()
     return (p - p.mean()) / (p.std(correction=0) + EPSILON)
+
+
+def fused(importance: Sequence[float], indicator: str, blocks: int, source_block: int) -> Tensor | None:
+    """The prior that a router fuses, from raw importance.
+
+    Args:
+        importance: one raw value per block.
+        indicator: as in `normalise`, or ``none``.
+        blocks: of the backbone, L.
+        source_block: block whose K/V the router reads, counted from 1; candidates are those after it but the last.
+
+    Returns:
+        (candidates,) float32, standardised; None for the indicator ``none``.
+
+    Raises:
+        UserError: the values are of a backbone with another number of blocks.
+    """
+    if indicator == "none":
+        return None
+    if len(importance) != blocks:
+        raise UserError(f"--prior: it rates {len(importance)} blocks, the backbone has {blocks}")
+    candidates = torch.tensor(importance, dtype=torch.float64)[source_block : blocks - 1]
+    return standardise(normalise(candidates, indicator)).float()

@@ -82,7 +82,7 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _peer_axes(criterion: str | None, removed: int, lora: str) -> tuple[tuple[str, Any], ...]:
+def peer_axes(criterion: str | None, removed: int, lora: str) -> tuple[tuple[str, Any], ...]:
     """A peer's axes; only static ones have a criterion."""
     axes: tuple[tuple[str, Any], ...] = (("removed", removed), ("lora", lora))
     return axes if criterion is None else (("criterion", criterion), *axes)
@@ -187,7 +187,7 @@ class Config(Settings):
             ]
         criteria = self.peers.criteria_of(method) if method in STATIC_PEERS else [None]
         return [
-            Run(backbone, method, _peer_axes(criterion, removed, lora), seed)
+            Run(backbone, method, peer_axes(criterion, removed, lora), seed)
             for criterion in criteria
             for removed in self.removed(backbone)
             for lora in loras
