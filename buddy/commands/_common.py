@@ -10,44 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.errors import BudgetError, UserError, choices
 from buddy.runs import RunInfo
+from buddy.storage import locks
+from buddy.study import manifest
 from buddy.study.config import Run
-from buddy.study.records import Stopwatch, commit, environment
+from buddy.study.records import Budget, Record, Stopwatch, commit, environment
 from buddy.study.settings import Tracking
+from buddy.tracking import Tracker, track
 
 if TYPE_CHECKING:
     from buddy.routing.model import RoutedModel
-    from buddy.tracking import Tracker
-
-
-def run_of(info: RunInfo) -> Run:
-    """The study's run behind a run folder."""
-    return Run(info.backbone, info.method, tuple(info.variant.items()), info.seed)
 
 
 def tracked(
     stage: str,
-    study: str,
-    run: Run,
+    info: RunInfo,
     config: dict[str, Any],
     part: str = "",
     reads: Iterable[str | Path | None] = (),
     writes: Iterable[str | Path | None] = (),
 ) -> AbstractContextManager[Tracker]:
-    """A W&B run for a job on one run of the study.
+    """A W&B run for a job on one run of the study; arguments as in `tracked_job`.
 
     Args:
-        stage: job type.
-        study: study it belongs to.
-        run: what it works on; the group is backbone × method.
-        config: every setting of the job.
+        info: of what it works on; the group is backbone × method.
         part: tells jobs of one stage on one run apart (a data set).
-        reads, writes: what of the study it is made from and makes, for W&B's lineage; None is nothing.
     """
+    run = Run(info.backbone, info.method, tuple(info.variant.items()), info.seed)
     facts = {"backbone": run.backbone, "method": run.method, "seed": run.seed, **run.variant}
     path = f"{run.path}/{part}" if part else run.path
     group = f"{run.backbone} × {run.method}"
     tags = (run.backbone, run.method)
-    return tracked_job(stage, study, path, group, {**facts, **config}, tags, reads, writes)
+    return tracked_job(stage, info.study, path, group, {**facts, **config}, tags, reads, writes)
 
 
 @contextmanager
@@ -68,7 +61,7 @@ def tracked_job(
 
     Args:
         stage: job type.
-        study: study it belongs to.
+        study: study it belongs to; "" is none: the job is locked, and neither shown nor listed.
         path: what the job makes, unique within its stage; with the other two it is the run's identity.
         group: runs shown together.
         config: every setting of the job.
@@ -78,11 +71,12 @@ def tracked_job(
     Raises:
         UserError: another job writes there.
     """
-    from buddy.storage import locks
-    from buddy.study import manifest
-    from buddy.tracking import track
 
     written = [given for given in writes if given]
+    if not study:
+        with locks.held(*written):
+            yield Tracker()
+        return
     with (
         locks.held(*written),
         track(
@@ -217,3 +211,38 @@ def provenance(model: Any, watch: Stopwatch) -> dict[str, Any]:
         "commit": commit(),
         **watch.seconds(),
     }
+
+
+def write_record(
+    path: Path,
+    kind: str,
+    info: RunInfo,
+    metrics: dict[str, Any],
+    items: int,
+    budget: Budget | None,
+    model: Any,
+    watch: Stopwatch,
+    **other: Any,
+) -> None:
+    """Write one record of a run or a backbone.
+
+    Args:
+        path: its file.
+        kind, metrics, budget: of the record.
+        info: of what was measured.
+        items: number of items behind the metrics.
+        model, watch: as in `provenance`.
+        other: fields of the record that are not as ``info`` has them.
+    """
+    own = {"method": info.method, "variant": info.variant, "digests": info.digests, **other}
+    Record(
+        kind=kind,
+        study=info.study,
+        backbone=info.backbone,
+        metrics=metrics,
+        n=items,
+        seed=info.seed,
+        budget=budget,
+        **own,
+        **provenance(model, watch),
+    ).write(path)

@@ -1,50 +1,49 @@
-"""A run that is measured at several depths: opened once, checked before anything is measured, a record per depth."""
+"""What is measured, a run or an untouched backbone: opened once, checked before anything is measured, and its records."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from buddy.commands._common import check_depths, check_one_gpu, provenance, run_of, tracked
+from buddy import runs
+from buddy.commands._common import backbone_folder, check_depths, check_one_gpu, tracked, write_record
 from buddy.commands._options import counts
 from buddy.settings import KV, Settings
-from buddy.study.records import Budget, Record, Stopwatch, claim_folder
+from buddy.study.records import Budget, Stopwatch, claim_folder
+from buddy.tracking import Tracker
 
 if TYPE_CHECKING:
     from buddy.routing.model import RoutedModel
-    from buddy.runs import RunInfo
-    from buddy.tracking import Tracker
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A loaded run and the depths it is measured at.
+    """A loaded model, and what its records say of it.
 
     Attributes:
         folder: where it was loaded from.
-        model: the run.
-        depths: numbers of removed blocks, ascending, as W&B takes points; each is legal for the run.
-        kv: K/V of skipped blocks; None where that is the run's own affair, and no axis of the records.
+        info: what the run folder says, or what was said of a backbone.
+        model: a `buddy.routing.model.RoutedModel`, or a backbone as Hugging Face loads it.
+        blocks: number of its blocks, L.
+        depths: numbers of removed blocks that it is measured at, ascending, as W&B takes points; each is legal for it.
+        kv: K/V of skipped blocks; None where that is no axis of the records.
     """
 
     folder: Path
-    model: RoutedModel
-    depths: list[int]
-    kv: KV | None
-
-    @property
-    def info(self) -> RunInfo:
-        """What the run folder says, or what was said of a dense model."""
-        return self.model.origin.info
+    info: runs.RunInfo
+    model: Any
+    blocks: int
+    depths: tuple[int, ...] = ()
+    kv: KV | None = None
 
     def budget(self, removed: int) -> Budget:
         """The budget that leaves out so many blocks."""
-        return Budget.of(self.model.blocks - removed, self.model.blocks)
+        return Budget.of(self.blocks - removed, self.blocks)
 
     def watch(self) -> Stopwatch:
         """A stopwatch for a measurement that begins now."""
@@ -52,15 +51,24 @@ class Measured:
 
     def say(self, removed: int, *words: str) -> None:
         """Print what came out at a depth: its modes, if any, and the figures."""
-        typer.echo(f"{', '.join([f'{removed} of {self.model.blocks} blocks removed', *words[:-1]])}: {words[-1]}")
+        typer.echo(f"{', '.join([f'{removed} of {self.blocks} blocks removed', *words[:-1]])}: {words[-1]}")
+
+    def config(self, settings: Settings) -> dict[str, Any]:
+        """Every setting of a measurement at several depths, for W&B."""
+        return {**settings.model_dump(), "removed": list(self.depths), "training": self.info.training}
 
     def tracked(
-        self, stage: str, settings: Settings, out: Path, part: str = "", reads: Iterable[Path] = ()
+        self,
+        stage: str,
+        config: dict[str, Any],
+        writes: Iterable[Path | None],
+        part: str = "",
+        reads: Iterable[Path] = (),
     ) -> AbstractContextManager[Tracker]:
-        """The W&B run of this measurement; arguments as in `buddy.commands._common.tracked`."""
-        config = {**settings.model_dump(), "removed": self.depths, "training": self.info.training}
-        run = run_of(self.info)
-        return tracked(stage, self.info.study, run, config, part, [self.folder, *reads], [out])
+        """The W&B run of this measurement, none where it writes nothing; as `buddy.commands._common.tracked`."""
+        if not any(written := list(writes)):
+            return nullcontext(Tracker())
+        return tracked(stage, self.info, config, part, [self.folder, *reads], written)
 
     def records(
         self,
@@ -104,28 +112,26 @@ class Measured:
         Args:
             kind, metrics: of the record.
             path: its file.
-            removed: number of removed blocks; None where each input had its own.
+            removed: number of removed blocks; None where no depth applies, or each input had its own.
             items: number of items behind the metrics.
             watch: started when the measurement began.
             method, variant: of what was measured, where that is not the run itself.
             axes: of the measurement, besides the run's own and ``kv``.
         """
-        info = self.info
         kv = {} if self.kv is None else {"kv": self.kv}
-        own = {**info.variant, **kv, **axes} if info.variant else {}
-        Record(
-            kind=kind,
-            study=info.study,
-            backbone=info.backbone,
-            method=method or info.method,
-            metrics=metrics,
-            n=items,
+        own = {**self.info.variant, **kv, **axes} if self.info.variant else {}
+        write_record(
+            path,
+            kind,
+            self.info,
+            metrics,
+            items,
+            None if removed is None else self.budget(removed),
+            self.model,
+            watch,
+            method=method or self.info.method,
             variant=own if variant is None else variant,
-            seed=info.seed,
-            budget=None if removed is None else self.budget(removed),
-            digests=info.digests,
-            **provenance(self.model, watch),
-        ).write(path)
+        )
 
 
 def open_run(
@@ -154,8 +160,6 @@ def open_run(
     Raises:
         UserError: records cannot be written there, there is no such run, a depth is not legal for it, or several GPUs are visible.
     """
-    from buddy import runs
-
     claim_folder(out)
     depths = [] if removed is None else sorted(set(counts(removed, "--removed")))
     model = runs.load(run, kv=kv, device=device, dtype=dtype)
@@ -166,4 +170,26 @@ def open_run(
     if study is not None:
         info.study = study or info.study or "adhoc"
     info.backbone = name or info.backbone
-    return Measured(run, model, depths, kv)
+    return Measured(run, info, model, model.blocks, tuple(depths), kv)
+
+
+def open_backbone(backbone: Path, method: str, study: str, name: str, device: str, dtype: str) -> tuple[Measured, Any]:
+    """Load an untouched backbone to measure, and its tokenizer.
+
+    Args:
+        backbone: its folder, or its name in a study.
+        method: what it is measured for.
+        study, name: study it belongs to, and its name there; its folder's by default.
+        device, dtype: as in `buddy.runs.load`.
+
+    Raises:
+        UserError: there is no such backbone, it cannot be loaded, or several GPUs are visible.
+    """
+    from buddy.backbones.fingerprint import of_backbone
+
+    folder = backbone_folder(backbone)
+    model, tokenizer = runs.load_backbone(folder, device, dtype)
+    check_one_gpu(model.device.type)
+    info = runs.RunInfo(method, "", {}, name or folder.name, str(folder), study=study)
+    info.digests = {"backbone": of_backbone(folder)}
+    return Measured(folder, info, model, model.config.num_hidden_layers), tokenizer

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
+from buddy import runs
 from buddy.errors import UserError
-
-if TYPE_CHECKING:
-    from buddy.runs import RunInfo
+from buddy.runs import RunInfo
+from buddy.settings import Source
+from buddy.storage import locks
 
 REFERENCE = "reference"
 """Below the results: what this repository ships; everything else there was made on this machine."""
@@ -27,7 +28,6 @@ def default_run(results: Path) -> Path:
     Raises:
         UserError: there is neither.
     """
-    from buddy import runs
 
     trained = [folder for folder in runs.found(results) if _usable(folder, results)]
     if trained:
@@ -45,7 +45,6 @@ def default_run(results: Path) -> Path:
 
 def _usable(folder: Path, results: Path) -> bool:
     """Whether a run is BUDDY's, of this machine, and can be loaded as it stands."""
-    from buddy.runs import RunInfo
 
     if (results / REFERENCE) in folder.parents:
         return False
@@ -69,12 +68,11 @@ def fetch_backbone(run: Path, results: Path) -> None:
         UserError: it cannot be fetched, or is not what the run says.
     """
     from buddy import backbones, runs
-    from buddy.storage import locks
 
     shipped = (results / REFERENCE).resolve() in run.resolve().parents
     if not shipped or not (run / runs.RUN_FILE).exists():
         return
-    info = runs.RunInfo.read(run)
+    info = RunInfo.read(run)
     folder = info.backbone_folder(run)
     if info.backbone_source is None or (folder / "config.json").exists():
         return
@@ -87,11 +85,8 @@ def fetch_backbone(run: Path, results: Path) -> None:
 def _source(run: Path, info: RunInfo) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
-    from buddy.runs import RUN_FILE
-    from buddy.settings import Source
-
     try:
         return TypeAdapter(Source).validate_python(info.backbone_source)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise UserError(f"{run / RUN_FILE}: backbone_source: not a source of a backbone ({reason})") from None
+        raise UserError(f"{run / runs.RUN_FILE}: backbone_source: not a source of a backbone ({reason})") from None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNICODE, ASCII = ("█", "·"), ("#", ".")
 """Marks of a block that ran and of one that was skipped, and those for terminals that have only ASCII."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddy import runs
-from buddy.commands._common import provenance, run_of, tracked
-from buddy.study.records import Budget, Record, Stopwatch, claim
+from buddy.commands._common import tracked, write_record
+from buddy.storage import checkpoints
+from buddy.study.records import Budget, Stopwatch, claim
 
 if TYPE_CHECKING:
     from buddy.routing.policy import Policy
@@ -67,7 +68,6 @@ class Making:
             facts: further metrics of the record.
         """
         from buddy import backbones
-        from buddy.storage import checkpoints
 
         info = self.info
         info.probes = _paths(result.probes)
@@ -87,26 +87,15 @@ class Making:
             **(facts or {}),
         }
         if self.record is not None:
-            self._write(self.record, policy.blocks, metrics, examples)
+            removed = info.variant.get("removed")
+            budget = None if removed is None else Budget.of(policy.blocks - removed, policy.blocks)
+            digests = runs.RunInfo.read(self.out).digests
+            write_record(
+                self.record, "training", info, metrics, examples, budget, self.model, self.watch, digests=digests
+            )
         # Last: a job killed before this line trains nothing anew.
         shutil.rmtree(self.out / checkpoints.FOLDER, ignore_errors=True)
         self.tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
-
-    def _write(self, path: Path, blocks: int, metrics: dict[str, Any], examples: int) -> None:
-        info, removed = self.info, self.info.variant.get("removed")
-        Record(
-            kind="training",
-            study=info.study,
-            backbone=info.backbone,
-            method=info.method,
-            metrics=metrics,
-            n=examples,
-            variant=info.variant,
-            seed=info.seed,
-            budget=None if removed is None else Budget.of(blocks - removed, blocks),
-            digests=runs.RunInfo.read(self.out).digests,
-            **provenance(self.model, self.watch),
-        ).write(path)
 
 
 @contextmanager
@@ -130,7 +119,7 @@ def making(
         part: as in `buddy.commands._common.tracked`.
     """
     config = info.training if config is None else config
-    with tracked(stage, info.study, run_of(info), config, part, reads, [out, record]) as tracker:
+    with tracked(stage, info, config, part, reads, [out, record]) as tracker:
         watch = Stopwatch(str(model.device))
         runs.begin(out)
         yield Making(out, info, record, model, tracker, watch)

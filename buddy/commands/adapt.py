@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.commands import _given
 from buddy.commands._common import backbone_folder, check_one_gpu
@@ -65,7 +66,6 @@ def adapt(
       buddy adapt --method shortgpt --backbone DIR --removed 4 --calibration shortgpt.json --lora none --out shortgpt-4
       buddy adapt --method dense_lora --backbone DIR --data results/demo/data/alpaca --out dense-lora
     """
-    from buddy import runs
     from buddy.backbones.fingerprint import of_backbone
     from buddy.data import inputs
     from buddy.training.job import Job

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from buddy.commands import _arguments as arg
+from buddy.commands._common import tracked_job
 from buddy.errors import UserError, choices, unknown
 from buddy.settings import ARCHITECTURES, FolderSource, HubSource, RandomSource, WheelSource
 
@@ -77,13 +77,11 @@ def backbone(
     given = {key: value for key, value in locals().items() if value is not None}
     source = _source(given)
     from buddy import backbones
-    from buddy.commands._common import tracked_job
 
     config = {**source.model_dump(), "backbone": name or out.name, "dtype": dtype}
-    with tracked_job("backbone", study, out.name, "backbones", config, writes=[out]) if study else nullcontext() as job:
+    with tracked_job("backbone", study, out.name, "backbones", config, writes=[out]) as job:
         found = backbones.prepare(source, out, name=name, blocks=blocks, dtype=dtype)
-        if job is not None:
-            job.summary({key: found[key] for key in ("architecture", "blocks", "parameters", "revision")})
+        job.summary({key: found[key] for key in ("architecture", "blocks", "parameters", "revision")})
     parameters = f"{found['parameters'] / 1e6:,.1f} million parameters"
     typer.echo(f"{out}: {found['architecture']}, {found['blocks']} blocks, {parameters}")
 

@@ -44,7 +44,7 @@ def breakdown(
 
     measured = open_run(run, removed, out, settings.kv, device, dtype, suits=routes)
     model = measured.model
-    with measured.tracked("breakdown", settings, out, part=data.name) as tracker:
+    with measured.tracked("breakdown", measured.config(settings), [out], data.name) as tracker:
         watch = measured.watch()
         for count, metrics in profiling.breakdown(model, prompts, measured.depths, settings):
             path = out / f"removed~{count}.json"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buddy.commands import _arguments as arg
-from buddy.commands._common import keep_off_the_hub, run_of, tracked
+from buddy.commands._common import keep_off_the_hub
 from buddy.commands._measured import Measured, open_run
 from buddy.commands._options import with_settings
 from buddy.errors import UserError
@@ -63,7 +63,7 @@ def budget_eval(
     predictor = copy.deepcopy(policy.predictor).cpu()
     config = {**settings.model_dump(include=set(_READ)), "training": info.training.get("predictor", {})}
     part = "/".join([run.name, *(folder.name for folder in data)])  # a predictor's folder is named by its preset
-    with tracked("budget-eval", info.study, run_of(info), config, part, [run, *data], [out]) as tracker:
+    with measured.tracked("budget-eval", config, [out], part, data) as tracker:
         for name, which, contexts, losses, watch in _tables(measured, data, settings):
             found = budgets.measure(predictor, contexts, losses, policy.blocks)
             metrics = {"dataset": name, "rows": which, **found}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buddy.commands import _arguments as arg
-from buddy.commands._measured_backbone import open_backbone
+from buddy.commands._measured import open_backbone
 from buddy.commands._options import with_settings
 from buddy.errors import UserError
 from buddy.settings import Importance
@@ -58,9 +58,9 @@ def calibrate(
     if out:
         claim(out)
     text = inputs.prose(corpus)
-    opened = open_backbone(backbone, method, study, name, device, dtype)
+    opened, tokenizer = open_backbone(backbone, method, study, name, device, dtype)
     candidates = peers.removable(peer, opened.blocks, removed, protecting)
-    ids = windows(opened.tokenizer, text, settings.samples, settings.length, seed)
+    ids = windows(tokenizer, text, settings.samples, settings.length, seed)
     facts: dict[str, Any] = {
         "method": method,
         "criterion": criterion,
@@ -72,14 +72,14 @@ def calibrate(
         "window_seed": seed,
     }
     part = f"{criterion}/removed~{removed}"
-    with opened.tracked("calibrate", facts, [out], part, corpus) as tracker:
+    with opened.tracked("calibrate", facts, [out], part, [corpus]) as tracker:
         watch = opened.watch()
         found = peer.find(opened.model, ids.to(opened.model.device), removed, candidates, batch_size)
         facts |= {"removed": found.order, "score": peer.score, "scores": found.rounds, "ppl": found.ppl}
         if out:
-            opened.write("calibration", out, facts, settings.samples, watch, removed)
+            opened.write("calibration", out, removed, facts, settings.samples, watch)
         tracker.summary({"removed": ",".join(map(str, found.order))})
-    typer.echo(_as_json({"backbone": opened.run.backbone, **facts}) if json else _table(facts, found))
+    typer.echo(_as_json({"backbone": opened.info.backbone, **facts}) if json else _table(facts, found))
 
 
 def _blocks(text: str) -> list[int] | None:

@@ -8,6 +8,11 @@ from typing import Annotated
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.commands._study import study_folder
+from buddy.errors import UserError
+from buddy.storage import locks
+from buddy.study import check as checking
+from buddy.study import config
 
 
 def check(
@@ -25,11 +30,6 @@ def check(
       buddy check demo
       buddy check --repair /data/results/paper
     """
-    from buddy.commands._study import study_folder
-    from buddy.errors import UserError
-    from buddy.storage import locks
-    from buddy.study import check as checking
-    from buddy.study import config
 
     folder = study_folder(study, results)
     if repair and (busy := locks.owners(folder)):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from buddy.settings import Settings
+from buddy.storage.files import write_json
+from buddy.study import config as study
 from buddy.study.config import Config
 
 
@@ -27,8 +29,6 @@ def config(
       buddy config --schema > workflow/schemas/config.schema.json
       buddy config --docs > docs/configuration.md
     """
-    from buddy.storage.files import write_json
-    from buddy.study import config as study
 
     if schema:
         print(json.dumps(study.schema(), indent=2))
@@ -68,7 +68,6 @@ def _plain(value: Any) -> str:
 
 def _models(annotation: Any) -> list[type[Settings]]:
     """Settings classes in an annotation, those inside them behind."""
-    from typing import get_args
 
     found: list[type[Settings]] = []
     if isinstance(annotation, type) and issubclass(annotation, Settings):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from buddy import runs
 from buddy.commands import _arguments as arg
+from buddy.commands._common import backbone_folder, check_one_gpu, tracked_job
 from buddy.data.catalogue import CATALOGUE
 from buddy.study.settings import Data
 
@@ -63,9 +65,7 @@ def data(
       # Prompts of several sets in one, spread evenly; prose gives passages and what follows them
       buddy data --name pairs --source embedded --of alpaca,gsm8k,samsum,wikitext2 --out pairs
     """
-    from buddy.commands._common import backbone_folder, tracked_job
     from buddy.data import materialise
-    from buddy.storage import locks
 
     sets = [part.strip() for part in of.split(",") if part.strip()]
     answerer = None
@@ -77,12 +77,9 @@ def data(
         answerer = _answerer(backbone, name, new_tokens, batch_size, examples, out, device, dtype)
         config |= {"answered_by": backbone.name, "new_tokens": new_tokens, "examples": examples}
     stage, path = ("data", name) if answers_by is None else ("answers", f"answered_by~{backbone.name}/{name}")
-    with (
-        tracked_job(stage, study, path, "data", config, reads=reads, writes=[out]) if study else locks.held(out) as job
-    ):
+    with tracked_job(stage, study, path, "data", config, reads=reads, writes=[out]) as job:
         content = materialise(name, source, out, answerer, sets)
-        if job is not None:
-            job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})
+        job.summary({f"{split}_rows": facts["rows"] for split, facts in content["splits"].items()})
     sizes = ", ".join(f"{split} {facts['rows']} rows" for split, facts in content["splits"].items())
     typer.echo(f"{out}: {name} from {source}, {sizes}" + _told(content))
 
@@ -100,8 +97,6 @@ def _answerer(
     """What answers rows: the backbone, loaded when there are rows to answer."""
 
     def answered(rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
-        from buddy import runs
-        from buddy.commands._common import check_one_gpu
         from buddy.evaluation.answers import answer
         from buddy.training import fingerprints
 

@@ -12,6 +12,7 @@ from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Evaluation
 from buddy.study.records import Budget
+from buddy.tracking.report import average_name
 
 
 @with_settings(Evaluation)
@@ -46,7 +47,6 @@ def evaluate(
     from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
-    from buddy.tracking.report import average_name
 
     check_examples(data, settings.tasks, settings.few_shot)
     measured = open_run(run, None if budget else removed, out, settings.kv, device, dtype, study, name)
@@ -61,7 +61,7 @@ def evaluate(
         return metrics, accuracy.items(metrics)
 
     reads = [data / task for task in settings.tasks]
-    with measured.tracked("evaluate", settings, out, reads=reads) as tracker:
+    with measured.tracked("evaluate", measured.config(settings), [out], reads=reads) as tracker:
         if budget:
             watch = measured.watch()
             metrics = accuracy.predicted(lm, budget, settings, data)

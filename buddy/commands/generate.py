@@ -6,13 +6,20 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from buddy import runs
+from buddy.chat import in_template
 from buddy.commands import _arguments as arg
-from buddy.settings import MOST_SEED
+from buddy.commands import _strip
+from buddy.commands._options import choice, within
+from buddy.commands._run import default_run, fetch_backbone
+from buddy.errors import UserError
+from buddy.settings import DECODE_MODES, ENGINES, KV_POLICIES, MOST_SEED
 
 
 def generate(
@@ -62,18 +69,9 @@ def generate(
       buddy generate --run RUN --budget auto:0.3 --json "The capital of France is"
       buddy generate --run results/demo/backbones/smollm2-135m "Once upon a time"
     """
-    import time
 
     import torch
     from transformers import TextStreamer
-
-    from buddy import runs
-    from buddy.chat import in_template
-    from buddy.commands import _strip
-    from buddy.commands._options import choice, within
-    from buddy.commands._run import default_run, fetch_backbone
-    from buddy.errors import UserError
-    from buddy.settings import ENGINES, KV_POLICIES
 
     choice("--engine", engine, ("auto", *ENGINES))
     if kv:
@@ -137,7 +135,6 @@ def _text(prompt: str) -> str:
     Raises:
         UserError: it is not UTF-8.
     """
-    from buddy.errors import UserError
 
     try:
         if prompt == "-":
@@ -155,8 +152,6 @@ def _budget(text: str) -> float | str:
     Raises:
         UserError: neither, before anything is loaded.
     """
-    from buddy.commands._options import within
-    from buddy.errors import UserError
 
     if text.partition(":")[0] == "auto":
         return text
@@ -175,8 +170,6 @@ def _decode(text: str) -> int | str:
     Raises:
         UserError: neither.
     """
-    from buddy.errors import UserError
-    from buddy.settings import DECODE_MODES
 
     if text in DECODE_MODES:
         return text
@@ -191,7 +184,6 @@ def _check_room(model: Any, prompt: int, new: int) -> None:
     Raises:
         UserError: prompt and answer together are longer than its context.
     """
-    from buddy.errors import UserError
 
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and prompt + new > longest:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from buddy.commands import _arguments as arg
-from buddy.commands._measured_backbone import open_backbone
+from buddy.commands._measured import open_backbone
 from buddy.commands._options import choice, counts, with_settings
 from buddy.errors import UserError
 from buddy.settings import SHORTEST_WINDOW, Importance
@@ -54,22 +54,22 @@ def importance(
     lengths = _lengths(length)
     (claim_folder if len(lengths) > 1 else claim)(out)
     text = inputs.prose(corpus)
-    opened = open_backbone(backbone, "dense", study, name, device, dtype)
+    opened, tokenizer = open_backbone(backbone, "dense", study, name, device, dtype)
     facts = {"indicator": indicator, "corpus": corpus.name, "samples": settings.samples, "window_seed": seed}
     facts |= {"taylor": taylor} if indicator == "taylor" else {}
     # Before anything is measured: a corpus that is too short for one of them leaves no record of the others.
-    cut = {size: windows(opened.tokenizer, text, settings.samples, size, seed) for size in lengths}
+    cut = {size: windows(tokenizer, text, settings.samples, size, seed) for size in lengths}
     file = f"indicator~{indicator}.json"
     files = {size: out / f"length~{size}" / file for size in lengths} if len(lengths) > 1 else {lengths[0]: out}
     part = f"{indicator}/{corpus.name}/{length}"
     config = {**facts, "lengths": lengths}
-    with opened.tracked("importance", config, files.values(), part, corpus) as tracker:
+    with opened.tracked("importance", config, files.values(), part, [corpus]) as tracker:
         for size, ids in cut.items():
             watch = opened.watch()
             found = estimate(opened.model, ids, indicator, taylor=taylor)
             values = found.values.tolist()
             metrics = {**facts, "length": size, "values": values, "per_sample": found.per_window.tolist()}
-            opened.write("importance", files[size], metrics, settings.samples, watch)
+            opened.write("importance", files[size], None, metrics, settings.samples, watch)
             blocks = {f"block_{index}": value for index, value in enumerate(values)}
             tracker.log(blocks, step=size)
         tracker.summary(blocks)

@@ -51,7 +51,7 @@ def latency(
     model = measured.model
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
-    with measured.tracked("latency", settings, out, part=data.name) as tracker:
+    with measured.tracked("latency", measured.config(settings), [out], data.name) as tracker:
         watch = measured.watch()
         timings = benchmark(model, prompts, measured.depths, settings, data.name)
         watch.stop()

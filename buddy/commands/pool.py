@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from buddy.commands import _arguments as arg
-from buddy.commands._measured_backbone import open_backbone
+from buddy.commands._measured import open_backbone
 from buddy.commands._options import with_settings
 from buddy.settings import Pudding
 from buddy.study.records import claim
@@ -42,8 +42,8 @@ def pool(
 
     if out:
         claim(out)
-    opened = open_backbone(backbone, "pudding", study, name, device, dtype)
-    items = training_items(data, settings.tasks, opened.tokenizer, settings.pool_items)
+    opened, tokenizer = open_backbone(backbone, "pudding", study, name, device, dtype)
+    items = training_items(data, settings.tasks, tokenizer, settings.pool_items)
     facts: dict[str, Any] = {
         "method": "pudding",
         "blocks": opened.blocks,
@@ -56,7 +56,7 @@ def pool(
         found = find_pool(opened.model, items, removed, settings.criteria, batch_size)
         facts["omissions"] = [omission.content() for omission in found]
         if out:
-            opened.write("calibration", out, facts, settings.pool_items * len(settings.tasks), watch, removed)
+            opened.write("calibration", out, removed, facts, settings.pool_items * len(settings.tasks), watch)
         tracker.summary({f"{one.task}/{one.criterion}": ",".join(map(str, one.order)) for one in found})
     for one in found:
         typer.echo(f"{one.task} by {one.criterion} removes {','.join(map(str, one.order))}")

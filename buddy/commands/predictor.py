@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.commands._common import check_one_gpu, keep_off_the_hub
 from buddy.commands._options import choice, with_settings
@@ -47,7 +48,6 @@ def predictor(
     """
     keep_off_the_hub()
 
-    from buddy import runs
     from buddy.policies.buddy import BuddyPolicy
     from buddy.training import predictor as training
     from buddy.training import predictor_examples, sft

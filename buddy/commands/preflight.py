@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.errors import UserError
+from buddy.storage.processes import query
+from buddy.study import config as studies
+from buddy.study import preflight as flight
 
 
 def preflight(
@@ -30,10 +34,6 @@ def preflight(
       buddy preflight
       buddy preflight config.yaml workflow/demo.yaml --jobs 200
     """
-    from buddy.errors import UserError
-    from buddy.storage.processes import query
-    from buddy.study import config as studies
-    from buddy.study import preflight as flight
 
     if query("scontrol", "ping") is None:
         raise UserError("no Slurm answers here (scontrol ping); run it where you would call sbatch")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.commands._common import tracked_job
 from buddy.errors import UserError
+from buddy.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +57,6 @@ def report(
 
       buddy report --study /data/results/paper --all
     """
-    import pandas as pd
-
     from buddy.reporting import figures, tables, write
     from buddy.reporting.study import load
     from buddy.reporting.summary import summary as summarise
@@ -71,38 +72,27 @@ def report(
     # Every name is checked before the first file is written.
     asked_tables = list(dict.fromkeys(tables.resolve(found, name) for name in table or []))
     asked_figures = list(dict.fromkeys(figures.resolve(found, name) for name in figure or []))
+    tracked = partial(_tracked, track, found.name, reads or [], folder)
     for name in tables.names(found) if all_ else asked_tables:
-        with _tracked(track, "table", found.name, name, reads, folder) as job:
-            paths = write.table(found, name)
-            if job is not None:
-                job.table(name, pd.read_csv(paths[0]))
-        _announce(paths)
+        with tracked("table", name) as job:
+            _show(job, {name: write.table(found, name)})
     for name in figures.names(found) if all_ else asked_figures:
-        with _tracked(track, "figure", found.name, name, reads, folder) as job:
-            paths = write.figure(found, name)
-            if job is not None:
-                job.image(name, paths[-1])
-        _announce(paths)
+        with tracked("figure", name) as job:
+            _show(job, {name: write.figure(found, name)})
     if compare or all_:
-        with _tracked(track, "table", found.name, "compare", reads, folder) as job:
-            for name, paths in write.comparison(found).items():
-                if job is not None:
-                    job.table(name, pd.read_csv(paths[0]))
-                _announce(paths)
+        with tracked("table", "compare") as job:
+            _show(job, write.comparison(found))
     if summary:
         typer.echo(summarise(folder))
 
 
 def _tracked(
-    wanted: bool, stage: str, study: str, name: str, reads: list[Path] | None, folder: Path
-) -> AbstractContextManager[Any]:
+    wanted: bool, study: str, reads: list[Path], folder: Path, stage: str, name: str
+) -> AbstractContextManager[Tracker | None]:
+    """The W&B run of a table or a figure; nothing at all where none is wanted."""
     if not wanted:
         return nullcontext()
-    from buddy.commands._common import tracked_job
-
-    return tracked_job(
-        stage, study, name, "report", {stage: name}, reads=reads or [], writes=[folder / f"{stage}s" / name]
-    )
+    return tracked_job(stage, study, name, "report", {stage: name}, reads=reads, writes=[folder / f"{stage}s" / name])
 
 
 def _folder(study: str, results: Path) -> Path:
@@ -110,6 +100,14 @@ def _folder(study: str, results: Path) -> Path:
     return Path(study) if (Path(study) / "study.json").is_file() or "/" in study else results / study
 
 
-def _announce(paths: list[Path]) -> None:
-    for path in paths:
-        log.info("wrote %s", path)
+def _show(job: Tracker | None, made: dict[str, list[Path]]) -> None:
+    """Say what was written, by name, and show the table or the picture among it on W&B."""
+    import pandas as pd
+
+    for name, paths in made.items():
+        if job is not None and paths[0].suffix == ".csv":
+            job.table(name, pd.read_csv(paths[0]))
+        elif job is not None:
+            job.image(name, paths[-1])
+        for path in paths:
+            log.info("wrote %s", path)

@@ -38,7 +38,7 @@ def rouge(
 
     pairs = inputs.pairs(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
-    with measured.tracked("rouge", settings, out, data.name, [data]) as tracker:
+    with measured.tracked("rouge", measured.config(settings), [out], data.name, [data]) as tracker:
         for count in measured.depths:
             scores: dict[str, float] = {}
             for decode in DECODE_MODES:

@@ -9,6 +9,10 @@ from typing import Annotated
 
 import typer
 
+from buddy.errors import UserError
+from buddy.runs import RunInfo
+from buddy.runs import found as folders_of
+
 
 def runs(
     results: Annotated[Path, typer.Option(help="folder searched for runs")] = Path("results"),
@@ -21,9 +25,6 @@ def runs(
       buddy runs
       buddy runs --results results/demo --json
     """
-    from buddy.errors import UserError
-    from buddy.runs import RunInfo
-    from buddy.runs import found as folders_of
 
     if not results.is_dir():
         raise UserError(f"--results: {results} is not a folder")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
@@ -39,7 +40,6 @@ def score(
       buddy score --run RUN --data DIR/gsm8k --data novel.txt --removed 8 --kv zero,mask,project \\
           --decode recompute,reuse --items 300 --out records
     """
-    from buddy import runs
     from buddy.evaluation import likelihood, passages
 
     folders = _folders(data)
@@ -52,7 +52,7 @@ def score(
     items = [item for one in sets for item in one.items]
     fractions = {count: measured.budget(count).fraction for count in measured.depths}
     wanted = likelihood.modes(list(fractions.values()), settings)
-    with measured.tracked("score", settings, out, reads=folders) as tracker:
+    with measured.tracked("score", measured.config(settings), [out], reads=folders) as tracker:
         watch = measured.watch()
         found = likelihood.measure(model, runs.untouched(model), items, wanted, settings.batch_size)
         watch.stop()

@@ -48,7 +48,7 @@ def solve(
         return metrics, accuracy.items(metrics)
 
     reads = [data / task for task in settings.tasks]
-    with measured.tracked("solve", settings, out, reads=reads) as tracker:
+    with measured.tracked("solve", measured.config(settings), [out], reads=reads) as tracker:
         for count, metrics in measured.records("generation", out, measure, _line):
             tracker.log(_scores(metrics), step=count)
 

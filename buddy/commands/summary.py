@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.commands._study import study_folder
+from buddy.study import config, progress
+from buddy.study.progress import STATES
 
 if TYPE_CHECKING:
     from buddy.study.progress import Job, Stage
@@ -31,8 +34,6 @@ def summary(
       buddy summary --study demo
       buddy summary --study /data/results/paper --all
     """
-    from buddy.commands._study import study_folder
-    from buddy.study import config, progress
 
     folder = study_folder(study, results)
     stages = progress.read(config.read(folder / "study.json"), folder)
@@ -41,7 +42,6 @@ def summary(
 
 
 def _lines(stages: list[Stage], folder: Path, everything: bool) -> Iterator[str]:
-    from buddy.study.progress import STATES
 
     width = max(len(stage.name) for stage in stages)
     yield f"{'stage':{width}}" + "".join(f"{name:>9}" for name in STATES) + f"{'hours':>10}{'GPU hours':>11}"

@@ -48,7 +48,7 @@ def trace(
         said = settings.model_dump(include={"new_tokens", "decode"})
         return {**facts, **said, **traces.summary(routes, budget.executed)}, len(prompts)
 
-    with measured.tracked("trace", settings, out, part=data.name) as tracker:
+    with measured.tracked("trace", measured.config(settings), [out], data.name) as tracker:
         for count, metrics in measured.records("trace", out, measure, _line):
             tracker.log(_numbers(metrics), step=count)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.commands import _given
 from buddy.commands._common import backbone_folder, check_one_gpu
@@ -67,7 +68,6 @@ def train(
     """
     import torch
 
-    from buddy import runs
     from buddy.backbones.fingerprint import of_backbone
     from buddy.data import inputs
     from buddy.policies.buddy import BuddyPolicy

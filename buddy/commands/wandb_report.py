@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.commands._study import study_folder
+from buddy.study import config
+from buddy.tracking import modes, report
 
 
 def wandb_report(
@@ -27,9 +30,6 @@ def wandb_report(
       buddy wandb-report --study demo
       buddy wandb-report --study paper --entity my-team --project buddy
     """
-    from buddy.commands._study import study_folder
-    from buddy.study import config
-    from buddy.tracking import modes, report
 
     folder = study_folder(study, results)
     plan = config.read(folder / "study.json")

@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from buddy.commands import _arguments as arg
+from buddy.commands._study import study_folder
+from buddy.errors import UserError
+from buddy.tracking import modes, sync
 
 
 def wandb_sync(
@@ -27,9 +30,6 @@ def wandb_sync(
       buddy wandb-sync --study demo
       buddy wandb-sync --study /data/results/paper --entity my-team --project buddy --workers 8
     """
-    from buddy.commands._study import study_folder
-    from buddy.errors import UserError
-    from buddy.tracking import modes, sync
 
     folder = study_folder(study, results) / "wandb"
     if not folder.is_dir():

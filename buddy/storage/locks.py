@@ -17,6 +17,7 @@ from pathlib import Path
 
 from buddy.errors import UserError
 from buddy.storage import processes
+from buddy.storage.files import check_writable
 from buddy.storage.processes import Process
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def held(*outputs: str | Path | None) -> Iterator[None]:
         outputs: files or folders, which need not exist; None is nothing.
 
     Raises:
-        UserError: somebody writes one of them; names the process.
+        UserError: somebody writes one of them, which names the process, or it cannot be written.
     """
     with ExitStack() as stack:
         for output in outputs:
@@ -56,6 +57,7 @@ def owners(folder: Path) -> dict[Path, Process]:
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
     lock, me = lock_of(output), Process.this()
+    check_writable(lock.parent, str(output))
     lock.parent.mkdir(parents=True, exist_ok=True)
     while not _taken(lock, me):
         owner = processes.read(lock)

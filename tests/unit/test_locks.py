@@ -15,7 +15,7 @@ from buddy.storage import locks, processes
 from buddy.storage.processes import Process
 
 HOLD = (
-    "import sys; from buddy import locks\nwith locks.held(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
+    "import sys; from buddy.storage import locks\nwith locks.held(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
 )
 
 
