@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 from pydantic import ValidationError
 
-from buddy.errors import UserError, short, unknown
+from buddy.errors import UserError, lacking, short, unknown
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,10 @@ def _told(error: Exception) -> tuple[str, int]:
     """One line and an exit status for what no part of this package has foreseen.
 
     Bugs are not dressed up as a user's mistake: a file or disk of the user's is told by what the system says of it, and
-    everything else by its own name, with the way to its traceback.
+    everything else by its own name, with the way to its traceback. A package that is not installed names its extra.
     """
+    if isinstance(error, ModuleNotFoundError) and (extra := lacking(str(error.name).partition(".")[0])):
+        return str(extra), 2
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     hint = "" if _debugging() else "; run it again with BUDDY_LOG=DEBUG for the traceback"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in _USERS:

@@ -36,3 +36,34 @@ def unknown(what: str, found: object, allowed) -> UserError:
     close = difflib.get_close_matches(str(found), allowed, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return UserError(f"{what}: {short(found)} is not one of {choices(allowed)}{hint}")
+
+
+EXTRAS = {
+    "train": ("trl", "datasets", "scipy"),
+    "eval": ("lm_eval", "rouge_score"),
+    "report": ("pandas", "matplotlib"),
+    "track": ("wandb", "wandb_workspaces"),
+    "gguf": ("gguf",),
+}
+"""Packages that the core serves without, by the extra of this distribution that brings them (pyproject.toml)."""
+
+
+def lacking(package: str) -> UserError | None:
+    """The error for a package that is not installed; None for one that no extra brings, whose absence is no choice."""
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return UserError(f"{package} is not installed; it comes with: pip install 'buddy-routing[{extra}]'")
+    return None
+
+
+def needs(*packages: str) -> None:
+    """Ask for packages of extras before the work that ends in them begins.
+
+    Raises:
+        UserError: one is not installed; names the extra that brings it.
+    """
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None and (error := lacking(package)):
+            raise error

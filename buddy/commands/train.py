@@ -13,7 +13,7 @@ from buddy.commands import _given
 from buddy.commands._common import backbone_folder, check_one_gpu
 from buddy.commands._options import choice, counts, with_settings, within
 from buddy.commands._trained import claim_run, making, told_of
-from buddy.errors import UserError
+from buddy.errors import UserError, needs
 from buddy.settings import FEATURES, MOST_SEED, ROUTER_RECIPES, Router, Training
 from buddy.study.config import Config
 from buddy.study.records import commit
@@ -82,6 +82,7 @@ def train(
     within("--omega", omega, 0, 1e6)
     choice("--recipe", recipe, ROUTER_RECIPES)
     measured_at = fit_depths(depths, most_removed)
+    needs("trl", "datasets", "scipy")
     pairs = inputs.training(data)[: settings.examples]
     backbone = backbone_folder(backbone)
     given = _given.prior(prior, backbone)

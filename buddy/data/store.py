@@ -12,7 +12,7 @@ from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, read_file, write_file
 from buddy.data.sources import PROVENANCE
 from buddy.data.templates import questions
-from buddy.errors import UserError
+from buddy.errors import UserError, needs
 from buddy.storage import folders
 from buddy.storage.files import sha256, write_json
 
@@ -78,6 +78,8 @@ def _origin(data: DataSet, source: str) -> dict[str, Any]:
         mixed = {"of": found["of"]} if "of" in found else {}
         return {name: found.get(name) for name in ("source", "repository", "config", "revision")} | mixed
     published = source == "hub"
+    if published:
+        needs("datasets")
     return {
         "source": source,
         "repository": data.repository if published else None,

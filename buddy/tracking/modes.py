@@ -7,10 +7,11 @@ import netrc
 import os
 import socket
 import urllib.request
+from importlib.util import find_spec
 from typing import Literal
 from urllib.parse import urlsplit
 
-from buddy.errors import UserError
+from buddy.errors import UserError, lacking, needs
 from buddy.study.settings import Tracking
 
 log = logging.getLogger("buddy.tracking")
@@ -31,9 +32,16 @@ KEY_HINT = "set WANDB_API_KEY, or run `wandb login` once"
 
 
 def choose_mode(settings: Tracking) -> Mode:
-    """Where this process's runs go: WANDB_MODE, else the study's mode; auto is online if there is a key."""
+    """Where this process's runs go: WANDB_MODE, else the study's mode; auto is online if there is a key.
+
+    Without W&B's package they go nowhere, which is worth a warning only to who has asked for more.
+    """
     named = os.environ.get("WANDB_MODE") or settings.mode
     mode = MODES.get(named)
+    if find_spec("wandb") is None:
+        if mode not in ("auto", "disabled"):
+            warn(f"{named}, but {lacking('wandb')}")
+        return "disabled"
     if mode is None:
         warn(f"WANDB_MODE={named} is not one of {', '.join(MODES)}; runs are kept offline")
         return "offline"
@@ -104,8 +112,9 @@ def require_server(what: str) -> None:
         what: what is to be sent, for the message.
 
     Raises:
-        UserError: no key, or no connection; says what is missing.
+        UserError: no client, no key, or no connection; says what is missing.
     """
+    needs("wandb")
     keep_key_out_of_logs()
     if not has_key():
         raise UserError(f"W&B: no key for {server()}, so no {what} can be sent; {KEY_HINT}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from buddy.errors import UserError
+from buddy.errors import UserError, lacking
 from buddy.study import records
 from buddy.study.config import Config
 from buddy.study.settings import Ablation, Variant
@@ -62,8 +62,8 @@ def save(study: Config, folder: Path, entity: str | None, project: str) -> str:
 def _package() -> Any:
     try:
         import wandb_workspaces.reports.v2 as wr
-    except ImportError:
-        raise UserError("W&B: reports need the package wandb-workspaces: pip install wandb-workspaces") from None
+    except ImportError as error:
+        raise (lacking("wandb_workspaces") or error) from None
     return wr
 
 

@@ -14,9 +14,7 @@ from buddy.errors import UserError
 from buddy.storage import locks, processes
 from buddy.storage.processes import Process
 
-HOLD = (
-    "import sys; from buddy.storage import locks\nwith locks.held(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
-)
+HOLD = "import sys; from buddy.storage import locks\nwith locks.held(sys.argv[1]):\n print('held', flush=True); sys.stdin.read()"
 
 
 @pytest.fixture

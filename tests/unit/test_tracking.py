@@ -622,7 +622,7 @@ def test_the_report_shows_the_sweep(
 
 def test_a_report_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: config.Config) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(UserError, match="pip install wandb-workspaces"):
+    with pytest.raises(UserError, match=r"wandb_workspaces is not installed; .*pip install 'buddy-routing\[track\]'"):
         report.save(plan, tmp_path, None, "buddy")
 
 
