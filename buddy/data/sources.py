@@ -9,7 +9,7 @@ from typing import Any
 
 from buddy import hub
 from buddy.data import answers
-from buddy.data.catalogue import CATALOGUE, DataSet, entry
+from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, check_columns, read_file, with_ids
 from buddy.errors import UserError, choices
 
@@ -168,8 +168,3 @@ def _from_hub(data: DataSet, split: str, revision: str) -> list[Row]:
             "%s: %d of %d rows have no content and are left out", data.repository, len(rows) - len(kept), len(rows)
         )
     return kept
-
-
-def names() -> list[str]:
-    """Names of the data sets."""
-    return list(CATALOGUE)

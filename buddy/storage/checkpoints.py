@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.storage.digests import differences, digest
-from buddy.storage.files import write_bytes, write_json
+from buddy.storage.files import sha256, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +175,7 @@ def found_below(folder: Path) -> Iterator[Path]:
 def _digests(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SEAL:
-            with path.open("rb") as stream:
-                yield path.relative_to(folder).as_posix(), hashlib.file_digest(stream, "sha256").hexdigest()
+            yield path.relative_to(folder).as_posix(), sha256(path)
 
 
 def _remove(path: Path) -> None:

@@ -39,14 +39,19 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, permitted(0o666))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def permitted(mode: int) -> int:
+    """What of these permissions the user's umask leaves: temporary files and folders are made for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
 
 
 def sha256(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from buddy.errors import UserError
-from buddy.storage.files import check_writable, write_json
+from buddy.storage.files import check_writable, permitted, write_json
 
 MARK = ".buddy.json"
 
@@ -73,11 +73,17 @@ def mark(folder: Path, holds: str, files: Iterable[str] | None = None) -> None:
 
 
 @contextmanager
-def fresh(out: str | Path, holds: str, unmarked: Callable[[Path], bool] = _never) -> Iterator[Path]:
+def fresh(
+    out: str | Path,
+    holds: str,
+    unmarked: Callable[[Path], bool] = _never,
+    keeps: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """Yield an empty sibling of ``out`` that takes its place, marked, on success and vanishes on failure.
 
     Args:
         out, holds, unmarked: as for `claim`.
+        keeps: tells what of the old folder moves into the new one; None replaces it as a whole.
 
     Raises:
         UserError: as `claim`.
@@ -87,9 +93,12 @@ def fresh(out: str | Path, holds: str, unmarked: Callable[[Path], bool] = _never
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
     try:
         yield partial
-        mark(partial, holds, [entry.name for entry in partial.iterdir()])
-        partial.chmod(0o777 & ~_umask())
-        _replace(partial, claim(out, holds, unmarked))  # making it may have taken hours
+        mark(partial, holds, None if keeps else [entry.name for entry in partial.iterdir()])
+        partial.chmod(permitted(0o777))
+        claim(out, holds, unmarked)  # making it may have taken hours
+        for entry in filter(keeps, out.iterdir()) if keeps and out.exists() else ():
+            entry.rename(partial / entry.name)
+        _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -121,9 +130,3 @@ def _replace(new: Path, out: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -7,13 +7,12 @@ content.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from buddy.storage import checkpoints
-from buddy.storage.files import write_json
+from buddy.storage.files import sha256, write_json
 
 NAME = ".files.json"
 
@@ -27,7 +26,7 @@ def write(folder: Path) -> None:
     if not folder.is_dir() or any((folder / name).exists() for name in LISTED_ELSEWHERE):
         return
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _files(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _files(folder)
     }
     write_json(folder / NAME, files)
 
@@ -54,8 +53,8 @@ def lacking(folder: Path, by_content: bool = False) -> list[str]:
         return [f"{NAME} is damaged"]
     return [
         f"{name} is {problem}"
-        for name, (size, sha256) in listed.items()
-        if (problem := _problem(folder / name, size, sha256 if by_content else None))
+        for name, (size, content) in listed.items()
+        if (problem := _problem(folder / name, size, content if by_content else None))
     ]
 
 
@@ -68,12 +67,12 @@ def cut_short(path: Path) -> bool:
     return not (end.endswith((b"\n}", b"\n]")) or end in (b"{}", b"[]"))
 
 
-def _problem(path: Path, size: int, sha256: str | None) -> str | None:
+def _problem(path: Path, size: int, content: str | None) -> str | None:
     if not path.is_file():
         return "missing"
     if path.stat().st_size != size:
         return "cut short or changed"
-    return "changed" if sha256 is not None and _sha256(path) != sha256 else None
+    return "changed" if content is not None and sha256(path) != content else None
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -81,8 +80,3 @@ def _files(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder)
         if path.is_file() and not path.name.startswith(".") and name.parts[0] != checkpoints.FOLDER:
             yield name.as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
