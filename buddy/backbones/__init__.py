@@ -6,7 +6,6 @@ one) and ``backbone.json``, which says where they came from. Fetching needs the 
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from pathlib import Path
@@ -16,7 +15,7 @@ from buddy.backbones import linked, untrained, weights, wheel
 from buddy.errors import UserError, unknown
 from buddy.settings import FolderSource, HubSource, RandomSource, WheelSource
 from buddy.storage import folders
-from buddy.storage.files import write_json
+from buddy.storage.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +85,9 @@ def read(folder: str | Path) -> dict[str, Any]:
         UserError: the folder is not one that `prepare` finished.
     """
     path = Path(folder) / PROVENANCE
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path}: not readable; make the backbone with `buddy backbone --out {folder} ...`") from None
+    if not (content := read_json(path)):
+        raise UserError(f"{path}: not readable; make the backbone with `buddy backbone --out {folder} ...`")
+    return content
 
 
 def portable(folder: str | Path) -> dict[str, Any] | None:
@@ -149,11 +147,7 @@ def inspect(folder: Path, origin: str, blocks: int | None = None) -> dict[str, A
 def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return True
-    try:
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and bool(content.get("chat_template"))
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def _origin(source: Source) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from buddy import hub
 from buddy.errors import UserError
 from buddy.storage import folders
-from buddy.storage.files import write_json
+from buddy.storage.files import read_json, write_json
 
 PROVENANCE = "encoder.json"
 HOLDS = "an encoder"
@@ -38,12 +37,9 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
         UserError: it cannot be had; ``out`` is then as it was before.
     """
     out = folders.claim(out, HOLDS, _unmarked)
-    try:
-        found = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
-        if (found["source"], found["revision"]) == (source, revision) and (out / "config.json").exists():
-            return dict(found)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    found = read_json(out / PROVENANCE)
+    if (found.get("source"), found.get("revision")) == (source, revision) and (out / "config.json").exists():
+        return found
     commit = None
     if Path(source).is_dir():
         files = Path(source).absolute()
@@ -70,8 +66,5 @@ def fetch(source: str, out: str | Path, revision: str = "main") -> dict[str, Any
 
 def _unmarked(folder: Path) -> bool:
     """Whether a folder is an encoder that was made before folders had marks: links and where they come from."""
-    try:
-        said = {"source", "revision", "commit"} <= json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
+    said = {"source", "revision", "commit"} <= read_json(folder / PROVENANCE).keys()
     return said and all(file.is_symlink() or file.name == PROVENANCE for file in folder.iterdir())

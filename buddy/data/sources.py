@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from buddy.data import answers
 from buddy.data.catalogue import DataSet, entry
 from buddy.data.rows import Row, check_columns, read_file, with_ids
 from buddy.errors import UserError, choices
+from buddy.storage.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +100,7 @@ def find(name: str, source: str, split: str) -> Path:
 
 def described(folder: Path) -> dict[str, Any]:
     """What a folder that holds one data set says of it; {} of another folder."""
-    try:
-        content = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(folder / PROVENANCE)
 
 
 def commit(name: str) -> str:

@@ -31,6 +31,15 @@ def write_json(path: str | Path, content: Any) -> Path:
     return write_bytes(path, f"{text}\n".encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file beside its target first and rename it, so that a killed job leaves the old file or the new one."""
     path = Path(path)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from buddy.storage.digests import digest
+from buddy.storage.files import read_json, write_json
 from buddy.study import records
 from buddy.study.settings import Tracking
 from buddy.tracking.lineage import Thing, things
@@ -59,8 +59,8 @@ class Progress:
     def read(cls, file: Path, settings: str) -> Progress:
         """What an interrupted attempt with these settings (their digest) has left, or a fresh start."""
         try:
-            found = cls(file, **json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):
+            found = cls(file, **read_json(file))
+        except TypeError:  # there is none, or one of another version
             return cls(file, settings)
         if found.finished or found.settings != settings:
             return cls(file, settings)
@@ -77,7 +77,7 @@ class Progress:
         self.step = self.step if step is None else step
         self.finished = finished
         content = {name: value for name, value in vars(self).items() if name != "file"}
-        records.write_json(self.file, content)
+        write_json(self.file, content)
 
 
 class Tracker:
@@ -104,25 +104,21 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the job's headline values; nested mappings become dotted names."""
-        if self._run is not None:
-            with self._shielded("summary"):
-                self._run.summary.update(dict(values))
+        self._show("summary", lambda: values)
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Show a data frame as a table."""
-        if self._run is not None:
-            with self._shielded("table"):
-                import wandb
-
-                self._run.summary[name] = wandb.Table(dataframe=frame)
+        self._show("table", lambda: {name: _wandb().Table(dataframe=frame)})
 
     def image(self, name: str, file: str | Path) -> None:
         """Show a picture, PNG or JPEG."""
-        if self._run is not None:
-            with self._shielded("image"):
-                import wandb
+        self._show("image", lambda: {name: _wandb().Image(str(file))})
 
-                self._run.summary[name] = wandb.Image(str(file))
+    def _show(self, what: str, values: Callable[[], Mapping[str, Any]]) -> None:
+        """Put values into the run's summary; they are made where there is a run, and what goes wrong is told."""
+        if self._run is not None:
+            with self._shielded(what):
+                self._run.summary.update(dict(values()))
 
     def lineage(self, reads: Sequence[Thing], makes: Sequence[Thing]) -> None:
         """Say what the job was made from and keep what it has made: artifacts, and names for who sends the run later.
@@ -173,13 +169,18 @@ class Tracker:
             self._failed = True
 
 
+def _wandb() -> Any:
+    """The client, imported where a run is open."""
+    import wandb
+
+    return wandb
+
+
 def _log_artifact(run: Any, thing: Thing, use_after_commit: bool) -> None:
     files = thing.files()
     if not files:
         return
-    import wandb
-
-    artifact = wandb.Artifact(thing.name, type=thing.kind, metadata=thing.metadata())
+    artifact = _wandb().Artifact(thing.name, type=thing.kind, metadata=thing.metadata())
     for name, file in files.items():
         artifact.add_file(str(file), name=name)
     run._log_artifact(artifact, use_after_commit=use_after_commit)
@@ -279,8 +280,7 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) ->
     os.environ.setdefault("WANDB_DATA_DIR", str((own / "data").absolute()))
 
     keep_key_out_of_logs()
-    import wandb
-
+    wandb = _wandb()
     options = _settings(mode)
     wandb.setup(settings=options)
     try:
@@ -295,8 +295,7 @@ def _init(mode: Mode, arguments: dict[str, Any], folder: Path, settings: str) ->
 
 def _settings(mode: Mode) -> Any:
     """W&B's own settings for a job: quiet, quick, and with an end to every wait."""
-    import wandb
-
+    known = _wandb().Settings
     wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",  # the rule's log file has it
@@ -310,4 +309,4 @@ def _settings(mode: Mode) -> Any:
         "x_disable_stats": mode != "online",
     }
     # Not every version knows every setting, and an unknown one is an error.
-    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
+    return known(**{key: value for key, value in wanted.items() if key in known.model_fields})

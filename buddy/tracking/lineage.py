@@ -6,7 +6,6 @@ and of a run the artifact holds the JSON file that describes it, and the names a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.storage.digests import digest
+from buddy.storage.files import read_json
 from buddy.study import records
 
 ROOMS = {
@@ -71,10 +71,9 @@ class Thing:
         found: dict[str, Any] = {"study": self.study, "path": self.path}
         if self.kind not in DESCRIPTIONS:
             return found
-        try:
-            found["description"] = json.loads((self.place / DESCRIPTIONS[self.kind]).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (description := read_json(self.place / DESCRIPTIONS[self.kind])):
             return found
+        found["description"] = description
         weights = [file for file in sorted(self.place.rglob("*")) if file.suffix in WEIGHTS]
         found["weights"] = {file.relative_to(self.place).as_posix(): file.stat().st_size for file in weights}
         return found

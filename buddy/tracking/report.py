@@ -6,13 +6,12 @@ tables and keeps the page's address, which a file beside the study's runs rememb
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from buddy.errors import UserError, lacking
-from buddy.study import records
+from buddy.storage.files import read_json, write_json
 from buddy.study.config import Config
 from buddy.study.settings import Ablation, Variant
 from buddy.tracking.modes import in_one_line
@@ -55,7 +54,7 @@ def save(study: Config, folder: Path, entity: str | None, project: str) -> str:
             f"W&B: no report of {project} ({in_one_line(error)}); are its runs there? `buddy wandb-sync --study "
             f"{study.study.name}` sends them, and without {page} a new report is made"
         ) from None
-    records.write_json(page, {"id": report.id, "url": report.url, "entity": owner, "project": project})
+    write_json(page, {"id": report.id, "url": report.url, "entity": owner, "project": project})
     return str(report.url)
 
 
@@ -69,11 +68,8 @@ def _package() -> Any:
 
 def _known(page: Path, entity: str, project: str) -> str:
     """Id of the page saved before in this place, "" if there is none."""
-    try:
-        content = json.loads(page.read_text())
-        return str(content["id"]) if (content["entity"], content["project"]) == (entity, project) else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    content = read_json(page)
+    return str(content.get("id", "")) if (content.get("entity"), content.get("project")) == (entity, project) else ""
 
 
 def title(study: Config) -> str:
@@ -153,21 +149,16 @@ def _compared(runs: Any, study: Config, backbone: str) -> list[Any]:
 
 def _accuracy(wr: Any, study: Config) -> list[Any]:
     """The average over the tasks against the budget, one line per method, and the same for every task."""
-    by_method = wr.Config("method")
-    first = wr.LinePlot(
-        title="average accuracy (%)",
-        x="budget",
-        y=["average"],
-        title_x="fraction of blocks executed",
-        groupby=by_method,
-        layout=wr.Layout(w=FULL, h=10),
-    )
+    shared = {"x": "budget", "groupby": wr.Config("method")}
+    executed = "fraction of blocks executed"
+    first = _line(wr, "average accuracy (%)", ["average"], FULL, 10, title_x=executed, **shared)
     scores = [f"{task}/{score}" for task in study.evaluation.tasks for score in ("acc_norm", "acc")]
-    each = [
-        wr.LinePlot(title=score, x="budget", y=[score], groupby=by_method, layout=wr.Layout(w=THIRD, h=6))
-        for score in scores
-    ]
-    return [first, *each]
+    return [first, *(_line(wr, score, [score], THIRD, 6, **shared) for score in scores)]
+
+
+def _line(wr: Any, title: str, names: list[str], width: int, height: int = 8, x: str = "Step", **more: Any) -> Any:
+    """Curves of these names over the steps, in a panel of this size."""
+    return wr.LinePlot(title=title, x=x, y=names, layout=wr.Layout(w=width, h=height), **more)
 
 
 def _ablation(wr: Any, study: Config, ablation: Ablation) -> list[Any]:
@@ -213,27 +204,18 @@ def _latency(wr: Any, study: Config) -> list[Any]:
                     for execution in study.latency.executions
                     if execution not in ("mixed", "nested")  # no one depth: it is in the summary
                 ]
-                panels.append(
-                    wr.LinePlot(
-                        title=f"{phase} tokens/s, batch {size}, {engine}",
-                        x="Step",
-                        y=names,
-                        title_x="blocks removed",
-                        layout=wr.Layout(w=HALF, h=8),
-                    )
-                )
+                title = f"{phase} tokens/s, batch {size}, {engine}"
+                panels.append(_line(wr, title, names, HALF, title_x="blocks removed"))
     return panels
 
 
 def _training(wr: Any) -> list[Any]:
     """The loss over the steps, and what the routers learn."""
-    plots = [
-        wr.LinePlot(title="loss", x="Step", y=["loss"], groupby=wr.Config("method"), layout=wr.Layout(w=HALF, h=8))
+    return [
+        _line(wr, "loss", ["loss"], HALF, groupby=wr.Config("method")),
+        _line(wr, "tokens/s", ["tok_s"], HALF),
+        *(_line(wr, title, names, THIRD, 6) for title, names in _PROBES.items()),
     ]
-    plots.append(wr.LinePlot(title="tokens/s", x="Step", y=["tok_s"], layout=wr.Layout(w=HALF, h=8)))
-    for title, names in _PROBES.items():
-        plots.append(wr.LinePlot(title=title, x="Step", y=names, layout=wr.Layout(w=THIRD, h=6)))
-    return plots
 
 
 _PROBES = {

@@ -7,7 +7,6 @@ those that use it, so that the one who made it is known as its maker.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from buddy.study import records
+from buddy.storage.files import read_json, write_json
 from buddy.tracking import modes
 
 SENT = "sent.json"
@@ -78,7 +77,7 @@ def send(folder: Path, entity: str | None = None, project: str | None = None, wo
         _run_client(wave, entity, project, workers)
         for one in wave:
             if _marker(one.file).exists():
-                records.write_json(one.folder / SENT, {"bytes": one.file.stat().st_size, **target})
+                write_json(one.folder / SENT, {"bytes": one.file.stat().st_size, **target})
                 outcome.sent += 1
             else:
                 outcome.failed.append(one.folder)
@@ -99,7 +98,7 @@ def attempts(folder: Path, target: dict[str, str | None]) -> list[Attempt]:
         run = path.name.rsplit("-", 1)[1]
         if not (path / f"run-{run}.wandb").is_file():
             continue
-        progress = _progress(folder / f"{run}.json")
+        progress = read_json(folder / f"{run}.json")
         edges = {role: frozenset(progress.get(role, [])) for role in ("reads", "makes")}
         found.append(Attempt(path, run, _state(path, run, target, progress, last[run] == path), **edges))
     return found
@@ -107,12 +106,10 @@ def attempts(folder: Path, target: dict[str, str | None]) -> list[Attempt]:
 
 def _state(folder: Path, run: str, target: dict[str, str | None], progress: dict, newest: bool) -> State:
     file = folder / f"run-{run}.wandb"
-    try:
-        if json.loads((folder / SENT).read_text()) == {"bytes": file.stat().st_size, **target}:
-            return "sent"
-    except (OSError, ValueError):  # not sent by us: perhaps by hand
-        if _marker(file).exists() and _marker(file).stat().st_mtime >= file.stat().st_mtime:
-            return "sent"
+    sent = read_json(folder / SENT)
+    by_hand = not sent and _marker(file).exists() and _marker(file).stat().st_mtime >= file.stat().st_mtime
+    if by_hand or sent == {"bytes": file.stat().st_size, **target}:
+        return "sent"
     ended = not newest or progress.get("closed", progress.get("finished", False))
     silent = time.time() - file.stat().st_mtime > SILENT_S
     return "unsent" if ended or silent else "running"
@@ -145,11 +142,3 @@ def _run_client(wave: list[Attempt], entity: str | None, project: str | None, wo
 def _marker(file: Path) -> Path:
     """What the client leaves beside a file that it has sent."""
     return file.with_name(f"{file.name}.synced")
-
-
-def _progress(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
