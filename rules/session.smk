@@ -5,6 +5,7 @@ import logging
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from buddy import warm
 from buddy.study import sessions, preflight, progress
 from buddy.storage.digests import differences, digest
 from buddy.study.failures import Failure, summary
@@ -61,6 +62,10 @@ def start():
     if run_name:
         SESSION = sessions.submits(SESSION, run_name)
         preflight_jobs()
+    if workflow.local_exec and not workflow.deployment_settings.deployment_method:
+        with_model = [job for job in workflow.dag.needrun_jobs() if job.resources.get("gpu")]
+        if len(with_model) > 1:
+            warm.start()
 
 
 def preflight_jobs():
