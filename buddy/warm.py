@@ -26,6 +26,8 @@ VARIABLE = "BUDDY_WARM"
 """The socket's path, in the environment of jobs."""
 LIGHT = ("report", "config", "check", "preflight", "status", "summary", "runs", "wandb-sync", "wandb-report")
 """Commands that need neither PyTorch nor Transformers: they are as fast alone."""
+TIMED = ("latency", "breakdown")
+"""Commands whose own time is what they measure: nothing of another process shall be in it."""
 READ_ON_IMPORT = ("CUDA_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "PYTHON", "LD_", "NVIDIA_", "KMP_")
 """Beginnings of variables that libraries read when they are imported: a job that has others does its work itself."""
 
@@ -40,7 +42,7 @@ def run(arguments: list[str]) -> int | None:
         Its exit status; None where there is no such process, or the command is better off alone.
     """
     path = os.environ.get(VARIABLE)
-    if not path or not arguments or arguments[0] in LIGHT:
+    if not path or not arguments or arguments[0] in (*LIGHT, *TIMED):
         return None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
