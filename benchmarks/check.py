@@ -21,8 +21,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-OPTIONAL = {"wandb"}
-"""Tracking; WANDB_MODE=disabled needs none of it."""
+EXTRAS = ("train", "eval", "report", "gguf")
+"""Of those in pyproject.toml what measuring needs; `track` is not among them, as WANDB_MODE=disabled needs none of it."""
 
 
 def unmet(requirements: list[str]) -> Iterator[str]:
@@ -33,7 +33,7 @@ def unmet(requirements: list[str]) -> Iterator[str]:
         parent, text = queue.pop(0)
         requirement = Requirement(text)
         wanted = [{"extra": extra} for extra in requirement.extras or [""]]
-        if requirement.name in OPTIONAL or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
             found = metadata.distribution(requirement.name)
@@ -74,14 +74,15 @@ def main() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     print(f"python {sys.version.split()[0]} ({sys.executable})")
     failures = []
-    for text in project["dependencies"]:
+    brought = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
+    needed = list(dict.fromkeys(requirement for part in brought for requirement in part))
+    for text in needed:
         name = Requirement(text).name
         try:
             print(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            print(f"{name} - ({'not needed' if name in OPTIONAL else 'missing'})")
-            if name not in OPTIONAL:
-                failures.append(f"{name}: not installed")
+            print(f"{name} - (missing)")
+            failures.append(f"{name}: not installed")
     failures += [f"{name}: {reason}" for name, reason in broken()]
     # Only imported when a command uses them.
     for name in ("trl", "peft", "datasets", "gguf", "lm_eval.tasks", "matplotlib.pyplot", "jinja2"):
@@ -89,7 +90,7 @@ def main() -> None:
             importlib.import_module(name)
         except Exception as error:
             failures.append(f"{name}: {error}")
-    for warning in dict.fromkeys(unmet(project["dependencies"])):
+    for warning in dict.fromkeys(unmet(needed)):
         print(f"warning: {warning}")
     print(gpu())
     for failure in failures:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from buddy.errors import UserError
+from buddy.storage.files import write_json
 
 BUDGETS = (1.0, 0.75, 0.5)
 READY = "ready"
@@ -336,10 +337,7 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _keep(options: argparse.Namespace, row: Row, found: dict[str, dict[str, Any]], what: dict[str, Any]) -> None:
     found[row.name] = what
-    path = options.out / f"{row.name}.json"
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps({"row": row.name, "settings": options.settings, **what}, indent=1) + "\n")
-    fresh.replace(path)
+    write_json(options.out / f"{row.name}.json", {"row": row.name, "settings": options.settings, **what})
 
 
 def table(found: dict[str, dict[str, Any]], new_tokens: int) -> list[dict[str, Any]]:
@@ -446,7 +444,7 @@ def compare(options: argparse.Namespace) -> None:
         f"Prompts: {len(prompts)}, of {min(map(len, prompts))} to {max(map(len, prompts))} tokens; {options.new_tokens} new "
         f"tokens after each, one sequence at a time; medians of {options.repeats} passes in turns; {versions}."
     )
-    (options.out / "instead.json").write_text(json.dumps({"note": note, "rows": lines}, indent=1) + "\n")
+    write_json(options.out / "instead.json", {"note": note, "rows": lines})
     (options.out / "instead.md").write_text(markdown(lines, note))
     print(markdown(lines, note))
 

@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.importance import estimate
 from buddy.policies.buddy import BuddyPolicy
-from buddy.policies.priors import normalise, standardise
+from buddy.policies.priors import fused
 from buddy.routing.engine import Routing, routed
 from buddy.settings import Router, Training
 from buddy.training import router, sft
@@ -258,11 +258,10 @@ def train(model: LlamaForCausalLM, task: Task, recipe: str, updates: int, seed: 
     return policy
 
 
-def _prior(model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]]) -> Tensor:
+def _prior(model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]]) -> Tensor | None:
     """The paper's prior: Taylor importance, on prompts of both kinds."""
     ids = torch.tensor([row["input_ids"] for row in encode(TOKENIZER, pairs, 64)])
-    values = estimate(model, ids, "taylor").values
-    return standardise(normalise(values[1 : BLOCKS - 1], "taylor")).float()
+    return fused(estimate(model, ids, "taylor").values.tolist(), "taylor", BLOCKS, source_block=1)
 
 
 def measured(task: Task, model: LlamaForCausalLM, recipe: str, updates: int, seed: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from buddy.evaluation import latency, likelihood, passages
 from buddy.evaluation.likelihood import MEASURES, Mode
 from buddy.routing.model import RoutedModel
 from buddy.settings import Latency
+from buddy.storage.files import write_json
 from buddy.study.records import Stopwatch
 
 INDEPENDENT = "independent"
@@ -102,10 +103,7 @@ def kept(path: Path, asked: dict[str, Any], measure: Any, model: RoutedModel) ->
         return found["found"]
     watch = Stopwatch(str(model.device))
     found = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps({"asked": asked, "found": found, **provenance(model, watch)}, indent=1) + "\n")
-    fresh.replace(path)
+    write_json(path, {"asked": asked, "found": found, **provenance(model, watch)})
     return found
 
 
