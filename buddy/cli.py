@@ -44,6 +44,7 @@ COMMANDS = (
     "latency",
     "breakdown",
     "generate",
+    "export",
     "runs",
     "report",
     "summary",

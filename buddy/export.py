@@ -1,0 +1,156 @@
+"""A run at one depth as a plain Hugging Face folder: blocks taken out, LoRA merged, nothing of this package in it.
+
+What leaves out the same blocks for every input is exported exactly. A policy that chooses by the input has the route that
+it took most often over some prompts, and is told how often that was: the folder is the static model nearest to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from buddy.errors import UserError
+from buddy.evaluation import traces
+from buddy.policies.static import StaticPolicy
+from buddy.routing.model import RoutedModel
+from buddy.routing.sliced import sliced
+from buddy.runs import RunInfo
+from buddy.storage import folders
+from buddy.storage.files import permitted
+
+HOLDS = "an exported model"
+NEW_TOKENS = 32
+"""Tokens generated after each prompt to see which routes are taken."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The route that is exported.
+
+    Attributes:
+        route: boolean (L,), True where a block runs.
+        steps, prompts: share of passes that took it, and of prompts all of whose passes did; 1 where every input does.
+        paths: distinct routes seen.
+        seen: prompts that were looked at; 0 where the route depends on none.
+    """
+
+    route: Tensor
+    steps: float = 1.0
+    prompts: float = 1.0
+    paths: int = 1
+    seen: int = 0
+
+    @property
+    def kept(self) -> list[int]:
+        """Blocks that run, from 0, in order."""
+        return self.route.nonzero().squeeze(1).tolist()
+
+    @property
+    def removed(self) -> list[int]:
+        """Blocks that are left out."""
+        return (~self.route).nonzero().squeeze(1).tolist()
+
+
+def chosen(model: RoutedModel, removed: int, texts: Sequence[str] | None = None) -> Chosen:
+    """The route to export.
+
+    Args:
+        model: a run, in evaluation mode.
+        removed: number of blocks left out.
+        texts: prompts, for a policy that chooses by them.
+
+    Raises:
+        UserError: a policy chooses by its input, and no prompts are given.
+        BudgetError: the policy cannot leave out so many.
+    """
+    budget = (model.blocks - removed) / model.blocks
+    if isinstance(model.policy, StaticPolicy):
+        return Chosen(model.policy.begin(budget, 1, torch.device("cpu"))[0])
+    if not texts:
+        raise UserError(
+            f"--data: needed: {model.origin.info.method} chooses blocks by the input, and its most frequent route is taken; "
+            "give a data set folder with prompts"
+        )
+    found = traces.answers(model, texts, budget, "recompute", NEW_TOKENS, batch_size=8)
+    return most_frequent([answer.routes for answer in found])
+
+
+def most_frequent(routes: Sequence[Tensor]) -> Chosen:
+    """Of the routes (passes, L) after each of some prompts the one that most passes took; of equal ones the first seen."""
+    counts = Counter(tuple(row) for each in routes for row in each.tolist())
+    best, steps = counts.most_common(1)[0]
+    route = torch.tensor(best)
+    whole = sum(bool((each == route).all()) for each in routes)
+    return Chosen(route, steps / counts.total(), whole / len(routes), len(counts), len(routes))
+
+
+def save(model: RoutedModel, kept: Sequence[int], folder: Path, card: str) -> None:
+    """Write config, weights, tokenizer, chat template and model card.
+
+    Args:
+        model: a run whose LoRA is merged.
+        kept: blocks that run, from 0, in order.
+        folder: absent, empty or an export that is replaced.
+        card: text of its README.md.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    with folders.fresh(folder, HOLDS) as new:
+        sliced(model.backbone, kept).save_pretrained(new)
+        model.tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        for file in new.glob("*.safetensors"):  # safetensors writes for its owner alone
+            file.chmod(permitted(0o666))
+
+
+def card(name: str, model: RoutedModel, found: Chosen, licence: str = "", scores: Sequence[str] = ()) -> str:
+    """Text of the model card.
+
+    Args:
+        name: of the exported model.
+        model: the run.
+        found: the route that is exported.
+        licence: the backbone's, as the Hub spells it; "" where it is not known.
+        scores: lines that say what was measured of this run at this depth.
+    """
+    source = model.origin.info.backbone_source or {}
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, depth-pruning, buddy]"]
+    head += [f"base_model: {source['hub']}"] if "hub" in source else []
+    head += [f"license: {licence}"] if licence else []
+    measured = ["Nothing was measured of the run at this depth."]
+    if scores:
+        measured = ["Measured of the run at this depth:", "", *(f"- {line}" for line in scores)]
+    parts = ["---", *head, "---", "", f"# {name}", "", _what(model, found), "", _made(model.origin.info), "", *measured]
+    return "\n".join(parts) + "\n"
+
+
+def _what(model: RoutedModel, found: Chosen) -> str:
+    info = model.origin.info
+    said = (
+        f"{info.backbone} without {len(found.removed)} of its {model.blocks} blocks ({', '.join(map(str, found.removed))}; "
+        f"counted from 0), which {info.method} left out."
+    )
+    if not found.seen:
+        return said
+    return (
+        f"{said} {info.method} chooses blocks by the input: this route it took in {100 * found.steps:.1f} % of all steps "
+        f"after {found.seen} prompts, and in every step after {100 * found.prompts:.1f} % of them ({found.paths} distinct "
+        "routes in all). Where it takes another, this model differs from the run."
+    )
+
+
+def _made(info: RunInfo) -> str:
+    training = info.training
+    code = f"Code: buddy, commit {info.commit}." if info.commit else "Code: buddy."
+    if not training.get("lora_rank"):
+        return f"Its weights are the backbone's. {code}"
+    loss = {"ce": "the cross-entropy of its tokens", "kl": "the divergence from the whole model"}[
+        training.get("loss", "ce")
+    ]
+    return f"LoRA of rank {training['lora_rank']}, merged, was trained on {training.get('data', 'given data')} for {loss}. {code}"
