@@ -10,7 +10,7 @@ from buddy.commands import _arguments as arg
 from buddy.commands._common import check_auto, keep_off_the_hub
 from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
-from buddy.settings import Evaluation
+from buddy.settings import Evaluation, headline
 from buddy.study.records import Budget
 from buddy.tracking.report import average_name
 
@@ -86,8 +86,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """Each task's score in percent: normalised accuracy where the task has one."""
-    return {name: 100 * found.get("acc_norm", found.get("acc", 0.0)) for name, found in metrics["tasks"].items()}
+    """Each task's headline score in percent."""
+    return {name: 100 * found[headline(name, found)] for name, found in metrics["tasks"].items()}
 
 
 def _average(metrics: dict[str, Any]) -> float:

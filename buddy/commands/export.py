@@ -11,6 +11,7 @@ import typer
 from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.errors import UserError
+from buddy.settings import headline
 from buddy.storage import folders
 from buddy.study.records import Record
 
@@ -73,7 +74,7 @@ def _scores(run: Path, removed: int) -> Iterator[str]:
     accuracy = records / "accuracy" / path / f"removed~{removed}.json"
     if accuracy.exists():
         metrics = Record.read(accuracy).metrics
-        tasks = [100 * found.get("acc_norm", found.get("acc", 0.0)) for found in metrics["tasks"].values()]
+        tasks = [100 * found[headline(task, found)] for task, found in metrics["tasks"].items()]
         limit = f", the first {metrics['limit']} items of each" if metrics.get("limit") else ""
         yield f"accuracy, average of {len(tasks)} tasks: {sum(tasks) / len(tasks):.2f} %{limit}"
     for file in sorted((records / "likelihood" / path).rglob(f"removed~{removed}.json")):

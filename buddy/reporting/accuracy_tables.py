@@ -12,6 +12,7 @@ from buddy.reporting.labels import TASK_LABELS, series_labels
 from buddy.reporting.render import NEAR_SIGN
 from buddy.reporting.significance import difference
 from buddy.reporting.study import Series, Study
+from buddy.settings import HEADLINE
 from buddy.study.settings import Ablation, Table, Variant
 
 ERROR_NOTE = "± standard error over a task's items; that of the average is sqrt(sum of squares) / number of tasks."
@@ -43,7 +44,7 @@ def accuracy(study: Study, name: str, table: Table) -> Grid:
         error_note=ERROR_NOTE,
         latex_errors=frozenset({len(study.tasks)}),
         notes=[
-            "Accuracy in percent, length-normalised where the task has it.",
+            headline_note(study.tasks),
             *rank_note(rows, compared),
             *trained_by(study, compared),
             *one_path(study, backbone, compared),
@@ -73,6 +74,15 @@ def rank_columns(rows: Sequence[Row], series: Sequence[Series]) -> None:
         group = [row for row, one in zip(rows, series, strict=True) if one.lora == lora]
         for column in range(len(group[0].cells) if group else 0):
             rank(row.cells[column] for row in group)
+
+
+def headline_note(tasks: Sequence[str]) -> str:
+    """A note on which of the harness's accuracies each task is shown by."""
+    normalised = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc_norm"]
+    plain = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc"]
+    parts = [f"length-normalised (acc_norm) for {', '.join(normalised)}"] if normalised else []
+    parts += [f"plain (acc) for {', '.join(plain)}"] if plain else []
+    return f"Accuracy in percent, {' and '.join(parts)}."
 
 
 def rank_note(rows: Iterable[Row], series: Iterable[Series]) -> list[str]:
@@ -113,7 +123,7 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
         error_note=ERROR_NOTE,
         latex_errors=frozenset(range(len(depths))),
         notes=[
-            f"Average accuracy over {len(study.tasks)} tasks in percent, best of each column bold.",
+            f"Average over {len(study.tasks)} tasks, best of each column bold. {headline_note(study.tasks)}",
             *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
             *_held(study, axes, ablation),
             *trained_by(study, study.ablation_rows(ablation.name)),

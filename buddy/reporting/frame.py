@@ -11,6 +11,7 @@ import pandas as pd
 
 from buddy.errors import UserError
 from buddy.reporting import plausible
+from buddy.settings import headline
 from buddy.study.config import UNSAID
 from buddy.study.records import Record, find
 
@@ -231,13 +232,13 @@ def _budget(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any
 
 
 def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per task, its headline score: acc_norm where the task has it, else acc. With a preset there is no budget:
+    """One row per task, its headline score (`buddy.settings.HEADLINE`). With a preset there is no budget:
     the budget predictor set it for each input."""
     preset = record.variant.get("preset")
     if record.budget is None and preset is None:
         raise ValueError("no budget")
     for task, scores in record.metrics["tasks"].items():
-        metric = "acc_norm" if scores.get("acc_norm") is not None else "acc"
+        metric = headline(task, scores)
         yield {
             "task": task,
             "metric": metric,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import UserError, lacking
+from buddy.settings import HEADLINE
 from buddy.storage.files import read_json, write_json
 from buddy.study.config import Config
 from buddy.study.settings import Ablation, Variant
@@ -152,7 +153,7 @@ def _accuracy(wr: Any, study: Config) -> list[Any]:
     shared = {"x": "budget", "groupby": wr.Config("method")}
     executed = "fraction of blocks executed"
     first = _line(wr, "average accuracy (%)", ["average"], FULL, 10, title_x=executed, **shared)
-    scores = [f"{task}/{score}" for task in study.evaluation.tasks for score in ("acc_norm", "acc")]
+    scores = [f"{task}/{HEADLINE[task]}" for task in study.evaluation.tasks]
     return [first, *(_line(wr, score, [score], THIRD, 6, **shared) for score in scores)]
 
 

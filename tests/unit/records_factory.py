@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from buddy.settings import TASKS
+from buddy.settings import HEADLINE, TASKS
 from buddy.storage.files import write_json
 from buddy.study.config import Config, Run, parse
 from buddy.study.records import Budget, Record
@@ -454,8 +454,8 @@ class Maker:
             tasks = {}
             for task in TASKS:
                 probability = CHANCE[task] + (0.78 - CHANCE[task]) * kept + self.random.gauss(0, 0.008)
-                tasks[task] = scores(probability, items, task in NORMALISED)
-                metric = "acc_norm" if task in NORMALISED else "acc"
+                tasks[task] = scores(probability, items, task)
+                metric = HEADLINE[task]
                 tasks[task]["items"] = {metric: self._digits(tasks[task][metric], items)}
             self.accuracy(run, removed, tasks)
         return len(depths)
@@ -534,14 +534,16 @@ class Maker:
         return [rate * self.random.gauss(1, 0.025) for _ in range(5)]
 
 
-def scores(probability: float, items: int, normalised: bool) -> dict[str, Any]:
-    """One task's scores with that share of items right, and lm-eval's standard error of it."""
+def scores(probability: float, items: int, task: str = "") -> dict[str, Any]:
+    """One task's scores with that share of items right by its headline metric, and lm-eval's standard error of it."""
     right = round(min(max(probability, 0.0), 1.0) * items)
     mean = right / items
     error = math.sqrt(mean * (1 - mean) / (items - 1))
-    found: dict[str, Any] = {"acc": mean, "acc_stderr": error, "n": items, "items": {}}
-    if normalised:
-        found |= {"acc": mean - 1 / items, "acc_norm": mean, "acc_norm_stderr": error}
+    shown = HEADLINE.get(task, "acc")
+    found: dict[str, Any] = {shown: mean, f"{shown}_stderr": error, "n": items, "items": {}}
+    if task in NORMALISED:
+        other = "acc" if shown == "acc_norm" else "acc_norm"
+        found |= {other: mean - 1 / items, f"{other}_stderr": error}
     return found
 
 

@@ -31,7 +31,7 @@ def answered(maker: Maker, run: Any, removed: int, texts: dict[str, str], **more
     """Write an accuracy record of these items."""
     tasks = {}
     for task, text in texts.items():
-        tasks[task] = scores(text.count("1") / len(text), len(text), False) | {"items": {"acc": text}}
+        tasks[task] = scores(text.count("1") / len(text), len(text)) | {"items": {"acc": text}}
     maker.accuracy(run, removed, tasks, **more)
 
 

@@ -390,11 +390,11 @@ def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
     dense = next(one for one in small.config.runs() if one.method == "dense")
     small.budget(run, "tuned")
     score = {"acc": 0.6, "acc_stderr": 0.03, "n": 100}
-    small.accuracy(dense, 0, {"piqa": {**score, "acc": 0.8}, "arc_easy": {**score, "acc_norm": 0.5}})
-    shallow = {"arc_easy": {**score, "acc_norm": 0.4, "acc_norm_stderr": 0.02, "executed_mean": 15}}
+    small.accuracy(dense, 0, {"piqa": {**score, "acc": 0.8}, "arc_challenge": {**score, "acc_norm": 0.5}})
+    shallow = {"arc_challenge": {**score, "acc_norm": 0.4, "acc_norm_stderr": 0.02, "executed_mean": 15}}
     small.predicted(run, "tuned", {"piqa": {**score, "executed_mean": 24.0}, **shallow})
     axes = drawn(small, "figure13").axes[-2]  # the colour bar is last
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["PIQA", "ARC-e"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["PIQA", "ARC-c"]
     (bars,) = axes.containers
     assert list(bars.lines[0].get_ydata()) == pytest.approx([75, 80])
     (piqa, arc) = bars.lines[2][0].get_segments()

@@ -113,7 +113,7 @@ def test_accuracy_average_and_error_over_tasks_and_seeds(tmp_path: Path) -> None
     for seed, counts in right.items():
         run = maker.config.buddy_run("smollm2-135m", maker.config.study.main.model_dump(), seed)
         maker.accuracy(
-            run, 8, {task: scores(k / items[task], items[task], True) for task, k in zip(TASKS, counts, strict=True)}
+            run, 8, {task: scores(k / items[task], items[task], task) for task, k in zip(TASKS, counts, strict=True)}
         )
     write.table(study.load(maker.folder), "table2")
     path = maker.folder / "tables/table2.csv"
