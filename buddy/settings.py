@@ -26,7 +26,7 @@ Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
 KV = Literal["zero", "mask", "project"]
 StaticPeer = Literal["shortgpt", "shortened_llama", "sleb"]
-Criterion = Literal["block_influence", "ppl", "taylor"]
+Criterion = Literal["block_influence", "ppl", "taylor", "ppl_unprotected"]
 Indicator = Literal["delta_ppl", "taylor", "cosine", "block_influence"]
 Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "full", "reuse", "recompute", "varied", "mixed", "nested"]
@@ -207,7 +207,7 @@ def corpus_name(corpus: str) -> str:
 
 CRITERIA: dict[StaticPeer, tuple[Criterion, ...]] = {
     "shortgpt": ("block_influence",),
-    "shortened_llama": ("ppl", "taylor"),
+    "shortened_llama": ("ppl", "taylor", "ppl_unprotected"),
     "sleb": ("ppl",),
 }
 """Every static peer's criteria; the first is its paper's main one."""

@@ -1,18 +1,18 @@
 """Shortened LLaMA (Kim et al., arXiv 2402.02834): remove the blocks that matter least, ranked once.
 
-Two of the paper's criteria, the two that its authors publish models of:
+Two of the paper's criteria, the two that its authors publish models of, each with the first four and the last two blocks
+kept, as their pruning script has it unless told ``--no_plus_heuristic``:
 
-- ``ppl``: perplexity of the calibration set without the block, ascending. The paper protects no block.
-- ``taylor``: the sum over the block's weights of |weight * gradient of the calibration set's loss|, ascending, with
-  the first four and the last two blocks kept ("Taylor+"): by the score alone early blocks look unimportant (the
-  authors' own list for Llama-2-7B begins with block 0), while removing them ruins the model.
+- ``ppl``: perplexity of the calibration set without the block, ascending.
+- ``taylor``: the sum over the block's weights of |weight * gradient of the calibration set's loss|, ascending
+  ("Taylor+"): by the score alone early blocks look unimportant (the authors' own list for Llama-2-7B begins with block 0),
+  while removing them ruins the model.
 
-The public code (Nota-NetsPresso/shortened-llm) differs:
+``ppl_unprotected`` is the first to the letter of the paper, which protects no block by it. Its order is the same until it
+reaches one of the six, in the authors' lists place 27 of 32 for Llama-2-7B (block 30) and place 15 for Llama-3-8B (block 3).
 
-- Its pruning script keeps the first four and the last two blocks whatever the criterion, unless told
-  ``--no_plus_heuristic``, and its scripts for PPL do not tell it so. With PPL the order is the same until it reaches
-  such a block, in the authors' lists place 27 of 32 for Llama-2-7B (block 30) and place 15 for Llama-3-8B (block 3).
-  Give the six blocks as ``protect`` to have what the script does.
+The public code (Nota-NetsPresso/shortened-llm) differs in two more ways:
+
 - The formula has the linear weights; the code also adds the two norms of the block. So do we.
 - Calibration: 10 samples of 128 tokens drawn from BookCorpus, each from another text. The Taylor gradient there is of
   all samples in one batch, so products are added up before absolute values are taken (variant ``corpus`` of
@@ -45,6 +45,7 @@ def by_taylor(backbone: CausalLM, ids: Tensor, removed: int, candidates: Sequenc
 
 
 CRITERIA = {
-    "ppl": Peer(by_ppl, protected=(), score="perplexity without the block"),
+    "ppl": Peer(by_ppl, protected=FIRST_FOUR_LAST_TWO, score="perplexity without the block"),
     "taylor": Peer(by_taylor, protected=FIRST_FOUR_LAST_TWO, score="sum of |weight * gradient|"),
+    "ppl_unprotected": Peer(by_ppl, protected=(), score="perplexity without the block"),
 }

@@ -24,7 +24,9 @@ def calibrate(
     method: Annotated[str, typer.Option(help="shortgpt, shortened_llama or sleb")],
     removed: Annotated[int, typer.Option(help="number of blocks to remove")],
     settings: Importance,
-    criterion: Annotated[str, typer.Option(help="what ranks the blocks: ppl or taylor for shortened_llama")] = "",
+    criterion: Annotated[
+        str, typer.Option(help="what ranks the blocks: ppl, taylor or ppl_unprotected for shortened_llama")
+    ] = "",
     protect: Annotated[
         str,
         typer.Option(

@@ -38,7 +38,12 @@ EXECUTIONS = {
     "mixed": "BUDDY (mixed budgets)",
     "nested": "BUDDY (nested budgets)",
 }
-_CRITERIA = {"block_influence": "block influence", "ppl": "PPL", "taylor": "Taylor"}
+_CRITERIA = {
+    "block_influence": "block influence",
+    "ppl": "PPL",
+    "taylor": "Taylor",
+    "ppl_unprotected": "PPL, every block",
+}
 INDICATORS = {
     "delta_ppl": "\N{GREEK CAPITAL LETTER DELTA} PPL",
     "taylor": "Taylor",

@@ -243,7 +243,7 @@ class Peers(Importance):
     criteria: dict[StaticPeer, list[Criterion]] = Field(
         {},
         description="per method what ranks its blocks, a run for each; its paper's main one by default (shortened_llama "
-        "has ppl and taylor)",
+        "has ppl, taylor and ppl_unprotected)",
     )
     protect: dict[StaticPeer, list[int]] = Field(
         {},

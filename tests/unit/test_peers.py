@@ -76,12 +76,19 @@ def test_shortgpt_by_hooks(backbone):
 
 def test_shortened_llama_deletes_each_block_once(backbone):
     expected = {block: perplexity(without(backbone, [block])) for block in range(7)}
-    found = calibrate(backbone, IDS, "shortened_llama", 6, batch_size=2)
+    found = calibrate(backbone, IDS, "shortened_llama", 6, criterion="ppl_unprotected", batch_size=2)
     assert found.order == ascending(expected, range(7))[:6]
     assert found.rounds == [pytest.approx(expected, rel=1e-4)]
     assert found.ppl == pytest.approx(perplexity(backbone), rel=1e-4)
     middle = calibrate(backbone, IDS, "shortened_llama", 5, protect=[0, -1])
     assert middle.order == ascending(expected, range(1, 6))
+
+
+def test_shortened_llama_keeps_the_first_four_and_last_two_blocks(deep_backbone):
+    expected = {block: perplexity(without(deep_backbone, [block])) for block in range(12)}
+    assert calibrate(deep_backbone, IDS, "shortened_llama", 6).order == ascending(expected, range(4, 10))
+    with pytest.raises(UserError, match="1 to 6 can be removed"):
+        calibrate(deep_backbone, IDS, "shortened_llama", 7)
 
 
 def test_shortened_llama_taylor_adds_up_gradients_first(deep_backbone):
@@ -146,7 +153,7 @@ def test_ties_go_to_the_earlier_block_and_gaps_are_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["shortgpt", "shortened_llama", "sleb"])
 def test_a_static_policy_equals_the_sliced_model(backbone, method):
-    order = calibrate(backbone, IDS, method, 5).order
+    order = calibrate(backbone, IDS, method, 5, protect=[0, -1]).order
     routed = RoutedModel(backbone, StaticPolicy(7, order)).eval()
     for removed in (1, 3, 5):
         sliced = without(backbone, order[:removed])
@@ -327,7 +334,8 @@ def test_every_method_names_what_its_authors_keep():
     }
     assert kept == {
         ("shortgpt", "block_influence"): (),
-        ("shortened_llama", "ppl"): (),
+        ("shortened_llama", "ppl"): (0, 1, 2, 3, -2, -1),
         ("shortened_llama", "taylor"): (0, 1, 2, 3, -2, -1),
+        ("shortened_llama", "ppl_unprotected"): (),
         ("sleb", "ppl"): (0, -1),
     }
