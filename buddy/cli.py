@@ -47,13 +47,16 @@ COMMANDS = (
     "export",
     "runs",
     "report",
-    "summary",
+    "status",
     "check",
     "preflight",
     "wandb_sync",
     "wandb_report",
     "config",
 )
+
+FORMER = {"status": "summary"}
+"""What a command was called before; scripts may still call it so."""
 
 # Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
 _WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -74,6 +77,8 @@ def build() -> typer.Typer:
     for name in COMMANDS:
         module = importlib.import_module(f"buddy.commands.{name}")
         app.command(name.replace("_", "-"))(getattr(module, name))
+        if name in FORMER:
+            app.command(FORMER[name], hidden=True)(getattr(module, name))
     return app
 
 

@@ -1,4 +1,4 @@
-"""What `buddy summary` says of a study: from its files, against jobs counted by hand."""
+"""What `buddy status` says of a study: from its files, against jobs counted by hand."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_hours_are_those_of_benchmarks_else_of_records(plan: Config, folder: Pat
 def test_the_command(folder: Path) -> None:
     write(folder / "logs/data/piqa.log", "Traceback\nOSError: no network\n\n")
     code = "import sys; from buddy import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "summary", "--study", "small", "--results", str(folder.parent)]
+    command = [sys.executable, "-c", code, "status", "--study", "small", "--results", str(folder.parent)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -135,7 +135,7 @@ def test_the_command(folder: Path) -> None:
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "buddy", "summary", "--study", "nothing", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "buddy", "status", "--study", "nothing", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds no study" in done.stderr

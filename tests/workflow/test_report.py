@@ -1,4 +1,4 @@
-"""`snakemake --report` and the jobs that `buddy summary` expects, against Snakemake itself."""
+"""`snakemake --report` and the jobs that `buddy status` expects, against Snakemake itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``buddy summary``."""
+"""``buddy status``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 5
 
 
-def summary(
+def status(
     study: arg.GivenStudy,
     results: arg.Results = Path("results"),
     all_: Annotated[bool, typer.Option("--all", help="name every job that is not done")] = False,
@@ -31,8 +31,8 @@ def summary(
 
     \b
     Examples:
-      buddy summary --study demo
-      buddy summary --study /data/results/paper --all
+      buddy status --study demo
+      buddy status --study /data/results/paper --all
     """
 
     folder = study_folder(study, results)
