@@ -54,7 +54,7 @@ class Cell:
             "p90": measure.high,
             "published": self.published,
             "difference": difference,
-            "note": "; ".join(filter(None, [measure.note, limited, NEAR if self.near else ""])),
+            "note": "; ".join(filter(None, [measure.note, limited, NEAR if self.near else "", self.text])),
         }
 
 
@@ -121,22 +121,19 @@ class Grid:
 
 
 def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False) -> None:
-    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark. The best
-    is the highest, or the lowest.
+    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark, and
+    after two that are best there is no second. The best is the highest, or the lowest.
 
     A cell measured at another depth than it stands for does not compete. With fewer than two that do there is nothing to
     compare and nothing is marked.
     """
-    shown: dict[int, float] = {}
     measured = [cell for cell in cells if cell is not None and cell.measure.value is not None]
     measured = [cell for cell in measured if not cell.measure.off_depth]
-    for index, cell in enumerate(measured):
-        shown[index] = float(f"{cell.measure.value:.{cell.decimals}f}")
     if len(measured) < 2:
         return
-    order = sorted(set(shown.values()), reverse=not lowest)
-    for index, cell in enumerate(measured):
-        place = order.index(shown[index]) + 1
+    shown = [float(f"{cell.measure.value:.{cell.decimals}f}") for cell in measured]
+    for cell, own in zip(measured, shown, strict=True):
+        place = 1 + sum(other < own if lowest else other > own for other in shown)
         cell.rank = place if place == 1 or (place == 2 and second) else 0
 
 

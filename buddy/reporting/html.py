@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from buddy.reporting.grid import Cell, Grid
-from buddy.reporting.render import DAGGER, MISSING
+from buddy.reporting.render import Markup, labels, notes
 
 STYLE = """
 body { font-family: system-ui, sans-serif; font-size: 14px; margin: 1.5em; color: #1a1a1a; background: #fff }
@@ -31,25 +31,16 @@ def _table(grid: Grid) -> str:
     headers += [f"<th>{escape(name)}</th>" for name in grid.headers]
     lines = [f"<p>{escape(grid.caption)}</p>", "<table>", f"<thead><tr>{''.join(headers)}</tr></thead>", "<tbody>"]
     for row in grid.rows:
-        labels = [*row.labels[:-1], row.labels[-1] + (f" {DAGGER}" if row.limited else "")]
-        cells = [f"<td class='label'>{escape(label)}</td>" for label in labels]
+        cells = [f"<td class='label'>{escape(label)}</td>" for label in labels(row)]
         cells += [f"<td>{_cell(cell)}</td>" for cell in row.cells]
         lines.append(f"<tr{' class=group' if row.starts_group else ''}>{''.join(cells)}</tr>")
-    published = "In parentheses: the figure published in the paper." if grid.has_published else ""
-    notes = "".join(
-        f"<p><small>{escape(note)}</small></p>\n" for note in [*grid.notes, grid.error_note, published] if note
-    )
-    return "\n".join([*lines, "</tbody></table>", notes, _table(grid.below) if grid.below else ""])
+    told = "".join(f"<p><small>{escape(note)}</small></p>\n" for note in notes(grid))
+    return "\n".join([*lines, "</tbody></table>", told, _table(grid.below) if grid.below else ""])
 
 
 def _cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    measure, digits = cell.measure, cell.decimals
-    text = MISSING if measure.value is None else f"{measure.value:.{digits}f}"
-    text = {1: f"<b>{text}</b>", 2: f"<u>{text}</u>"}.get(cell.rank, text)
-    if measure.value is not None and measure.stderr is not None:
-        text += f" <small>± {measure.stderr:.{digits}f}</small>"
-    if cell.published is not None:
-        text += f" <small>({cell.published:.{digits}f})</small>"
-    return f"<span title='{escape(measure.note, quote=True)}'>{text}</span>" if measure.note else text
+    text = _HTML.cell(cell)
+    return f"<span title='{escape(cell.measure.note)}'>{text}</span>" if cell and cell.measure.note else text
+
+
+_HTML = Markup(escape, {1: "<b>{}</b>", 2: "<u>{}</u>"}, "<small>{}</small>")

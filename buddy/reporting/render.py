@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from buddy.reporting.grid import FIGURES, Cell, Grid, Row
@@ -14,6 +15,49 @@ DAGGER = "†"
 NEAR_SIGN = "\N{ALMOST EQUAL TO}"
 PAGE_ROWS = 48
 """Rows of a LaTeX table that fit on a page under its caption and above its notes."""
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How a kind of file writes what a cell shows.
+
+    Attributes:
+        escape: text as the file needs it.
+        ranks: patterns of the best (1) and the second (2).
+        small: pattern of what stands beside the figure: its error and the paper's figure.
+    """
+
+    escape: Callable[[str], str]
+    ranks: Mapping[int, str]
+    small: str = "{}"
+
+    def cell(self, cell: Cell | None, with_error: bool = True, with_published: bool = True) -> str:
+        """The text of a cell, or its figure with its mark, its error, whether it is near the best, and the paper's."""
+        if cell is None:
+            return ""
+        if cell.text:
+            return self.escape(cell.text)
+        measure, digits = cell.measure, cell.decimals
+        number = MISSING if measure.value is None else f"{measure.value:.{digits}f}"
+        parts = [self.ranks.get(cell.rank, "{}").format(self.escape(number))]
+        if with_error and measure.value is not None and measure.stderr is not None:
+            parts.append(self.small.format(self.escape(f"± {measure.stderr:.{digits}f}")))
+        if cell.near:
+            parts.append(self.escape(NEAR_SIGN))
+        if with_published and cell.published is not None:
+            parts.append(self.small.format(f"({cell.published:.{digits}f})"))
+        return " ".join(parts)
+
+
+def labels(row: Row) -> list[str]:
+    """A row's labels, the last with a dagger where a part of a task was measured."""
+    return [*row.labels[:-1], row.labels[-1] + (f" {DAGGER}" if row.limited else "")]
+
+
+def notes(grid: Grid) -> list[str]:
+    """The lines under a table that shows errors and the paper's figures."""
+    published = "In parentheses: the figure published in the paper." if grid.has_published else ""
+    return [note for note in [*grid.notes, grid.error_note, published] if note]
 
 
 def to_csv(grid: Grid) -> str:
@@ -42,33 +86,14 @@ def to_markdown(grid: Grid) -> str:
     lines = ["| " + " | ".join(headers) + " |"]
     lines.append("|" + ":--|" * len(grid.label_headers) + "--:|" * len(grid.headers))
     for row in grid.rows:
-        labels = [*row.labels[:-1], row.labels[-1] + (f" {DAGGER}" if row.limited else "")]
-        lines.append("| " + " | ".join([*labels, *(_markdown_cell(cell) for cell in row.cells)]) + " |")
+        lines.append("| " + " | ".join([*labels(row), *map(_MARKDOWN.cell, row.cells)]) + " |")
     title = f"**{grid.name.replace('table', 'Table ').replace('_', ' ').capitalize()}.** {grid.caption}"
-    published = "In parentheses: the figure published in the paper." if grid.has_published else ""
-    notes = "".join(f"{note}  \n" for note in [*grid.notes, grid.error_note, published] if note)
+    told = "".join(f"{note}  \n" for note in notes(grid))
     below = f"\n{to_markdown(grid.below)}" if grid.below else ""
-    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{notes}{below}"
+    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{told}{below}"
 
 
-def _markdown_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    if cell.text:
-        return cell.text
-    text = _number(cell.measure.value, cell.decimals)
-    text = {1: f"**{text}**", 2: f"<u>{text}</u>"}.get(cell.rank, text)
-    if cell.measure.value is not None and cell.measure.stderr is not None:
-        text += f" ± {cell.measure.stderr:.{cell.decimals}f}"
-    if cell.near:
-        text += f" {NEAR_SIGN}"
-    if cell.published is not None:
-        text += f" ({cell.published:.{cell.decimals}f})"
-    return text
-
-
-def _number(value: float | None, decimals: int) -> str:
-    return MISSING if value is None else f"{value:.{decimals}f}"
+_MARKDOWN = Markup(str, {1: "**{}**", 2: "<u>{}</u>"})
 
 
 def to_latex(grid: Grid) -> str:
@@ -96,14 +121,14 @@ def _pages(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _latex_page(grid: Grid, rows: Sequence[Row], continued: bool) -> str:
     """One ``table`` environment; the first has the label that the text refers to, and the notes."""
-    labels, columns = len(grid.label_headers), len(grid.headers)
+    left, columns = len(grid.label_headers), len(grid.headers)
     # The widest table has five labels and eleven figures a row: smaller type keeps it on the paper.
-    size, space = (r"\scriptsize", 2) if labels + columns > 12 or labels > 4 else (r"\footnotesize", 3)
+    size, space = (r"\scriptsize", 2) if left + columns > 12 or left > 4 else (r"\footnotesize", 3)
     environment = "table*" if columns > 6 else "table"
-    notes = " ".join([*grid.notes, *([grid.error_note] if grid.latex_errors else [])])
+    told = " ".join([*grid.notes, *([grid.error_note] if grid.latex_errors else [])])
     caption = escape(grid.caption) + (" (Continued.)" if continued else "")
     label = rf"\label{{tab:{grid.name}}}"
-    below = rf"\par\vspace{{2pt}}\parbox{{0.95\linewidth}}{{\footnotesize {escape(notes)}}}"
+    below = rf"\par\vspace{{2pt}}\parbox{{0.95\linewidth}}{{\footnotesize {escape(told)}}}"
     return "\n".join(
         [
             rf"\begin{{{environment}}}[{'p' if continued else 't'}]",
@@ -111,7 +136,7 @@ def _latex_page(grid: Grid, rows: Sequence[Row], continued: bool) -> str:
             rf"\caption{{{caption}}}",
             *([] if continued else [label]),
             # The box centres a table that is wider than the text, instead of letting it run off to the right.
-            rf"\makebox[\linewidth]{{\begin{{tabular}}{{@{{}}{'l' * labels}{'r' * columns}@{{}}}}",
+            rf"\makebox[\linewidth]{{\begin{{tabular}}{{@{{}}{'l' * left}{'r' * columns}@{{}}}}",
             r"\toprule",
             " & ".join(escape(header) for header in [*grid.label_headers, *grid.headers]) + r" \\",
             r"\midrule",
@@ -141,32 +166,21 @@ def _latex_rows(grid: Grid, rows: Sequence[Row]) -> list[str]:
 
 def _latex_row(grid: Grid, row: Row, previous: Row | None) -> str:
     """One row; a label that repeats the row above (with all labels left of it) is left blank."""
-    labels = [escape(label) for label in row.labels]
+    shown = [escape(label) for label in row.labels]
     if previous is not None and not row.starts_group:
-        for index in range(len(labels) - 1):
+        for index in range(len(shown) - 1):
             if row.labels[: index + 1] == previous.labels[: index + 1]:
-                labels[index] = ""
+                shown[index] = ""
     if row.limited:
-        labels[-1] += r"$^\dagger$"
-    cells = [_latex_cell(cell, index in grid.latex_errors) for index, cell in enumerate(row.cells)]
-    return " & ".join([*labels, *cells]) + r" \\"
+        shown[-1] += r"$^\dagger$"
+    cells = [
+        _LATEX.cell(cell, with_error=index in grid.latex_errors, with_published=False)
+        for index, cell in enumerate(row.cells)
+    ]
+    return " & ".join([*shown, *cells]) + r" \\"
 
 
-def _latex_cell(cell: Cell | None, with_error: bool) -> str:
-    if cell is None:
-        return ""
-    if cell.text:
-        return escape(cell.text)
-    text = escape(_number(cell.measure.value, cell.decimals))
-    text = {1: rf"\textbf{{{text}}}", 2: rf"\underline{{{text}}}"}.get(cell.rank, text)
-    if with_error and cell.measure.value is not None and cell.measure.stderr is not None:
-        text += rf" {{\scriptsize$\pm$ {cell.measure.stderr:.{cell.decimals}f}}}"
-    if cell.near:
-        text += f" {escape(NEAR_SIGN)}"
-    return text
-
-
-_LATEX = {
+_CHARACTERS = {
     **{character: "\\" + character for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     NEAR_SIGN: r"$\approx$",
@@ -176,4 +190,7 @@ _LATEX = {
 
 def escape(text: str) -> str:
     """Text as LaTeX prints it; a character that plain LaTeX lacks becomes a question mark."""
-    return "".join(_LATEX.get(character, character if character.isascii() else "?") for character in text)
+    return "".join(_CHARACTERS.get(character, character if character.isascii() else "?") for character in text)
+
+
+_LATEX = Markup(escape, {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}, r"{{\scriptsize{}}}")

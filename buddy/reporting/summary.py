@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
 from buddy.reporting.coordinates import one_path
 from buddy.reporting.generation_table import FILTERS, TASK
-from buddy.reporting.grid import limit_text, ran
+from buddy.reporting.grid import Cell, limit_text, ran, rank
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.peer_latency_table import lines
@@ -65,25 +65,23 @@ def _answers(study: Study, backbone: str) -> str:
 def _by_depth(
     study: Study, backbone: str, title: str, series: list[Series], scores: dict[str, dict[int, Measure]]
 ) -> str:
-    """A row per method, a column per depth; the best method of each is starred, with LoRA and without it apart."""
+    """A row per method, a column per depth; the best of each are starred as a table has them bold, with LoRA and without
+    it apart."""
     depths = [0, *study.removed(backbone)]
     blocks = study.blocks(backbone)
     labels = series_labels(series)
-    best = {
-        (lora, removed): _best(scores[one.path].get(removed) for one in series if one.lora == lora)
-        for lora in ("trained", "none")
-        for removed in depths[1:]
-    }
-    starred = any(measure is not None for measure in best.values())
+    shown = {path: {removed: Cell({}, measure) for removed, measure in row.items()} for path, row in scores.items()}
+    for lora in ("trained", "none"):
+        for removed in depths[1:]:
+            rank((shown[one.path].get(removed) for one in series if one.lora == lora), second=False)
+    starred = any(cell.rank for row in shown.values() for cell in row.values())
     blank = " " * len(STAR) if starred else ""  # figures stay in line with starred ones
     rows = []
     for one in series:
-        row = scores[one.path]
-        limited = any(measure.limit is not None for measure in row.values())
+        row = shown[one.path]
+        limited = any(cell.measure.limit is not None for cell in row.values())
         cells = [
-            _percent(row[removed]) + (STAR if row[removed] is best.get((one.lora, removed)) else blank)
-            if removed in row
-            else ""
+            _percent(row[removed].measure) + (STAR if row[removed].rank else blank) if removed in row else ""
             for removed in depths
         ]
         rows.append([labels[one.path] + (f" {DAGGER}" if limited else ""), *cells])
@@ -98,12 +96,6 @@ def _by_depth(
         notes.append("[N] blocks that ran on average, where not as many as asked for")
     notes += one_path(study, backbone, series)
     return "\n".join([title, *_aligned([head, executed, *rows]), *notes])
-
-
-def _best(competing: Iterable[Measure | None]) -> Measure | None:
-    """The best of those that were measured at their depth; None where there is nothing to compare."""
-    found = [one for one in competing if one is not None and one.value is not None and not one.off_depth]
-    return max(found, key=lambda one: one.value or 0.0) if len(found) > 1 else None
 
 
 def _percent(measure: Measure) -> str:

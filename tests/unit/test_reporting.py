@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import html
 import json
 import logging
 import math
@@ -22,6 +24,7 @@ from buddy.commands.report import report
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
 from buddy.reporting.accuracy_figure import CHANCE
+from buddy.reporting.html import to_html
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
@@ -205,7 +208,8 @@ def measured(*values: float | None) -> list[grid.Cell]:
     ("values", "ranks"),
     [
         ((50.0, 60.0, 55.0), (0, 1, 2)),
-        ((60.001, 60.004, 55.0), (1, 1, 2)),  # equal as shown
+        ((60.001, 60.004, 55.0), (1, 1, 0)),  # equal as shown: the third is not the second
+        ((60.0, 60.0, 60.0, 55.0), (1, 1, 1, 0)),
         ((60.0, 55.0, 55.0, 54.0), (1, 2, 2, 0)),
         ((60.0, None, 55.0), (1, 0, 2)),
         ((60.0, None), (0, 0)),  # nothing to compare with
@@ -215,6 +219,46 @@ def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int, ...
     found = measured(*values)
     grid.rank(found)
     assert tuple(one.rank for one in found) == ranks
+
+
+def plain(text: str) -> str:
+    """A Markdown, LaTeX or HTML cell with marks of one kind: the best in stars, the second in low lines."""
+    text = re.sub(r"\*\*(.*?)\*\*|\\textbf\{(.*?)\}|<b>(.*?)</b>", r"*\1\2\3*", text)
+    text = re.sub(r"<u>(.*?)</u>|\\underline\{(.*?)\}", r"_\1\2_", text)
+    for form, sign in (("--", "–"), (r"$\pm$", "±"), (r"$\approx$", "≈"), (r"\textless{}", "<"), (r"\%", "%")):
+        text = text.replace(form, sign)
+    return html.unescape(re.sub(r"\{\\scriptsize(.*?)\}|</?small>|</?span.*?>", r"\1", text)).strip()
+
+
+def test_all_files_show_the_same_text_and_marks() -> None:
+    shown = [*measured(60.0, 60.001, 55.0), grid.Cell({}, Measure(value=59.5, stderr=0.25), near=True)]
+    grid.rank(shown[:3])
+    shown[2].rank = 2
+    shown += [grid.Cell({}, Measure()), grid.Cell({}, Measure(note=""), text="p < 5 %: higher")]
+    rows = [grid.Row((str(place),), [one]) for place, one in enumerate(shown)]
+    whole = grid.Grid("table5", "All.", ("Row",), ("Cell",), rows, latex_errors=frozenset({0}))
+    expected = ["*60.00*", "*60.00*", "_55.00_", "59.50 ± 0.25 ≈", "–", "p < 5 %: higher"]
+    found = {
+        "md": re.findall(r"^\| \d \| (.*) \|$", render.to_markdown(whole), re.M),
+        "tex": re.findall(r"^\d & (.*) \\\\$", render.to_latex(whole), re.M),
+        "html": re.findall(r"<td>(.*?)</td>", to_html(whole)),
+    }
+    assert {kind: list(map(plain, cells)) for kind, cells in found.items()} == dict.fromkeys(found, expected)
+    in_csv = list(csv.DictReader(render.to_csv(whole).splitlines()))
+    assert [row["value"] for row in in_csv] == ["60.0", "60.001", "55.0", "59.5", "", ""]
+    assert [grid.NEAR in row["note"] for row in in_csv] == [cell.endswith("≈") for cell in expected]
+    assert in_csv[-1]["note"] == expected[-1]
+
+
+def test_the_summary_stars_what_the_table_has_bold(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods())
+    for method in ("shortgpt", "sleb", "pudding"):
+        share = 0.4 if method == "pudding" else 0.5
+        maker.accuracy(maker.peer(method, 4), 4, uniform(share))
+    rows = tables.build(study.load(maker.folder), "table2").rows
+    bold = sum(row.cells[-1].rank == 1 for row in rows if row.cells[-1] is not None)
+    assert bold == 2
+    assert summary(maker.folder).count("50.00 ± 0.71*") == bold
 
 
 def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(tmp_path: Path) -> None:
