@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
 """Of a comparison with a p value: enough that the least one, corrected for 250 comparisons, is still below 0.05."""
+INTERVAL_RESAMPLES = 1000
+"""Of an interval or a standard error on which no verdict rests."""
 MANY = 0.1
 """Different values per item, from which on drawing items is faster than drawing how often each value occurs."""
 ENTRIES_AT_ONCE = 2**22

@@ -34,12 +34,12 @@ from torch import Tensor
 
 from buddy.evaluation.frontiers import Array, Places, Table, area, hull, interval, intervals, rank_correlation
 from buddy.policies.predictor import BudgetPredictor
+from buddy.resampling import INTERVAL_RESAMPLES
 
 PRICES = tuple(round(place / 20, 2) for place in range(21))
 """Prices at which a frontier is drawn."""
 
 KEPT_INPUTS = 1000
-RESAMPLES = 1000
 
 
 def table_depths(predictor: BudgetPredictor, blocks: int) -> list[int]:
@@ -48,7 +48,12 @@ def table_depths(predictor: BudgetPredictor, blocks: int) -> list[int]:
 
 
 def measure(
-    predictor: BudgetPredictor, contexts: Tensor, losses: Tensor, blocks: int, resamples: int = RESAMPLES, seed: int = 0
+    predictor: BudgetPredictor,
+    contexts: Tensor,
+    losses: Tensor,
+    blocks: int,
+    resamples: int = INTERVAL_RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The metrics of a record, but for where the inputs are from.
 

@@ -39,15 +39,13 @@ from tqdm import tqdm
 
 from buddy.evaluation import traces
 from buddy.evaluation.passages import Passage, Passages
-from buddy.resampling import estimate
+from buddy.resampling import INTERVAL_RESAMPLES, estimate
 from buddy.routing.engine import Routing, routed
 from buddy.routing.model import RoutedModel
 from buddy.routing.types import CausalLM
 from buddy.settings import Likelihood
 
 MEASURES = ("nll", "kl", "agreement")
-RESAMPLES = 1000
-"""Of a record's own intervals."""
 LOGITS_AT_ONCE = 2**24
 """Logits made at a time: 64 MB in float32, of which the whole model and each mode have a copy or two."""
 DIGITS = 6
@@ -334,7 +332,7 @@ def _of_set(passages: Passages, scores: Sequence[Score]) -> dict[str, Any]:
 
 def interval(groups: Sequence[Sequence[float]]) -> dict[str, float]:
     """``mean`` over data sets, ``low`` and ``high``: its 95 % interval over items resampled within each."""
-    found = estimate([np.asarray(values) for values in groups], RESAMPLES)
+    found = estimate([np.asarray(values) for values in groups], INTERVAL_RESAMPLES)
     return {"mean": found.value, "low": found.low, "high": found.high}
 
 

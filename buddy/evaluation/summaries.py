@@ -15,11 +15,11 @@ import numpy as np
 
 from buddy.evaluation import traces
 from buddy.evaluation.frontiers import interval
+from buddy.resampling import INTERVAL_RESAMPLES
 from buddy.routing.model import RoutedModel
 from buddy.settings import Summaries
 
 MEASURES = ("rouge1", "rougeL")
-RESAMPLES = 1000
 
 
 def measure(
@@ -67,6 +67,6 @@ def scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[fl
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     """``mean``, and ``low`` and ``high``: its 95 % interval by the percentiles of a bootstrap over the values."""
-    drawn = np.random.default_rng(seed).choice(values, (RESAMPLES, len(values))).mean(1)
+    drawn = np.random.default_rng(seed).choice(values, (INTERVAL_RESAMPLES, len(values))).mean(1)
     found = interval(np.array([np.mean(values), *drawn]))
     return {"mean": found["value"], "low": found["low"], "high": found["high"]}

@@ -68,12 +68,18 @@ def _accuracy_row(study: Study, name: str, backbone: str, series: Series, label:
     return Row((str(removed), label + ran(one for one in found.values() if one.value is not None)), cells)
 
 
-def rank_columns(rows: Sequence[Row], series: Sequence[Series]) -> None:
-    """Rank every column among the rows of one depth: those with LoRA, and apart from them those without."""
+def rank_columns(rows: Sequence[Row], series: Sequence[Series], lowest: Sequence[bool] | None = None) -> None:
+    """Rank columns among the rows of one depth: those with LoRA, and apart from them those without.
+
+    Args:
+        rows: of one depth.
+        series: what each row shows.
+        lowest: of each column from the left whether its lowest is best, and no column after; None: in all the highest.
+    """
     for lora in ("trained", "none"):
         group = [row for row, one in zip(rows, series, strict=True) if one.lora == lora]
-        for column in range(len(group[0].cells) if group else 0):
-            rank(row.cells[column] for row in group)
+        for column, low in enumerate(lowest or [False] * (len(group[0].cells) if group else 0)):
+            rank((row.cells[column] for row in group), lowest=low)
 
 
 def headline_note(tasks: Sequence[str]) -> str:

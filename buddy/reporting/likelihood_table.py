@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from buddy.reporting.accuracy_tables import rank_note
+from buddy.reporting.accuracy_tables import rank_columns, rank_note
 from buddy.reporting.coordinates import coordinates, one_path, provenance, trained_by
-from buddy.reporting.grid import Cell, Grid, Row, ran, rank
+from buddy.reporting.grid import Cell, Grid, Row, ran
 from buddy.reporting.labels import DATASETS, series_labels, variant_labels
 from buddy.reporting.likelihoods import AVERAGE, MEASURES, UNITS, Mode, Scored, difference, main_mode, scored
 from buddy.reporting.measures import Measure
@@ -82,7 +82,7 @@ def _methods(study: Study, name: str, backbones: Sequence[str]) -> Grid:
                 for one, what in zip(at_depth, found, strict=True)
             ]
             if removed:
-                _rank(group, at_depth)
+                rank_columns(group, at_depth, lowest=[measure != "agreement" for measure in MEASURES])
             for row in group[:1]:
                 row.starts_group = True
             rows += group
@@ -138,14 +138,6 @@ def _measure(found: Scored | None, measure: str, seeds: int) -> Measure:
         off_depth=found.off_depth,
         note="" if found.seeds >= seeds else f"{found.seeds} of {seeds} seeds",
     )
-
-
-def _rank(rows: Sequence[Row], series: Sequence[Series]) -> None:
-    """The lowest NLL and KL and the highest agreement of a depth, with LoRA and without it apart."""
-    for lora in ("trained", "none"):
-        group = [row for row, one in zip(rows, series, strict=True) if one.lora == lora]
-        for column, measure in enumerate(MEASURES):
-            rank((row.cells[column] for row in group), lowest=measure != "agreement")
 
 
 def _items(measured: Sequence[Scored]) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from buddy.reporting.measures import DEPTH_TOLERANCE
 from buddy.reporting.significance import Difference, paired
 from buddy.reporting.study import Series, Study
-from buddy.resampling import RESAMPLES, Estimate, estimate
+from buddy.resampling import INTERVAL_RESAMPLES, RESAMPLES, Estimate, estimate
 
 Array = NDArray[np.float64]
 
@@ -20,8 +20,6 @@ MEASURES = ("nll", "kl", "agreement")
 UNITS = {"nll": "nats per token", "kl": "nats per token", "agreement": "%"}
 SCALES = {"nll": 1.0, "kl": 1.0, "agreement": 100.0}
 """How many of a measure's unit in tables are 1 in the records."""
-CELL_RESAMPLES = 1000
-"""Of what no verdict rests on."""
 AVERAGE = "average"
 """Stands for all data sets, each counting alike."""
 
@@ -71,7 +69,7 @@ class Scored:
         groups = self.values[measure]
         scale = SCALES[measure]
         return estimate(
-            [scale * values for name, values in groups.items() if dataset in (AVERAGE, name)], CELL_RESAMPLES
+            [scale * values for name, values in groups.items() if dataset in (AVERAGE, name)], INTERVAL_RESAMPLES
         )
 
 
@@ -144,4 +142,4 @@ def difference(one: Scored | None, other: Scored | None, measure: str, dataset: 
         if dataset in (AVERAGE, name)
     ]
     tested = measure == "nll" and dataset == AVERAGE
-    return paired(groups, RESAMPLES if tested else CELL_RESAMPLES, SCALES[measure])
+    return paired(groups, RESAMPLES if tested else INTERVAL_RESAMPLES, SCALES[measure])

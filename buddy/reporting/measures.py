@@ -13,14 +13,13 @@ import pandas as pd
 
 from buddy.reporting.frame import AUTO
 from buddy.reporting.study import Race, Series, Study
+from buddy.resampling import INTERVAL_RESAMPLES
 
 NOT_MEASURED = "not measured"
 DEPTH_TOLERANCE = 0.05
 """Blocks by which the mean depth of a measurement may miss the one asked for and still count as it."""
 NORMAL = 1.96
 """Standard errors on each side of a 95 % interval."""
-RESAMPLES = 1000
-"""Bootstrap resamples behind the standard error of a median; the generator's seed is fixed."""
 
 
 @dataclass(frozen=True)
@@ -273,14 +272,14 @@ def bootstrap(passes: tuple[float, ...]) -> float | None:
     if len(passes) < 2:
         return None
     random = np.random.default_rng(0)
-    return float(np.median(random.choice(passes, (RESAMPLES, len(passes))), axis=1).std(ddof=1))
+    return float(np.median(random.choice(passes, (INTERVAL_RESAMPLES, len(passes))), axis=1).std(ddof=1))
 
 
 @cache
 def mean_interval(values: tuple[float, ...]) -> tuple[float, float, float]:
     """Mean, and its 95 % interval by the percentiles of a bootstrap over the values (the mean itself for one value)."""
     random = np.random.default_rng(0)
-    means = random.choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    means = random.choice(values, (INTERVAL_RESAMPLES, len(values))).mean(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(np.mean(values)), float(low), float(high)
 
