@@ -1,8 +1,9 @@
-"""A grid as text: tidy CSV, Markdown, LaTeX."""
+"""A grid as text: tidy CSV, Markdown, LaTeX, and a web page for reports that show files as a browser does."""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,3 +195,42 @@ def escape(text: str) -> str:
 
 
 _LATEX = Markup(escape, {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}, r"{{\scriptsize{}}}")
+
+
+_STYLE = """
+body { font-family: system-ui, sans-serif; font-size: 14px; margin: 1.5em; color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; margin: 1em 0; border-top: 2px solid; border-bottom: 2px solid }
+th { border-bottom: 1px solid; text-align: right; vertical-align: bottom }
+th, td { padding: 0.25em 0.7em }
+td { text-align: right; font-variant-numeric: tabular-nums }
+th.label, td.label { text-align: left }
+tr.group td { border-top: 1px solid #999 }
+small { color: #666 }
+"""
+
+
+def to_html(grid: Grid) -> str:
+    """A page that needs no other file: best bold, second underlined, the paper's figure and ± in small print."""
+    title = html.escape(grid.name.replace("_", " "))
+    head = f"<head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style></head>"
+    return f"<!DOCTYPE html>\n<html lang='en'>{head}\n<body>\n{_html_table(grid)}</body></html>\n"
+
+
+def _html_table(grid: Grid) -> str:
+    headers = [f"<th class='label'>{html.escape(name)}</th>" for name in grid.label_headers]
+    headers += [f"<th>{html.escape(name)}</th>" for name in grid.headers]
+    lines = [f"<p>{html.escape(grid.caption)}</p>", "<table>", f"<thead><tr>{''.join(headers)}</tr></thead>", "<tbody>"]
+    for row in grid.rows:
+        cells = [f"<td class='label'>{html.escape(label)}</td>" for label in labels(row)]
+        cells += [f"<td>{_html_cell(cell)}</td>" for cell in row.cells]
+        lines.append(f"<tr{' class=group' if row.starts_group else ''}>{''.join(cells)}</tr>")
+    told = "".join(f"<p><small>{html.escape(note)}</small></p>\n" for note in notes(grid))
+    return "\n".join([*lines, "</tbody></table>", told, _html_table(grid.below) if grid.below else ""])
+
+
+def _html_cell(cell: Cell | None) -> str:
+    text = _HTML.cell(cell)
+    return f"<span title='{html.escape(cell.measure.note)}'>{text}</span>" if cell and cell.measure.note else text
+
+
+_HTML = Markup(html.escape, {1: "<b>{}</b>", 2: "<u>{}</u>"}, "<small>{}</small>")

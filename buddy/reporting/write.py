@@ -7,7 +7,6 @@ from pathlib import Path
 from buddy.reporting import figures, render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
-from buddy.reporting.html import to_html
 from buddy.reporting.significance import significance
 from buddy.reporting.study import Study
 from buddy.storage.files import write_bytes
@@ -29,7 +28,7 @@ def _written(study: Study, grid: Grid, stem: str) -> list[Path]:
         "csv": render.to_csv(grid),
         "md": render.to_markdown(grid),
         "tex": render.to_latex(grid),
-        "html": to_html(grid),
+        "html": render.to_html(grid),
     }
     return [write_bytes(study.folder / "tables" / f"{stem}.{kind}", text.encode()) for kind, text in texts.items()]
 

@@ -24,7 +24,6 @@ from buddy.commands.report import report
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
 from buddy.reporting.accuracy_figure import CHANCE
-from buddy.reporting.html import to_html
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
@@ -241,7 +240,7 @@ def test_all_files_show_the_same_text_and_marks() -> None:
     found = {
         "md": re.findall(r"^\| \d \| (.*) \|$", render.to_markdown(whole), re.M),
         "tex": re.findall(r"^\d & (.*) \\\\$", render.to_latex(whole), re.M),
-        "html": re.findall(r"<td>(.*?)</td>", to_html(whole)),
+        "html": re.findall(r"<td>(.*?)</td>", render.to_html(whole)),
     }
     assert {kind: list(map(plain, cells)) for kind, cells in found.items()} == dict.fromkeys(found, expected)
     in_csv = list(csv.DictReader(render.to_csv(whole).splitlines()))
