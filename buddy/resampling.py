@@ -61,6 +61,14 @@ def estimate(groups: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0)
     return Estimate(value, float(low), float(high), p, sum(map(len, groups)))
 
 
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean of the values (n,), and the low and high end of its 95 % interval by a bootstrap over them: the mean itself for
+    one value."""
+    means = np.random.default_rng(seed).choice(values, (INTERVAL_RESAMPLES, len(values))).mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(np.mean(values)), float(low), float(high)
+
+
 def _resampled(found: Array, resamples: int, random: np.random.Generator) -> Array:
     """Means (resamples,) of n items taken with replacement from (n,)."""
     values, counts = np.unique(found, return_counts=True)

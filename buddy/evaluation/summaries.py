@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-
 from buddy.evaluation import traces
-from buddy.evaluation.frontiers import interval
-from buddy.resampling import INTERVAL_RESAMPLES
+from buddy.resampling import mean_interval
 from buddy.routing.model import RoutedModel
 from buddy.settings import Summaries
 
 MEASURES = ("rouge1", "rougeL")
+INTERVAL = ("mean", "low", "high")
+"""What is recorded of a measure beside its values: its 95 % interval over the dialogues."""
 
 
 def measure(
@@ -48,7 +47,10 @@ def measure(
         "prompts": len(pairs),
         "new_tokens": settings.new_tokens,
         "decode": decode,
-        **{name: {**mean_interval(values), "values": values} for name, values in found.items()},
+        **{
+            name: {**dict(zip(INTERVAL, mean_interval(values), strict=True)), "values": values}
+            for name, values in found.items()
+        },
         "tokens_mean": sum(len(answer.tokens) for answer in answers) / len(answers),
         "executed_mean": ran["executed_mean"],
         "changed_steps_mean": ran["changed_steps_mean"],
@@ -63,10 +65,3 @@ def scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, list[fl
     scorer = RougeScorer(list(MEASURES), use_stemmer=False)
     found = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {name: [float(one[name].fmeasure) for one in found] for name in MEASURES}
-
-
-def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """``mean``, and ``low`` and ``high``: its 95 % interval by the percentiles of a bootstrap over the values."""
-    drawn = np.random.default_rng(seed).choice(values, (INTERVAL_RESAMPLES, len(values))).mean(1)
-    found = interval(np.array([np.mean(values), *drawn]))
-    return {"mean": found["value"], "low": found["low"], "high": found["high"]}

@@ -13,6 +13,7 @@ from buddy.reporting.labels import DATASETS, TASK_LABELS
 from buddy.reporting.measures import Measure
 from buddy.reporting.significance import BETTER, UNCLEAR, WORSE
 from buddy.reporting.study import Study
+from buddy.resampling import mean_interval
 
 TIMED = ("latency", "peer_latency", "breakdown", "training_cost")
 """Kinds of tables whose figures depend on the machine."""
@@ -126,7 +127,7 @@ def _of_figure_4(study: Study) -> Iterator[Overlap]:
                     and theirs is not None
                     and row["seed"] == main.seeds[0]
                 ):
-                    mean, low, high = measures.mean_interval(row["values"])
+                    mean, low, high = mean_interval(row["values"])
                     labels = (backbone, str(removed), "BUDDY", DATASETS.get(row["dataset"], row["dataset"]) + " paths")
                     at = {"backbone": backbone, "method": "buddy", "removed": removed, "dataset": row["dataset"]}
                     measure = Measure(value=mean, n=int(row["n"]), seeds=1, note="")

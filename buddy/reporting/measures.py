@@ -275,15 +275,6 @@ def bootstrap(passes: tuple[float, ...]) -> float | None:
     return float(np.median(random.choice(passes, (INTERVAL_RESAMPLES, len(passes))), axis=1).std(ddof=1))
 
 
-@cache
-def mean_interval(values: tuple[float, ...]) -> tuple[float, float, float]:
-    """Mean, and its 95 % interval by the percentiles of a bootstrap over the values (the mean itself for one value)."""
-    random = np.random.default_rng(0)
-    means = random.choice(values, (INTERVAL_RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(np.mean(values)), float(low), float(high)
-
-
 def _mean(values: Iterable[float | None]) -> float | None:
     """Mean, or None if there is nothing to average or a value is unknown."""
     known = list(values)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buddy.reporting import measures, published, style
+from buddy.reporting import published, style
 from buddy.reporting.labels import DATASETS, TASK_LABELS
 from buddy.reporting.panels import empty, finish, panels, reason, removed_axis
 from buddy.reporting.study import Study
+from buddy.resampling import mean_interval
 from buddy.study.planned_figures import HEAT_MAPS, subjects
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _paths(study: Study, backbone: str) -> dict[str, dict[int, tuple[float, floa
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
     for row in _traced(study, backbone):
         if row["metric"] == "distinct_paths_per_generation" and row["dataset"] in _LINES:
-            found.setdefault(row["dataset"], {})[int(row["removed"])] = measures.mean_interval(row["values"])
+            found.setdefault(row["dataset"], {})[int(row["removed"])] = mean_interval(row["values"])
     return {name: found[name] for name in sorted(found)}
 
 

@@ -15,6 +15,7 @@ from buddy.data import inputs, materialise
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import summaries, traces
 from buddy.reporting import frame
+from buddy.resampling import mean_interval
 from buddy.settings import Summaries
 from buddy.study.records import Record, find
 
@@ -74,13 +75,14 @@ def test_rouge_is_what_its_definition_says():
 
 def test_the_interval_is_the_means_own():
     values = np.random.default_rng(5).uniform(0, 0.6, 400).tolist()
-    found = summaries.mean_interval(values)
+    found = mean_interval(values)
     error = np.std(values) / 20
-    assert found["mean"] == pytest.approx(np.mean(values))
-    assert found["low"] == pytest.approx(found["mean"] - 1.96 * error, abs=0.2 * error)
-    assert found["high"] == pytest.approx(found["mean"] + 1.96 * error, abs=0.2 * error)
-    assert summaries.mean_interval([0.25] * 7) == {"mean": 0.25, "low": 0.25, "high": 0.25}
-    assert summaries.mean_interval(values) == found  # the same every time
+    mean, low, high = found
+    assert mean == pytest.approx(np.mean(values))
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
+    assert mean_interval([0.25] * 7) == (0.25, 0.25, 0.25)
+    assert mean_interval(values) == found  # the same every time
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
