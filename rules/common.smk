@@ -536,3 +536,9 @@ def figure_labels(wildcards):
 def reads(wildcards, input):
     """The records behind a table or figure, for W&B's lineage; records given are not of this study."""
     return " ".join(f"--reads {shlex.quote(path)}" for path in input) if MEASURES else ""
+
+
+def no_such_result(wildcards):
+    """Refuse a result that there is not with those that there are."""
+    names = [*TABLES_OF_STUDY, *planned_figures.planned(STUDY)]
+    raise WorkflowError(str(unknown("result", wildcards.misnamed, names)))

@@ -133,7 +133,7 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize(("knob", "expected"), KNOBS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("knob", "expected"), KNOBS, ids=[str(knob)[:40] for knob, _ in KNOBS])
 def test_one_knob_reruns_what_depends_on_it(finished, knob, expected):
     (finished / "knob.yaml").write_text(yaml.safe_dump(knob))
     jobs = planned(finished, *TINY, "knob.yaml")
