@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from buddy.errors import UserError
 from buddy.evaluation.latency import spread, wait
+from buddy.policies.predictor import BudgetPredictor
 from buddy.routing.budget import Budget
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Policy
@@ -313,7 +314,7 @@ def breakdown(
         phases at the predictor's own depths besides, as ``auto``, in every one.
     """
     ids = joined(model.tokenizer, prompts, settings.batch_size, settings.tokens).to(model.device)
-    asks = getattr(model.policy, "predictor", None) is not None
+    asks = isinstance(getattr(model.policy, "predictor", None), BudgetPredictor)
     turns = (len(removed) + asks) * (settings.repeats + 1) + settings.repeats
     with tqdm(total=turns, desc="breakdown", unit="pass") as bar:
         contexts = routing_cost(model, settings.contexts, settings.repeats, bar.update)

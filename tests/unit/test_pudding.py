@@ -22,13 +22,14 @@ from buddy.baselines.pudding import Omission, find_pool, pool
 from buddy.data.choices import Item, training_items
 from buddy.data.tasks import STOCK, tasks
 from buddy.errors import BudgetError, UserError
+from buddy.evaluation.breakdown import breakdown
 from buddy.policies.pudding import PuddingPolicy
 from buddy.routing.engine import Routing, routed
 from buddy.routing.graphs.decoders import Decoders
 from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.policy import Policy
-from buddy.settings import Pudding, Training
+from buddy.settings import Breakdown, Pudding, Training
 from buddy.training import pudding, sft
 from buddy.training.pudding import fit_router, omission_losses, router_inputs
 from buddy.training.recipe import Recipe
@@ -621,3 +622,15 @@ def test_lora_is_trained_on_the_routes_that_the_router_picks(kind, encoder, tmp_
         name.split(".layers.")[1][0] for name, p in trained.adapted.named_parameters() if "lora_B" in name and p.any()
     }
     assert moved == {str(block) for path in routes for block in path}
+
+
+def test_a_run_is_profiled_at_its_own_depth():
+    """Its router chooses a set and no depth: there is no budget predictor to ask."""
+    backbone = tiny()
+    backbone.resize_token_embeddings(300)
+    model = RoutedModel(backbone, PuddingPolicy(7, SETS, width=16, hidden=16), "zero", byte_tokenizer()).eval()
+    settings = Breakdown(batch_size=2, tokens=16, steps=2, repeats=1, contexts=[32])
+    ((removed, found),) = breakdown(model, ["a prompt", "another"], [len(SETS[0])], settings)
+    assert removed == len(SETS[0])
+    assert set(found["phases"]) == {"prefill", "decode"}
+    assert "auto" not in found
