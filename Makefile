@@ -38,13 +38,13 @@ demo: setup ## the whole workflow on SmolLM2-135M with the embedded data: tables
 	@$(BIN)/snakemake --cores $(CORES) --configfile workflow/demo.yaml --rerun-incomplete --quiet host reason $(SHARE)
 	@$(BIN)/buddy report --study demo --summary
 
-# The first are many and small. Of the others some run a whole workflow, which takes all cores, and some wait for Slurm.
+# The first are many and small, a process per core; the others run a whole workflow each, which takes all cores.
 test: setup ## all tests (those with Slurm where it is installed); PYTEST="tests/unit -k route" for some
 ifdef PYTEST
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 else
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile tests/unit tests/workflow
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadgroup tests/end_to_end tests/slurm
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/end_to_end tests/slurm
 endif
 
 lint: setup ## ruff, import-linter, snakefmt, snakemake --lint, mypy, codespell

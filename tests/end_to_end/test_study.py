@@ -13,8 +13,7 @@ from checkout import clone, planned, snakemake
 
 from buddy.study.records import Record, find
 
-# The study takes minutes on two free cores, and more on busy ones; one process has it for all these tests.
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.xdist_group("study")]
+pytestmark = pytest.mark.timeout(1800)  # the study takes minutes on two free cores, and more on busy ones
 
 TINY = ("--configfile", "tests/tiny.yaml")
 MAIN = "backbone~tiny/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0"

@@ -13,8 +13,6 @@ import watch
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "tests/tiny.yaml"
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 
 def dry_run(profile: str | Path) -> str:
     """What Snakemake would do for the small study."""

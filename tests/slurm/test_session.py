@@ -15,7 +15,7 @@ import slurmd
 import watch
 import yaml
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(watch.TIMEOUT_S + 120)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 OFTEN = "--slurm-init-seconds-before-status-checks=2"
 STUDY = ("--configfile", "small.yaml", OFTEN)

@@ -12,7 +12,7 @@ from checkout import clone
 
 from buddy.study import config, records
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(watch.TIMEOUT_S + 120)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(watch.TIMEOUT_S + 120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "tests/tiny.yaml"
