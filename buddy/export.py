@@ -20,12 +20,11 @@ from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 from buddy.runs import RunInfo
+from buddy.settings import Trace
 from buddy.storage import folders
 from buddy.storage.files import permitted
 
 HOLDS = "an exported model"
-NEW_TOKENS = 32
-"""Tokens generated after each prompt to see which routes are taken."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ def chosen(model: RoutedModel, removed: int, texts: Sequence[str] | None = None)
             f"--data: needed: {model.origin.info.method} chooses blocks by the input, and its most frequent route is taken; "
             "give a data set folder with prompts"
         )
-    found = traces.answers(model, texts, budget, "recompute", NEW_TOKENS, batch_size=8)
-    return most_frequent([answer.routes for answer in found])
+    return most_frequent(traces.collect(model, texts, budget, Trace()))
 
 
 def most_frequent(routes: Sequence[Tensor]) -> Chosen:

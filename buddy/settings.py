@@ -68,8 +68,14 @@ HEADLINE = {
 
 def headline(task: str, scores: Mapping[str, Any]) -> str:
     """Of the scores that a record has of a task the name of the one that is shown; the other one where that is missing."""
-    first, second = (HEADLINE.get(task, "acc_norm"), "acc_norm" if HEADLINE.get(task) == "acc" else "acc")
-    return second if scores.get(first) is None else first
+    first = HEADLINE.get(task, "acc_norm")
+    other = "acc" if first == "acc_norm" else "acc_norm"
+    return other if scores.get(first) is None else first
+
+
+def percents(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Each task's headline score in percent, of the ``tasks`` of an accuracy record."""
+    return {name: 100 * scores[headline(name, scores)] for name, scores in tasks.items()}
 
 
 MOST_SEED = 2**32 - 1

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 VARIABLE = "BUDDY_WARM"
 """The socket's path, in the environment of jobs."""
@@ -44,25 +44,21 @@ def run(arguments: list[str]) -> int | None:
     path = os.environ.get(VARIABLE)
     if not path or not arguments or arguments[0] in (*LIGHT, *TIMED):
         return None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    order = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    content = json.dumps(order).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, connection.makefile("r") as answers:
         try:
             connection.connect(path)
+            socket.send_fds(connection, [len(content).to_bytes(8, "big")], [0, 1, 2])
+            connection.sendall(content)
+            accepted = answers.readline().split()
         except OSError:
             return None
-        order = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
-        content = json.dumps(order).encode()
-        socket.send_fds(connection, [len(content).to_bytes(8, "big")], [0, 1, 2])
-        connection.sendall(content)
-        return _watched(connection)
+        return _watched(int(accepted[1]), answers) if accepted[:1] == ["pid"] else None
 
 
-def _watched(connection: socket.socket) -> int | None:
+def _watched(pid: int, answers: TextIO) -> int:
     """Wait for a command's end; signals that are meant for it are passed on."""
-    answers = connection.makefile("r")
-    accepted = answers.readline().split()
-    if not accepted or accepted[0] != "pid":
-        return None  # it has refused
-    pid = int(accepted[1])
 
     def pass_on(number: int, _: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -70,7 +66,10 @@ def _watched(connection: socket.socket) -> int | None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    ended = answers.readline().split()
+    try:
+        ended = answers.readline().split()
+    except OSError:
+        ended = []
     return int(ended[1]) if ended else 1
 
 
@@ -109,7 +108,6 @@ class Server:
 
     def serve(self) -> list[str] | None:
         """Serve until the parent is gone. In each fork this returns the words of its command; in the server None."""
-        self.path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
             listening.bind(str(self.path))
             listening.listen(64)
@@ -118,35 +116,36 @@ class Server:
                 selector.register(listening, selectors.EVENT_READ)
                 while self.connections or os.getppid() == self.parent:
                     if selector.select(timeout=0.05 if self.connections else 0.5):
-                        words = self._accept(listening)
+                        connection, _ = listening.accept()
+                        words = self._forked(connection)
                         if words is not None:
                             return words
                     self._reap()
         shutil.rmtree(self.path.parent, ignore_errors=True)
         return None
 
-    def _accept(self, listening: socket.socket) -> list[str] | None:
-        """Fork for one command; its words in the fork."""
-        connection, _ = listening.accept()
-        head, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        order = json.loads(_exactly(connection, int.from_bytes(head, "big")))
-        if not fits(order["environment"]):
-            connection.sendall(b"no\n")
+    def _forked(self, connection: socket.socket) -> list[str] | None:
+        """Fork for one command; its words in the fork. Whoever asks for another environment, or has left, is let go."""
+        streams: list[int] = []
+        try:
+            head, streams, _, _ = socket.recv_fds(connection, 8, 3)
+            order = json.loads(_exactly(connection, int.from_bytes(head, "big")))
+        except (OSError, ValueError):  # it was killed while it asked
+            order = None
+        pid = os.fork() if order and fits(order["environment"]) else None
+        if pid == 0:
+            for each in (*self.connections.values(), connection):
+                each.close()
+            become(order, streams)
+            return order["arguments"]
+        _close(streams)
+        if pid is None:
             connection.close()
-            _close(streams)
             return None
-        pid = os.fork()
-        if pid:
+        self.connections[pid] = connection
+        with contextlib.suppress(OSError):  # it has left: its command is ended soon
             connection.sendall(f"pid {pid}\n".encode())
-            self.connections[pid] = connection
-            _close(streams)
-            return None
-        for each in self.connections.values():
-            each.close()
-        connection.close()
-        listening.close()
-        become(order, streams)
-        return order["arguments"]
+        return None
 
     def _reap(self) -> None:
         """Tell of commands that have ended, and end those whose askers have gone."""
@@ -235,9 +234,7 @@ def _close(streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    import buddy.warm
-
-    words = buddy.warm.Server(Path(sys.argv[1]), os.getppid()).serve()
+    words = Server(Path(sys.argv[1]), os.getppid()).serve()
     if words is not None:
         from buddy.cli import main
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from buddy.commands import _arguments as arg
 from buddy.commands._common import check_auto, keep_off_the_hub
 from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
-from buddy.settings import Evaluation, headline
+from buddy.settings import Evaluation, percents
 from buddy.study.records import Budget
 from buddy.tracking.report import average_name
 
@@ -85,16 +86,10 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """Each task's headline score in percent."""
-    return {name: 100 * found[headline(name, found)] for name, found in metrics["tasks"].items()}
-
-
 def _average(metrics: dict[str, Any]) -> float:
-    scores = _scores(metrics)
-    return sum(scores.values()) / len(scores)
+    return fmean(percents(metrics["tasks"]).values())
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    scores, mean = _scores(metrics), _average(metrics)
-    return ", ".join(f"{name} {score:.1f}" for name, score in scores.items()) + f"; mean {mean:.1f}"
+    scores = percents(metrics["tasks"])
+    return ", ".join(f"{name} {score:.1f}" for name, score in scores.items()) + f"; mean {_average(metrics):.1f}"

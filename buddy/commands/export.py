@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.errors import UserError
-from buddy.settings import headline
+from buddy.settings import percents
 from buddy.storage import folders
 from buddy.study.records import Record
 
@@ -74,9 +75,9 @@ def _scores(run: Path, removed: int) -> Iterator[str]:
     accuracy = records / "accuracy" / path / f"removed~{removed}.json"
     if accuracy.exists():
         metrics = Record.read(accuracy).metrics
-        tasks = [100 * found[headline(task, found)] for task, found in metrics["tasks"].items()]
+        tasks = percents(metrics["tasks"]).values()
         limit = f", the first {metrics['limit']} items of each" if metrics.get("limit") else ""
-        yield f"accuracy, average of {len(tasks)} tasks: {sum(tasks) / len(tasks):.2f} %{limit}"
+        yield f"accuracy, average of {len(tasks)} tasks: {fmean(tasks):.2f} %{limit}"
     for file in sorted((records / "likelihood" / path).rglob(f"removed~{removed}.json")):
         found = Record.read(file).metrics
         sets = ", ".join(found["datasets"])

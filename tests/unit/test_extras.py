@@ -11,7 +11,7 @@ from models import tiny
 
 from buddy import runs
 from buddy.backbones.untrained import byte_tokenizer
-from buddy.errors import EXTRAS, needs
+from buddy.errors import EXTRAS, lacking, needs
 from buddy.policies.buddy import BuddyPolicy
 
 ROOT = Path(__file__).parents[2]
@@ -135,4 +135,5 @@ print(choose_mode(Tracking(mode="auto")), choose_mode(Tracking(mode="online")))
 
 
 def test_what_is_no_part_of_an_extra_is_not_asked_for() -> None:
+    assert lacking("a_package_that_nobody_has") is None
     needs("json", "a_package_that_nobody_has")

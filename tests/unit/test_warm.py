@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,20 +84,23 @@ def test_a_command_says_and_leaves_what_it_does_alone(waiting, tmp_path, argumen
     assert ended[0] == ended[1]
 
 
+def forked(waiting: Path, folder: Path, **more: str) -> bool:
+    """Whether the waiting process does a command's work: then the command itself imports next to nothing."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "buddy", "importance", "--help"],
+        cwd=folder,
+        env=environment(BUDDY_WARM=str(waiting), **more),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    return "buddy.cli" not in done.stderr
+
+
 def test_it_is_the_waiting_process_that_works(waiting, tmp_path):
     """A command in another environment than the one that was imported in does its work itself."""
-    arguments = ("importance", "--help")
-    for more, forked in (({}, True), ({"HF_HUB_OFFLINE": "maybe"}, False)):
-        process = subprocess.Popen(
-            [sys.executable, "-X", "importtime", "-m", "buddy", *arguments],
-            cwd=tmp_path,
-            env=environment(BUDDY_WARM=str(waiting), **more),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        _, told = process.communicate()
-        assert ("buddy.cli" in told) is not forked
+    assert forked(waiting, tmp_path)
+    assert not forked(waiting, tmp_path, HF_HUB_OFFLINE="maybe")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
@@ -128,3 +132,12 @@ def working(waiting: Path) -> list[str]:
             if str(waiting).encode() in words and children:
                 return children
     return []
+
+
+def test_whoever_leaves_while_asking_ends_nobody_else(waiting, tmp_path):
+    """Askers that are killed half-way, or say nothing that can be read, cost no other command its end."""
+    for said in (b"", b"\0\0\0", (1000).to_bytes(8, "big") + b"{", (4).to_bytes(8, "big") + b"nope"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asker:
+            asker.connect(str(waiting))
+            asker.sendall(said)
+    assert forked(waiting, tmp_path)
