@@ -4,8 +4,8 @@ import os
 
 from snakemake.exceptions import WorkflowError
 
-from buddy.study.config import read_file
 from buddy.errors import UserError
+from buddy.study.config import read_file
 
 
 def checked(ask, *arguments):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from buddy.study import config as buddy_config
-from buddy.study import limits
 from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError, unknown
-from buddy.study.records import find as find_records
-from buddy.storage.files import write_json
-from buddy.study import planned_figures, layout
 from buddy.settings import INDICATORS, PREDICTOR_PRESETS, READ_BY_PRESET, STATIC_PEERS, corpus_name
+from buddy.storage.files import write_json
+from buddy.study import config as buddy_config
+from buddy.study import limits
+from buddy.study import layout, planned_figures
+from buddy.study.records import find as find_records
 from buddy.study.settings import NOT_OF_PEERS
 
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given

@@ -6,8 +6,8 @@ from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from buddy import warm
-from buddy.study import sessions, preflight, progress
 from buddy.storage.digests import differences, digest
+from buddy.study import preflight, progress, sessions
 from buddy.study.failures import Failure, summary
 
 FROZEN = "BUDDY_STUDY"  # digest of the study that jobs were submitted with, in their environment

@@ -31,11 +31,7 @@ from buddy.settings import (
 )
 
 Method = Literal["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", "sleb", "pudding", "first"]
-
-
 Lora = Literal["trained", "none"]
-
-
 TableKind = Literal[
     "accuracy",
     "latency",
