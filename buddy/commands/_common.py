@@ -12,7 +12,7 @@ from buddy.errors import BudgetError, UserError, choices
 from buddy.runs import RunInfo
 from buddy.storage import locks
 from buddy.study import manifest
-from buddy.study.config import Run
+from buddy.study.config import UNSAID, Run
 from buddy.study.records import Budget, Record, Stopwatch, commit, environment
 from buddy.study.settings import Tracking
 from buddy.tracking import Tracker, track
@@ -36,11 +36,19 @@ def tracked(
         part: tells jobs of one stage on one run apart (a data set).
     """
     run = Run(info.backbone, info.method, tuple(info.variant.items()), info.seed)
-    facts = {"backbone": run.backbone, "method": run.method, "seed": run.seed, **run.variant}
+    facts = axes(run)
     path = f"{run.path}/{part}" if part else run.path
     group = f"{run.backbone} × {run.method}"
     tags = (run.backbone, run.method)
     return tracked_job(stage, info.study, path, group, {**facts, **config}, tags, reads, writes)
+
+
+def axes(run: Run) -> dict[str, Any]:
+    """What tells a run from the others of its study, for W&B's filters: all its axes, those included that its path leaves
+    unsaid."""
+    lora = "none" if run.method == "dense" else "trained"
+    unsaid = UNSAID if run.method == "buddy" else {}
+    return {"backbone": run.backbone, "method": run.method, "seed": run.seed, "lora": lora, **unsaid, **run.variant}
 
 
 @contextmanager

@@ -53,9 +53,9 @@ class Measured:
         """Print what came out at a depth: its modes, if any, and the figures."""
         typer.echo(f"{', '.join([f'{removed} of {self.blocks} blocks removed', *words[:-1]])}: {words[-1]}")
 
-    def config(self, settings: Settings) -> dict[str, Any]:
-        """Every setting of a measurement at several depths, for W&B."""
-        return {**settings.model_dump(), "removed": list(self.depths), "training": self.info.training}
+    def config(self, settings: Settings, **more: str) -> dict[str, Any]:
+        """Every setting of a measurement at several depths, for W&B; ``removed`` is an axis of peers, one number."""
+        return {**settings.model_dump(), **more, "removed_at": list(self.depths), "training": self.info.training}
 
     def tracked(
         self,

@@ -44,7 +44,7 @@ def breakdown(
 
     measured = open_run(run, removed, out, settings.kv, device, dtype, suits=routes)
     model = measured.model
-    with measured.tracked("breakdown", measured.config(settings), [out], data.name) as tracker:
+    with measured.tracked("breakdown", measured.config(settings, dataset=data.name), [out], data.name) as tracker:
         watch = measured.watch()
         for count, metrics in profiling.breakdown(model, prompts, measured.depths, settings):
             path = out / f"removed~{count}.json"
@@ -54,7 +54,7 @@ def breakdown(
                 for phase, found in metrics["phases"].items()
                 for name, part in found["components"].items()
             }
-            tracker.log(shares, step=count)
+            tracker.at_depth(count, shares)
             watch = measured.watch()
         longest = max(metrics["contexts"], key=lambda entry: entry["context"])
         tracker.summary(

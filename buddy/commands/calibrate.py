@@ -80,7 +80,7 @@ def calibrate(
         facts |= {"removed": found.order, "score": peer.score, "scores": found.rounds, "ppl": found.ppl}
         if out:
             opened.write("calibration", out, removed, facts, settings.samples, watch)
-        tracker.summary({"removed": ",".join(map(str, found.order))})
+        tracker.summary({"order": ",".join(map(str, found.order))})
     typer.echo(_as_json({"backbone": opened.info.backbone, **facts}) if json else _table(facts, found))
 
 

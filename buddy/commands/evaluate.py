@@ -13,7 +13,7 @@ from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Evaluation, percents
 from buddy.study.records import Budget
-from buddy.tracking.report import average_name
+from buddy.tracking import Tracker
 
 
 @with_settings(Evaluation)
@@ -62,18 +62,26 @@ def evaluate(
         return metrics, accuracy.items(metrics)
 
     reads = [data / task for task in settings.tasks]
-    with measured.tracked("evaluate", measured.config(settings), [out], reads=reads) as tracker:
+    stage = "evaluate-auto" if budget else "evaluate"  # at a predictor's depths: no point of a curve over budgets
+    with measured.tracked(stage, measured.config(settings), [out], reads=reads) as tracker:
         if budget:
             watch = measured.watch()
             metrics = accuracy.predicted(lm, budget, settings, data)
             path = out / f"{budget.replace(':', '~')}.json"
             measured.write("accuracy", path, None, metrics, accuracy.items(metrics), watch)
             typer.echo(f"{metrics['executed_mean']:.2f} of {model.blocks} blocks on average: {_line(metrics)}")
-            tracker.summary({"average": _average(metrics), "executed": metrics["executed_mean"], **_numbers(metrics)})
+            predicted = {"average_predicted": _average(metrics), "executed_predicted": metrics["executed_mean"]}
+            tracker.summary({**predicted, **_numbers(metrics)})
         for count, metrics in measured.records("accuracy", out, measure, _line):
-            point = {"budget": measured.budget(count).fraction, "average": _average(metrics)}
-            tracker.log({**point, **_numbers(metrics)}, step=count)
-            tracker.summary({average_name(count): _average(metrics)})
+            show(tracker, measured.budget(count), metrics)
+
+
+def show(tracker: Tracker, budget: Budget, metrics: dict[str, Any]) -> None:
+    """Add an accuracy record's scores at a budget to the curves: as tables have them (percent, the mean over the tasks
+    among them), and as the harness does."""
+    shown = {f"accuracy/{task}": score for task, score in percents(metrics["tasks"]).items()}
+    curves = {"budget": budget.fraction, "accuracy/average": _average(metrics), **shown, **_numbers(metrics)}
+    tracker.at_depth(budget.removed, curves, {"average": _average(metrics)})
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

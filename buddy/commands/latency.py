@@ -51,7 +51,7 @@ def latency(
     model = measured.model
     # Refused or left out before W&B hears of it; the settings that are logged are those in force.
     settings = settings.model_copy(update={"engines": usable_engines(settings.engines, model.device)})
-    with measured.tracked("latency", measured.config(settings), [out], data.name) as tracker:
+    with measured.tracked("latency", measured.config(settings, dataset=data.name), [out], data.name) as tracker:
         watch = measured.watch()
         timings = benchmark(model, prompts, measured.depths, settings, data.name)
         watch.stop()
@@ -80,5 +80,5 @@ def _log(tracker: Tracker, timings: list[Timing]) -> None:
             name = f"b{timing.batch_size}/{timing.engine}/{execution}/{phase}_tok_s"
             point[name] = timing.metrics[f"{phase}_tok_s"]["median"]
     for depth in sorted(curves):
-        tracker.log(curves[depth], step=depth)
+        tracker.at_depth(depth, curves[depth])
     tracker.summary(mixed)

@@ -38,7 +38,7 @@ def rouge(
 
     pairs = inputs.pairs(data)[: settings.prompts]
     measured = open_run(run, removed, out, settings.kv, device, dtype, study, name)
-    with measured.tracked("rouge", measured.config(settings), [out], data.name, [data]) as tracker:
+    with measured.tracked("rouge", measured.config(settings, dataset=data.name), [out], data.name, [data]) as tracker:
         for count in measured.depths:
             scores: dict[str, float] = {}
             for decode in DECODE_MODES:
@@ -48,7 +48,7 @@ def rouge(
                 measured.write("rouge", file, count, {"dataset": data.name, **found}, len(pairs), watch, decode=decode)
                 measured.say(count, decode, _line(found))
                 scores |= {f"{decode}/{measure}": found[measure]["mean"] for measure in summaries.MEASURES}
-            tracker.log(scores, step=count)
+            tracker.at_depth(count, scores, scores)
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -58,13 +58,17 @@ def score(
         watch.stop()
         for count, fraction in fractions.items():
             logged: dict[str, float] = {}
+            headline: dict[str, float] = {}
             for mode in [mode for mode in wanted if mode.budget == fraction]:
                 metrics = likelihood.summary(sets, found[mode], mode, settings)
                 file = out / f"kv~{mode.kv}" / f"decode~{mode.decode}" / f"removed~{count}.json"
                 measured.write("likelihood", file, count, metrics, len(items), watch, kv=mode.kv, decode=mode.decode)
                 measured.say(count, mode.kv, mode.decode, _line(metrics))
-                logged |= {f"{mode.kv}/{mode.decode}/{key}": value["mean"] for key, value in metrics["average"].items()}
-            tracker.log(logged, step=count)
+                found_here = {key: value["mean"] for key, value in metrics["average"].items()}
+                found_here["distinct_paths"] = metrics["distinct_paths"]
+                logged |= {f"{mode.kv}/{mode.decode}/{key}": value for key, value in found_here.items()}
+                headline = headline or found_here  # of the first mode, which the table shows
+            tracker.at_depth(count, logged, headline)
 
 
 def _folders(data: list[str]) -> list[Path]:

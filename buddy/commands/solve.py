@@ -50,7 +50,7 @@ def solve(
     reads = [data / task for task in settings.tasks]
     with measured.tracked("solve", measured.config(settings), [out], reads=reads) as tracker:
         for count, metrics in measured.records("generation", out, measure, _line):
-            tracker.log(_scores(metrics), step=count)
+            tracker.at_depth(count, _scores(metrics), _scores(metrics))
 
 
 def _line(metrics: dict[str, Any]) -> str:

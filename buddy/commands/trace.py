@@ -48,9 +48,11 @@ def trace(
         said = settings.model_dump(include={"new_tokens", "decode"})
         return {**facts, **said, **traces.summary(routes, budget.executed)}, len(prompts)
 
-    with measured.tracked("trace", measured.config(settings), [out], data.name) as tracker:
+    with measured.tracked("trace", measured.config(settings, dataset=data.name), [out], data.name) as tracker:
         for count, metrics in measured.records("trace", out, measure, _line):
-            tracker.log(_numbers(metrics), step=count)
+            numbers = _numbers(metrics)
+            paths = {name: numbers[name] for name in ("distinct_paths_over_prompts", "distinct_paths_per_generation")}
+            tracker.at_depth(count, numbers, paths)
 
 
 def _line(metrics: dict[str, Any]) -> str:

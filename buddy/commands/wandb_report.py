@@ -9,8 +9,7 @@ import typer
 
 from buddy.commands import _arguments as arg
 from buddy.commands._study import study_folder
-from buddy.study import config
-from buddy.tracking import modes, report
+from buddy.tracking import modes
 
 
 def wandb_report(
@@ -30,9 +29,11 @@ def wandb_report(
       buddy wandb-report --study demo
       buddy wandb-report --study paper --entity my-team --project buddy
     """
+    from buddy.reporting.study import load
+    from buddy.tracking import report
 
-    folder = study_folder(study, results)
-    plan = config.read(folder / "study.json")
+    found = load(study_folder(study, results))
     modes.require_server("report")
-    link = report.save(plan, folder, entity or plan.tracking.entity, project or plan.tracking.project)
+    told = found.config.tracking
+    link = report.save(found, entity or told.entity, project or told.project)
     typer.echo(link)

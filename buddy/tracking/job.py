@@ -89,6 +89,7 @@ class Tracker:
         self._progress = progress
         self._done = -1 if progress is None else progress.step
         self._step: int | None = None
+        self._by_depth = False
         self._failed = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -101,6 +102,18 @@ class Tracker:
                 if self._progress is not None and self._step is not None:
                     self._progress.write(self._step)
                 self._step = step
+
+    def at_depth(self, removed: int, point: Mapping[str, float], headline: Mapping[str, float] | None = None) -> None:
+        """Add a point to curves over the depth, and headline values, in the summary as ``NAME_removed_N``.
+
+        The curves stay out of the summary, where W&B would show the value of whichever depth came last.
+        """
+        if self._run is not None and not self._by_depth:
+            with self._shielded("log"):
+                self._run.define_metric("*", summary="none")
+            self._by_depth = True
+        self.log(point, step=removed)
+        self.summary({at_depth(name, removed): value for name, value in (headline or {}).items()})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the job's headline values; nested mappings become dotted names."""
@@ -167,6 +180,11 @@ class Tracker:
             if not self._failed:
                 log.warning("W&B: %s failed, this job goes on (%s)", what, in_one_line(error))
             self._failed = True
+
+
+def at_depth(name: str, removed: int) -> str:
+    """Name of a value at a depth in a run's summary, by which W&B can sort and compare runs."""
+    return f"{name}_removed_{removed}"
 
 
 def _wandb() -> Any:

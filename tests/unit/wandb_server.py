@@ -73,6 +73,7 @@ class WandbServer:
         self.runs: dict[str, SentRun] = {}
         self.artifacts: dict[str, SentArtifact] = {}
         self.reports: dict[str, dict[str, Any]] = {}
+        self.projects: set[str] = set()
         self.operations: list[str] = []
         self.unknown: list[str] = []
         self.bodies: list[bytes] = []
@@ -244,11 +245,11 @@ class WandbServer:
         return {"useArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
 
     def _on_ProjectInternalId(self, given: dict[str, Any]) -> dict[str, Any]:
-        known = given["projectName"] in {run.project for run in self.runs.values()}
+        known = given["projectName"] in self.projects | {run.project for run in self.runs.values()}
         return {"project": {"id": "p", "internalId": "17"} if known else None}
 
     def _on_GetProjects(self, given: dict[str, Any]) -> dict[str, Any]:
-        projects = sorted({run.project for run in self.runs.values()})
+        projects = sorted(self.projects | {run.project for run in self.runs.values()})
         facts = {"__typename": "Project", "entityName": ENTITY, "createdAt": "2026", "isBenchmark": False, "user": None}
         edges = [{"node": {**facts, "id": f"p-{name}", "name": name}} for name in projects]
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}

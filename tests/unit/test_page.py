@@ -1,0 +1,263 @@
+"""The page shows what the tables show: its own filters, held against the runs, give the tables' rows, cell by cell."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import wandb
+import wandb_files
+from records_factory import Maker, methods
+from wandb_files import Logged
+from wandb_server import ENTITY, KEY, WandbServer
+
+from buddy.commands._common import tracked
+from buddy.commands._measured import Measured
+from buddy.commands.evaluate import show
+from buddy.reporting import tables, write
+from buddy.reporting.study import Study, load
+from buddy.runs import RunInfo
+from buddy.study.records import Budget, Record
+from buddy.tracking import report
+
+BACKBONE = "smollm2-135m"
+
+
+def content() -> dict[str, Any]:
+    """A study with everything that could be averaged by mistake: two recipes, two seeds, LoRA and none, ablations."""
+    study = methods()
+    study["study"] |= {
+        "name": "many",
+        "methods": ["dense", "dense_lora", "buddy", "shortened_llama", "pudding"],
+        "seeds": [0, 1],
+        "lora": ["trained", "none"],
+        "recipes": ["paper", "tuned"],
+        "ablations": [
+            {"name": "prior", "backbone": BACKBONE, "prior": ["none", "delta_ppl", "taylor"]},
+            {"name": "omega", "backbone": BACKBONE, "omega": [0.0, 0.1, 0.5]},
+            {"name": "grid", "backbone": BACKBONE, "feature": ["key", "value"], "source_block": [1, 2]},
+        ],
+        "tables": {
+            "table2": {"kind": "accuracy", "backbone": BACKBONE},
+            "table4": {"kind": "latency", "backbone": BACKBONE},
+            "table5": {"kind": "ablation", "ablation": "prior"},
+            "table6": {"kind": "ablation", "ablation": "omega"},
+            "table7": {"kind": "ablation", "ablation": "grid"},
+        },
+    }
+    study["peers"] = {"criteria": {"shortened_llama": ["ppl", "taylor"]}}
+    study["latency"] |= {"methods": ["buddy", "pudding"], "datasets": ["alpaca"], "batch_sizes": [1, 4]}
+    study |= {name: {"backbones": []} for name in ("trace", "predictor", "generation", "breakdown")}
+    return study
+
+
+def log(study: Study, folder: Path) -> None:
+    """Let every evaluation of the study leave its W&B run, as the command does when it has its metrics."""
+    for run in study.config.runs():
+        info = RunInfo(run.method, "", {}, run.backbone, "", variant=run.variant, seed=run.seed, study=study.name)
+        depths = tuple(study.config.depths(run))
+        measured = Measured(folder, info, None, study.blocks(run.backbone), depths)
+        out = study.folder / "records" / "accuracy" / run.path
+        with tracked("evaluate", info, measured.config(study.config.evaluation), writes=[]) as tracker:
+            for removed in depths:
+                record = Record.read(out / f"removed~{removed}.json")
+                show(tracker, Budget.of(measured.blocks - removed, measured.blocks), record.metrics)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, list[Logged], dict[str, Any]]]:
+    """A finished study, its runs as W&B has them, and the content of its page."""
+    folder = tmp_path_factory.mktemp("page")
+    with WandbServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_BASE_URL", server.address)
+        maker = Maker(folder, content())
+        maker.everything(items=16)
+        study = load(maker.folder)
+        patch.setenv("WANDB_DIR", str(study.folder / "wandb"))
+        log(study, folder)
+        logged = wandb_files.runs(study.folder / "wandb")
+        for name in tables.names(study):
+            write.table(study, name)
+        patch.setenv("WANDB_MODE", "online")
+        patch.setenv("WANDB_API_KEY", KEY)
+        server.projects.add("buddy")
+        report.save(study, None, "buddy")
+        (page,) = server.reports.values()
+        yield study, logged, json.loads(page["spec"])
+    wandb.teardown()
+
+
+@pytest.fixture
+def study(setting: tuple[Study, list[Logged], dict[str, Any]]) -> Study:
+    return setting[0]
+
+
+@pytest.fixture
+def logged(setting: tuple[Study, list[Logged], dict[str, Any]]) -> list[Logged]:
+    return setting[1]
+
+
+@pytest.fixture
+def page(setting: tuple[Study, list[Logged], dict[str, Any]]) -> dict[str, Any]:
+    return setting[2]
+
+
+def sections(page: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Its panel grids, by the headings above them."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    heading = ""
+    for block in page["blocks"]:
+        if block["type"] == "heading":
+            heading = block["children"][0]["text"]
+        if block["type"] == "panel-grid":
+            found.setdefault(heading, []).append(block["metadata"])
+    return found
+
+
+def panels(grid: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    shown = grid["panelBankSectionConfig"]["panels"]
+    return [panel["config"] for panel in shown if panel["viewType"] == kind]
+
+
+def lets_through(filters: dict[str, Any], run: Logged) -> bool:
+    """Whether W&B would show a run, by its format of filters."""
+    assert filters["filterFormat"] == "filterV2"
+    verdict = True
+    for item in filters["filters"]:
+        assert item.get("connector", "AND") == "AND", "these filters have no alternatives"
+        assert item["key"]["section"] == "config"
+        found = run.config.get(item["key"]["name"])
+        given = item["value"]
+        assert item["op"] in ("=", "IN")
+        verdict &= found == given if item["op"] == "=" else found in given
+    return verdict
+
+
+def shown(runset: dict[str, Any], logged: list[Logged]) -> list[Logged]:
+    assert runset["project"]["name"] == "buddy"
+    return [run for run in logged if lets_through(runset["filters"], run)]
+
+
+def rows(study: Study, name: str) -> list[dict[str, str]]:
+    with (study.folder / "tables" / f"{name}.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_line_is_a_row_of_the_table(study: Study, logged: list[Logged], page: dict[str, Any]) -> None:
+    (grid,) = sections(page)[BACKBONE][:1]
+    table = {(row, removed): cells for row, removed, cells in labelled(study)}
+    names = [runset["name"] for runset in grid["runSets"]]
+    assert names == list(dict.fromkeys(name for name, _ in table))
+    lines = panels(grid, "Run History Line Plot")
+    assert [line["metrics"] for line in lines] == [
+        ["accuracy/average"],
+        *([f"accuracy/{task}"] for task in study.tasks),
+    ]
+    compared = 0
+    for runset in grid["runSets"]:
+        runs = shown(runset, logged)
+        assert len({run.config["method"] for run in runs}) == 1  # the panel groups by it: a set is one line
+        for line in lines:
+            assert (line["xAxis"], line["groupBy"], line["groupAgg"]) == ("budget", "method.value", "mean")
+            (metric,) = line["metrics"]
+            points: dict[float, list[float]] = {}
+            for run in runs:
+                for point in run.points:
+                    points.setdefault(point["budget"], []).append(point[metric])
+            drawn = {round(30 * (1 - budget)): fmean(values) for budget, values in points.items()}
+            wanted = {removed: cells for (name, removed), cells in table.items() if name == runset["name"]}
+            assert drawn.keys() == wanted.keys()
+            for removed, value in drawn.items():
+                assert value == pytest.approx(wanted[removed][metric.partition("/")[2]], abs=1e-9)
+                compared += 1
+    assert compared == len(table) * (1 + len(study.tasks))
+
+
+def labelled(study: Study) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Rows of the accuracy table as it is printed: label, depth, and the cells by task."""
+    text = (study.folder / "tables" / "table2.md").read_text()
+    printed = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    body = [cells for cells in printed[2:] if cells[1]]
+    columns = len(study.tasks) + 1
+    cells = rows(study, "table2")
+    assert len(cells) == columns * len(body)
+    removed = ""
+    for place, line in enumerate(body):
+        removed = line[0] or removed
+        own = cells[columns * place : columns * (place + 1)]
+        assert {cell["removed"] for cell in own} == {removed}
+        yield line[1], int(removed), {cell["task"]: float(cell["value"]) for cell in own}
+
+
+def test_bars_are_a_column_of_the_table(study: Study, logged: list[Logged], page: dict[str, Any]) -> None:
+    (grid,) = sections(page)[BACKBONE][:1]
+    table = {(name, removed): cells["average"] for name, removed, cells in labelled(study)}
+    bars = panels(grid, "Bar Chart")
+    assert [bar["metrics"] for bar in bars] == [[f"average_removed_{removed}"] for removed in (4, 8)]
+    for removed, bar in zip((4, 8), bars, strict=True):
+        (metric,) = bar["metrics"]
+        assert (bar["groupBy"], bar["groupAgg"], bar["groupArea"]) == ("method.value", "mean", "stderr")
+        for runset in grid["runSets"]:
+            values = [run.summary[metric] for run in shown(runset, logged) if metric in run.summary]
+            wanted = table.get((runset["name"], removed))
+            assert (fmean(values) if values else None) == (None if wanted is None else pytest.approx(wanted, abs=1e-9))
+
+
+@pytest.mark.parametrize(("name", "table"), [("prior", "table5"), ("omega", "table6"), ("grid", "table7")])
+def test_an_ablation_holds_the_runs_of_its_grid(
+    study: Study, logged: list[Logged], page: dict[str, Any], name: str, table: str
+) -> None:
+    (grid,) = sections(page)[f"Ablation: {name}"]
+    (runset,) = grid["runSets"]
+    runs = shown(runset, logged)
+    wanted = study.config.ablation_runs(study.config.ablation(name))
+    assert {run.config["run"] for run in runs} == {run.path for run in wanted}
+    assert len(runs) == len(wanted)
+    (coordinates,) = panels(grid, "Parallel Coordinates Plot")
+    axes = [column["accessor"] for column in coordinates["columns"] if column["accessor"].startswith("config:")]
+    scores = [column["accessor"] for column in coordinates["columns"][len(axes) :]]
+    assert scores == ["summary:average_removed_4", "summary:average_removed_8"]
+    varied = [accessor.removeprefix("config:").removesuffix(".value") for accessor in axes]
+    assert varied == study.config.ablation(name).axes()
+    drawn: dict[tuple[Any, ...], list[float]] = {}
+    for run in runs:
+        for score in scores:
+            at = (*(str(run.config[axis]) for axis in varied), score.rpartition("_")[2])
+            drawn.setdefault(at, []).append(run.summary[score.removeprefix("summary:")])
+    cells = {(*(row[axis] for axis in varied), row["removed"]): float(row["value"]) for row in rows(study, table)}
+    assert {at: pytest.approx(fmean(values), abs=1e-9) for at, values in drawn.items()} == cells
+
+
+def test_only_headline_values_are_in_summaries(logged: list[Logged]) -> None:
+    for run in logged:
+        own = {name for name in run.summary if not name.startswith("_")}
+        assert own == {f"average_removed_{removed}" for removed in run.config["removed_at"]}
+
+
+def test_latency_shows_the_engines_and_executions_that_were_timed(page: dict[str, Any]) -> None:
+    (grid,) = sections(page)[f"Latency of {BACKBONE}, Alpaca"]
+    wanted = [(method, "alpaca", "latency") for method in ("pudding", "buddy")]
+    found = [{item["key"]["name"]: item["value"] for item in one["filters"]["filters"]} for one in grid["runSets"]]
+    assert [(one["method"], one["dataset"], one["stage"]) for one in found] == wanted
+    assert [runset["name"] for runset in grid["runSets"]] == ["PuDDing", "BUDDY"]
+    metrics = [line["metrics"] for line in panels(grid, "Run History Line Plot")]
+    assert [{name.rpartition("/")[0].rpartition("/")[0] for name in names} for names in metrics] == [
+        *([{"b1/eager"}] * 2),
+        *([{"b4/eager"}] * 2),
+    ]
+    assert {name.split("/")[2] for names in metrics for name in names} == {"dense", "sliced", "reuse", "recompute"}
+
+
+def test_the_verdicts_stand_at_the_top(study: Study, page: dict[str, Any]) -> None:
+    texts = [block.get("content", "") for block in page["blocks"] if block["type"] == "markdown-block"]
+    assert texts[0].startswith("Study **many**, made 20")
+    assert f"of {len(set(study.frame.file))} records" in texts[0]
+    assert "beside the paper" in texts[1]
+    assert ENTITY not in texts[0]
