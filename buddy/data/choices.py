@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,19 @@ class Item:
     right: int
 
     @property
-    def prompts(self) -> tuple[Tokens, ...]:
-        """The different contexts: what a router may see of this question at inference."""
-        return tuple(dict.fromkeys(self.contexts))
+    def shared(self) -> Tokens:
+        """What the contexts have in common at their beginning: all that a router may see of this question."""
+        return self.contexts[0][: shared(self.contexts)]
 
     @property
     def solution(self) -> tuple[Tokens, Tokens]:
         """Context and answer of the right choice."""
         return self.contexts[self.right], self.answers[self.right]
+
+
+def shared(contexts: Sequence[Sequence[int]]) -> int:
+    """How many tokens contexts have in common at their beginning."""
+    return len(commonprefix([list(context) for context in contexts]))
 
 
 def training_items(
@@ -81,11 +87,15 @@ def item_of(task: Any, document: dict[str, Any], tokenizer: Any, max_length: int
         task: lm-evaluation-harness's task.
         document: one of its documents.
         tokenizer: the backbone's.
-        max_length: longest context with its answer, tokens; a longer context loses its beginning.
+        max_length: longest context with its answer, tokens; longer ones lose their beginning, each option's as many tokens.
     """
     requests = task.construct_requests(document, task.fewshot_context(document, 0), metadata=(None, None, None))
-    pairs = [_encoded(tokenizer, request.args[0], request.args[1], max_length) for request in requests]
-    contexts, answers = zip(*pairs, strict=True)
+    pairs = [_encoded(tokenizer, *request.args[:2]) for request in requests]
+    # Alike for all options, so that what they share stays what they share.
+    cut = max(0, *(len(context) + len(answer) - max_length - 1 for context, answer in pairs))
+    contexts, answers = zip(
+        *((context[min(cut, len(context) - 1) :], answer) for context, answer in pairs), strict=True
+    )
     return Item(contexts, answers, _right(task, document))
 
 
@@ -100,10 +110,9 @@ def _right(task: Any, document: dict[str, Any]) -> int:
     return index
 
 
-def _encoded(tokenizer: Any, context: str, answer: str, max_length: int) -> tuple[Tokens, Tokens]:
+def _encoded(tokenizer: Any, context: str, answer: str) -> tuple[Tokens, Tokens]:
     """Context and answer as the harness encodes them: together, because words do not end where strings do."""
     bare = context.rstrip()
     start = tuple(tokenizer(bare).input_ids)
     whole = tuple(tokenizer(context + answer).input_ids)
-    answer_ids = whole[len(start) :]
-    return start[-max(max_length + 1 - len(answer_ids), 1) :], answer_ids
+    return start, whole[len(start) :]

@@ -10,6 +10,7 @@ from typing import Any
 from buddy.data.tasks import PREFIX, tasks
 from buddy.errors import UserError
 from buddy.evaluation.harness import BuddyLM
+from buddy.evaluation.questions import Question, differing
 from buddy.settings import Evaluation, Generation
 
 KEPT = ("acc", "acc_norm", "exact_match")
@@ -25,12 +26,18 @@ def measure(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path) 
         data: folder of materialised data sets.
 
     Returns:
-        ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item;
-        the mean number of blocks executed; few_shot, limit and the harness version.
+        ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item, the
+        mean number of blocks executed, and `_routes`; the mean number of blocks of all; few_shot, limit and the harness
+        version.
     """
     results = _run(lm, budget, settings, data)
     facts = {"few_shot": settings.few_shot, "routing": settings.routing}
-    return _metrics(lm, settings, results, _task_metrics) | facts
+    metrics = _metrics(lm, settings, results, _task_metrics) | facts
+    for name, scores in metrics["tasks"].items():
+        tally = lm.tallies[PREFIX + name]
+        scores["executed_mean"] = tally.executed_mean
+        scores["routes"] = _routes(lm, results["samples"][PREFIX + name], tally.differing)
+    return metrics
 
 
 def predicted(lm: BuddyLM, budget: str, settings: Evaluation, data: Path) -> dict[str, Any]:
@@ -43,10 +50,7 @@ def predicted(lm: BuddyLM, budget: str, settings: Evaluation, data: Path) -> dic
     Returns:
         The same as `measure`, and ``budget``; each task has its own ``executed_mean``.
     """
-    found = []
-    for task in settings.tasks:
-        found.append(measure(lm, budget, settings.model_copy(update={"tasks": [task]}), data))
-        found[-1]["tasks"][task]["executed_mean"] = found[-1]["executed_mean"]
+    found = [measure(lm, budget, settings.model_copy(update={"tasks": [task]}), data) for task in settings.tasks]
     tasks = {task: scores for metrics in found for task, scores in metrics["tasks"].items()}
     mean = sum(scores["executed_mean"] for scores in tasks.values()) / len(tasks)
     return {**found[0], "tasks": tasks, "executed_mean": mean, "budget": budget}
@@ -81,6 +85,33 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
         "slack": settings.slack,
     }
     return _metrics(lm, settings, results, _answer_metrics) | facts | {"new_tokens": settings.new_tokens}
+
+
+def _routes(lm: BuddyLM, samples: Sequence[Mapping[str, Any]], differed: float) -> dict[str, float]:
+    """How many networks the questions of a task were scored by.
+
+    Args:
+        lm: after the task was scored, its budget as it was.
+        samples: the harness's, each with the arguments of its requests.
+        differed: share of the questions whose options took more than one route.
+
+    Returns:
+        ``differ``, that share: none, but for rounding. ``would_differ``: the share, were each option's own context read;
+        it is 0 where the options have one context, and where routes follow no input.
+    """
+    policy = lm.model.policy
+    routed = policy.source_block or policy.gated or policy.reads_tokens
+    contexts = [
+        (Question("", sample["doc_id"]), tuple(lm.tok_encode(context.rstrip())))
+        for sample in samples
+        for context in dict.fromkeys(argument[0] for argument in sample["arguments"] if argument[0])
+    ]
+    several = len(contexts) > len({question for question, _ in contexts})
+    if not (routed and several):
+        return {"differ": differed, "would_differ": 0.0}
+    found = lm.routes([context for _, context in contexts])
+    own = [(question, route) for (question, _), route in zip(contexts, found, strict=True)]
+    return {"differ": differed, "would_differ": differing(own)}
 
 
 def items(metrics: Mapping[str, Any]) -> int:

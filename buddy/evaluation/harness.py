@@ -2,7 +2,8 @@
 
 What is scored is what is claimed: every request runs through the policy, and the count of executed blocks is kept
 beside the scores. The route of a multiple-choice request is read from its context alone, under its mask, so that no
-answer chooses the path it is scored on.
+answer chooses the path it is scored on; of contexts that differ by option, from what they share
+(`buddy.evaluation.questions`), so that all options of a question are scored by one network.
 
 Everything else is the harness's own model for Hugging Face: generation options, stop sequences, chat templates, the token
 that begins a text, length limits. At budget 1 it scores and generates what that one does.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.registry import register_model
@@ -23,13 +25,54 @@ from torch import Tensor
 from tqdm import tqdm
 
 from buddy.errors import UserError
+from buddy.evaluation.questions import Question, Read, asked_by, differing, reads
 from buddy.routing.model import RoutedModel
+from buddy.routing.padding import leading, padded
 from buddy.runs import load
 
 log = logging.getLogger(__name__)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts (None for a window of a longer one), and the tokens of context and answer."""
+
+
+class Asked(NamedTuple):
+    """A request in tokens.
+
+    Attributes:
+        context, answer: its tokens.
+        read: what the policy reads of the context.
+        question: to which it belongs.
+    """
+
+    context: list[int]
+    answer: list[int]
+    read: Read
+    question: Question
+
+
+@dataclass
+class Tally:
+    """What ran for the requests of a task.
+
+    Attributes:
+        blocks, passes: blocks executed by the sequences of all passes, and how many sequences those were.
+        routes: the question and the route of each sequence, as the context had it.
+    """
+
+    blocks: int = 0
+    passes: int = 0
+    routes: list[tuple[Question, bytes]] = field(default_factory=list)
+
+    @property
+    def executed_mean(self) -> float:
+        """Mean number of blocks that a sequence executed in a pass."""
+        return self.blocks / max(self.passes, 1)
+
+    @property
+    def differing(self) -> float:
+        """Share of the questions whose options took more than one route."""
+        return differing(self.routes)
 
 
 @register_model("buddy")
@@ -109,17 +152,25 @@ class BuddyLM(HFLM):
 
     def reset_count(self) -> None:
         """Forget the blocks counted so far."""
-        self._blocks_run, self._passes = 0, 0
+        self.all = Tally()
+        self.tallies: dict[str, Tally] = {}
+        self._questions: list[Question] = []
 
     @property
     def executed_mean(self) -> float:
         """Mean number of blocks that a sequence executed in a pass, since `reset_count`."""
-        return self._blocks_run / max(self._passes, 1)
+        return self.all.executed_mean
 
-    def _count(self) -> None:
+    def _count(self, rows: Sequence[Asked] = ()) -> None:
+        """Count what ran in the last pass: for all, and by task for the ``rows`` of a batch of requests."""
         executed = self.model.trace.executed()
-        self._blocks_run += int(executed.sum())
-        self._passes += executed.numel()
+        self.all.blocks += int(executed.sum())
+        self.all.passes += executed.numel()
+        for number, row in enumerate(rows):
+            tally = self.tallies.setdefault(row.question.task, Tally())
+            tally.blocks += int(executed[:, number].sum())
+            tally.passes += len(executed)
+            tally.routes.append((row.question, self.model.trace.steps[0][number].numpy().tobytes()))
 
     def get_model_info(self) -> dict[str, Any]:
         """What of the model the harness notes beside its results; nothing is looked up on the Hub."""
@@ -131,20 +182,32 @@ class BuddyLM(HFLM):
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each request's answer, nats, and whether it is the greedy one; a route per question."""
+        self._questions = asked_by(requests)
+        try:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._questions = []
+        return found
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         self._check_lengths(requests)
+        questions = self._questions or [Question("", place) for place in range(len(requests))]
+        contexts, answers = [one[1] for one in requests], [one[2] for one in requests]
+        asked = list(map(Asked, contexts, answers, reads(questions, contexts, answers, self.max_length), questions))
         # Answers of one token share their input (BoolQ's yes and no): one pass scores them all.
         shared: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, answer) in enumerate(requests):
-            shared.setdefault((len(context), *context, *answer[:-1]), []).append(i)
+        for i, one in enumerate(asked):
+            shared.setdefault((len(one.context), *one.read, *one.context, *one.answer[:-1]), []).append(i)
         groups = list(shared.values())
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc=f"scoring at {self._depth}", disable=disable_tqdm) as bar:
-            for batch in self._batches([sum(map(len, requests[group[0]][1:])) for group in groups]):
+            for batch in self._batches([len(contexts[group[0]]) + len(answers[group[0]]) for group in groups]):
                 members = [groups[i] for i in batch]
-                scores = self._score([[requests[i][1:] for i in group] for group in members])
+                scores = self._score([[asked[i] for i in group] for group in members])
                 for i, score in zip((i for group in members for i in group), scores, strict=True):
                     results[i] = score
                     if requests[i][0] is not None:
@@ -174,21 +237,22 @@ class BuddyLM(HFLM):
             )
 
     @torch.no_grad()
-    def _score(self, groups: list[list[tuple[list[int], list[int]]]]) -> list[tuple[float, bool]]:
-        """Score (context, answer) pairs: log-likelihood in nats of each answer, and whether it is the greedy one.
+    def _score(self, groups: list[list[Asked]]) -> list[tuple[float, bool]]:
+        """Score requests: log-likelihood in nats of each answer, and whether it is the greedy one.
 
         Args:
-            groups: pairs that differ at most in their answer's last token, and so share one row of the batch.
+            groups: requests that differ at most in their answer's last token, and so share one row of the batch.
         """
-        inputs = [(context + answer)[-(self.max_length + 1) : -1] for (context, answer), *_ in groups]
-        answer_length = [len(group[0][1]) for group in groups]
+        rows = [group[0] for group in groups]
+        inputs = [(row.context + row.answer)[-(self.max_length + 1) : -1] for row in rows]
+        answer_length = [len(row.answer) for row in rows]
         longest = max(map(len, inputs))
         ids = torch.full((len(inputs), longest), self.tokenizer.pad_token_id)
         mask, context = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(inputs):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-            context[i, : max(len(row) - answer_length[i] + 1, 1)] = True
+            context[i, self._readable(rows[i], len(row))] = True
         # Only the answers' logits are needed; the head over a large vocabulary is a good part of a small model.
         starts = [max(len(row) - n, 0) for row, n in zip(inputs, answer_length, strict=True)]
         first, device = min(starts), self.model.device
@@ -201,12 +265,36 @@ class BuddyLM(HFLM):
             context_mask=context.to(device),
             logits_to_keep=torch.arange(first, longest, device=device),
         ).logits
-        self._count()
+        self._count(rows)
         return [
-            _answer_score(logits[i, starts[i] - first :], answer)
-            for i, group in enumerate(groups)
-            for _, answer in group
+            _answer_score(logits[i, starts[i] - first :], one.answer) for i, group in enumerate(groups) for one in group
         ]
+
+    def _readable(self, row: Asked, taken: int) -> slice:
+        """What the policy reads of the last ``taken`` tokens of a request, its answer's last one left out.
+
+        In the causal form these are the prompt, whose tokens share a route: it begins with the first token, and has one.
+        """
+        cut = len(row.context) + len(row.answer) - 1 - taken
+        first, last = max(row.read.first - cut, 0), max(row.read.last - cut, 0)
+        return slice(0, max(last, 1)) if self.routing == "causal" else slice(first, last)
+
+    @torch.no_grad()
+    def routes(self, contexts: Sequence[Sequence[int]]) -> list[bytes]:
+        """The route that each context would have by itself at the budget in force, as a prefill chooses it.
+
+        Args:
+            contexts: token ids, N of them; of one that is too long the end counts.
+        """
+        cut = [list(context)[-self.max_length :] for context in contexts]
+        found = [b""] * len(cut)
+        for batch in self._batches([*map(len, cut)]):
+            ids = padded([cut[i] for i in batch])
+            mask = leading([len(cut[i]) for i in batch], ids.shape[1]).long()
+            self.model(ids.to(self.model.device), mask.to(self.model.device), budget=self.budget, logits_to_keep=1)
+            for number, i in enumerate(batch):
+                found[i] = self.model.trace.steps[0][number].numpy().tobytes()
+        return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, nats, in windows of at most `max_length` tokens.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def prompts(folder: str | Path) -> list[str]:
 
     Args:
         folder: a data set folder. Of instructions, dialogues and problems it has the prompts; if it has the name of a
-            multiple-choice task, what the harness puts before the answers of its evaluation split, without examples.
+            multiple-choice task, what the harness puts before the answers of its evaluation split, without examples, as
+            far as the options of a question share it.
 
     Raises:
         UserError: not a data set folder, or a set that asks nothing.
@@ -43,15 +45,21 @@ def prompts(folder: str | Path) -> list[str]:
 
 
 def _contexts(folder: Path) -> list[str]:
-    """What lm-eval asks of each document. Where the choices are contexts (WinoGrande), the first stands for all."""
+    """What lm-eval asks of each document. Where the choices are contexts (WinoGrande), the words that they share; the first
+    of them where they share none."""
     from buddy.data.tasks import tasks
 
     _, (task,) = tasks(folder.parent, [folder.name])
     contexts = []
     for document in task.eval_docs:
         text: Any = task.doc_to_text(document)
-        contexts.append(text if isinstance(text, str) else task.doc_to_choice(document)[0])
+        contexts.append(text if isinstance(text, str) else _common_words(task.doc_to_choice(document)))
     return contexts
+
+
+def _common_words(texts: Sequence[str]) -> str:
+    """The words with which all texts begin, and the first text where they begin differently."""
+    return " ".join(commonprefix([text.split(" ") for text in texts])).rstrip() or texts[0]
 
 
 # ---- what ran --------------------------------------------------------------------------------------------------------

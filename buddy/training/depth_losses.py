@@ -28,7 +28,8 @@ from buddy.storage.checkpoints import Checkpoints
 from buddy.training import fingerprints
 
 Row = Mapping[str, Any]
-"""An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``."""
+"""An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``; and
+``read_length``, where less than the prompt is read."""
 
 HEAD_TOKENS = 512
 """Tokens whose logits are held at once: a vocabulary is wide."""
@@ -55,7 +56,8 @@ class Rollouts:
         self._ids = [list(row["input_ids"]) for row in rows]
         self._prompts = [int(row["prompt_length"]) for row in rows]
         ids = padded(self._ids).to(backbone.device)
-        prompt = leading(self._prompts, ids.shape[1]).to(backbone.device)
+        read = [int(row.get("read_length", row["prompt_length"])) for row in rows]
+        prompt = leading(read, ids.shape[1]).to(backbone.device)
         # One row's masks and positions serve any number of rows: padding is on the right, where nobody looks.
         self._stack = Stack(backbone, ids[:1])
         self._read(self._stack.decoder.embed_tokens(ids), prompt)

@@ -31,5 +31,6 @@ def of_weights(module: nn.Module) -> str:
 
 
 def of_examples(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A digest of tokenized examples in their order: tokens, and where the prompt ends."""
-    return digest([[list(row["input_ids"]), int(row["prompt_length"])] for row in rows])
+    """A digest of tokenized examples in their order: tokens, where the prompt ends, and what of it is read if not all."""
+    ends = ("prompt_length", "read_length")
+    return digest([[list(row["input_ids"]), *(int(row[end]) for end in ends if end in row)] for row in rows])

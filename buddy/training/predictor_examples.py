@@ -35,7 +35,8 @@ def training_rows(folder: Path, tokenizer: Any, count: int | None, max_length: i
         max_length: longest example, tokens.
 
     Returns:
-        Rows of ``input_ids`` and ``prompt_length``, as of `encode`.
+        Rows of ``input_ids`` and ``prompt_length``, as of `encode`; those of questions also have ``read_length``, the
+        tokens that router and predictor read: what the contexts of the options share.
     """
     if _is_choice(folder):
         return [_row(item) for item in training_items(folder.parent, [folder.name], tokenizer, None)[folder.name]][
@@ -84,7 +85,7 @@ def _is_choice(folder: Path) -> bool:
 
 def _row(item: Item) -> dict[str, Any]:
     context, answer = item.solution
-    return {"input_ids": [*context, *answer], "prompt_length": len(context)}
+    return {"input_ids": [*context, *answer], "prompt_length": len(context), "read_length": len(item.shared)}
 
 
 def _first_held_back(rows: int) -> int:

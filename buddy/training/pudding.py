@@ -4,9 +4,8 @@ From the public code (tada0347/PuDDing): the targets are the mean log-likelihood
 set (here with the sign of a loss), learnt by mean squared error; AdamW with weight decay 0.01, 500 steps of linear
 warm-up and linear decay to zero; a fifth of the questions is held out. Ours:
 
-- The router is trained on prompts, one row per different context of a question, as it will see them. There, rows have
-  an answer behind the question, one row per choice.
-- Rows of a question are held out together.
+- The router is trained on prompts as it will see them, a row per question: its context, or what the contexts of its
+  options share (`buddy.data.choices.Item.shared`). There, rows have an answer behind the question, one row per choice.
 - Targets are standardised: by each set's mean, and by one deviation for all sets, which leaves the order of the errors
   as it is. Before its first step the router so gives every prompt the set that is best on average.
 - The state with the lowest held-out error is kept, the one before the first step among them.
@@ -124,7 +123,7 @@ class Fit:
     The state that is kept was picked on the same prompts, so with few of them the figures flatter it a little.
 
     Attributes:
-        prompts, held_out: rows in all, and those held out.
+        prompts, held_out: prompts in all, and those held out.
         mse: mean squared error, (nats per token) squared; ``mse_constant`` is that of each set's mean.
         best_share: how often the chosen set is the best one; ``best_share_single`` is that of one set for all.
         loss: mean loss of the chosen set, nats per token; ``loss_single`` that of the set which is best on the questions
@@ -177,11 +176,11 @@ def fit_router(
     Raises:
         UserError: fewer than two questions.
     """
-    if len(items) < 2:
-        raise UserError(f"router_items: {len(items)} questions cannot be trained on and held out; take at least 2")
     policy.to(backbone.device)
-    rows = [(index, prompt) for index, item in enumerate(items) for prompt in item.prompts]
-    question = torch.tensor([index for index, _ in rows])
+    asking = [index for index, item in enumerate(items) if item.shared]  # the others leave nothing to read
+    rows, losses = [items[index].shared for index in asking], losses[asking]
+    if len(rows) < 2:
+        raise UserError(f"router_items: {len(rows)} questions cannot be trained on and held out; take at least 2")
     rate = settings.learning_rate or (STATE_RATE if policy.encoder == BACKBONE else ENCODER_RATE)
     made_by = {
         "settings": {"epochs": settings.epochs, "batch_size": settings.batch_size, "learning_rate": rate},
@@ -199,10 +198,8 @@ def fit_router(
 
         policy.load_state_dict(load(state))
         return Fit(**json.loads(fit))
-    held = _held_out(len(items), seed)[question]
-    inputs = router_inputs(policy, backbone, [prompt for _, prompt in rows])
-    targets = losses[question]
-    found = _fit(policy, inputs, targets, held, settings, rate, seed, on_log)
+    held = _held_out(len(rows), seed)
+    found = _fit(policy, router_inputs(policy, backbone, rows), losses, held, settings, rate, seed, on_log)
     if kept:
         from safetensors.torch import save
 

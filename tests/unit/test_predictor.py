@@ -100,6 +100,24 @@ def test_the_table_has_the_losses_of_whole_passes(architecture, source, feature,
     torch.testing.assert_close(contexts, alone)
 
 
+def test_of_a_question_what_its_options_share_is_read_and_the_answer_scored():
+    model = with_router(tiny())
+    whole, short = rows(6), []
+    for row in whole:
+        read = row["prompt_length"] - 2
+        short.append({**row, "read_length": read})
+    contexts, losses = loss_table(model.backbone, model.policy, short, [3, 5, 7], batch_size=4)
+    beginnings = [{**row, "prompt_length": row["read_length"]} for row in short]
+    torch.testing.assert_close(contexts, Rollouts(model.backbone, model.policy, beginnings).contexts)
+    for found, row in zip(losses, short, strict=True):
+        model(torch.tensor([row["input_ids"][: row["read_length"]]]), budget=3 / 7)
+        path = model.trace.paths()[0]
+        policy = StaticPolicy(7, [block for block in range(7) if block not in path])
+        fixed = RoutedModel(model.backbone, policy)
+        assert found[0].item() == pytest.approx(one_loss(fixed, row, 3), rel=1e-4)
+    assert (losses - loss_table(model.backbone, model.policy, whole, [3, 5, 7])[1]).abs().max() > 1e-4
+
+
 def test_depths_may_differ_by_example_and_repeat():
     model = with_router(tiny())
     examples = rows(2)

@@ -54,7 +54,9 @@ def questions(count=5, seed=0):
     for number in range(count):
         choices = 2 + number % 3
         if number % 3 == 2:
-            contexts, answers = tuple(tokens(3, 8) for _ in range(choices)), (tokens(1, 4),) * choices
+            before, answer = tokens(3, 8), tokens(1, 4)
+            contexts = tuple((*before, first, *tokens(0, 3)) for first in range(1, choices + 1))
+            answers = (answer,) * choices
         else:
             contexts, answers = (tokens(3, 8),) * choices, tuple(tokens(1, 4) for _ in range(choices))
         found.append(Item(contexts, answers, number % choices))
@@ -194,7 +196,10 @@ def test_questions_are_the_tokens_that_the_harness_scores(root, name):
         assert list(zip(item.contexts, item.answers, strict=True)) == [
             tuple(map(tuple, lm._encode_pair(*request.args[:2]))) for request in requests
         ]
-        assert len(item.prompts) == (2 if name == "winogrande" else 1)
+        shared = tokenizer(row["sentence"].split("_")[0]).input_ids if name == "winogrande" else list(item.contexts[0])
+        assert list(item.shared)[: len(shared)] == shared  # WinoGrande: options may have their first letters in common
+        assert all(context[: len(item.shared)] == item.shared for context in item.contexts)
+        assert len(set(item.contexts)) == (2 if name == "winogrande" else 1)
         spoken = tokenizer.decode([*item.solution[0], *item.solution[1]])
         assert solution(name, row) in spoken
 
@@ -216,9 +221,12 @@ def test_long_contexts_lose_their_beginning(root):
     tokenizer = byte_tokenizer()
     whole = training_items(root, ["boolq"], tokenizer, 1)["boolq"][0]
     cut = training_items(root, ["boolq"], tokenizer, 1, max_length=50)["boolq"][0]
-    for context, answer, long in zip(cut.contexts, cut.answers, whole.contexts, strict=True):
-        assert len(context + answer[:-1]) == 50
+    longest = max(len(context + answer[:-1]) for context, answer in zip(cut.contexts, cut.answers, strict=True))
+    assert longest == 50
+    for context, long in zip(cut.contexts, whole.contexts, strict=True):
         assert context == long[-len(context) :]
+    assert len({len(context) for context in cut.contexts}) == 1
+    assert cut.shared == cut.contexts[0]
 
 
 def test_questions_that_are_not_there(root, tmp_path):
@@ -307,7 +315,7 @@ def test_losses_are_those_of_a_slow_loop_and_are_kept(tmp_path, monkeypatch):
 def test_with_the_truth_for_a_predictor_the_best_set_is_left_out(kind, encoder):
     model, items = chooser(kind, encoder, tiny(seed=4)), questions(12, seed=5)
     losses = zip(items, slow_losses(model.backbone, items), strict=True)
-    truth = {prompt: row for item, row in losses for prompt in item.prompts}
+    truth = {item.shared: row for item, row in losses}
     model.policy.replace_predictor(lambda ids: torch.tensor([truth[tuple(row)] for row in ids]))
     chosen = set()
     for prompt, losses in truth.items():
@@ -531,14 +539,12 @@ def test_the_fit_is_measured_on_questions_held_out():
     backbone, policy = tiny(), policy_of("backbone", None, strong=False)
     fit = fit_router(policy, backbone, items, losses, Pudding(epochs=5, batch_size=8, learning_rate=1e-2))
     held = set(torch.randperm(30, generator=torch.Generator().manual_seed(0))[:6].tolist())
-    rows = [(index, prompt) for index, item in enumerate(items) for prompt in item.prompts]
-    test = [row for row in rows if row[0] in held]
-    train = losses[[index for index, _ in rows if index not in held]]
-    true = losses[[index for index, _ in test]]
+    test = sorted(held)
+    train = losses[[index for index in range(30) if index not in held]]
+    true = losses[test]
     with torch.no_grad():
-        predicted = policy.predict(router_inputs(policy, backbone, [prompt for _, prompt in test])).double()
-    assert (fit.prompts, fit.held_out) == (len(rows), len(test))
-    assert len(test) > 6  # some questions have more than one context
+        predicted = policy.predict(router_inputs(policy, backbone, [items[index].shared for index in test])).double()
+    assert (fit.prompts, fit.held_out) == (30, 6)
     choice = [min(range(3), key=row.__getitem__) for row in predicted.tolist()]
     best = [min(range(3), key=row.__getitem__) for row in true.tolist()]
     single = min(range(3), key=train.mean(0).tolist().__getitem__)
