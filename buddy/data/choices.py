@@ -6,9 +6,9 @@ training split, and are cut into tokens the way the harness cuts them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class Item:
         return self.contexts[self.right], self.answers[self.right]
 
 
-def shared(contexts: Sequence[Sequence[int]]) -> int:
-    """How many tokens contexts have in common at their beginning."""
-    return len(commonprefix([list(context) for context in contexts]))
+def shared(contexts: Sequence[Sequence[Hashable]]) -> int:
+    """How many tokens (or words) contexts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False)))
 
 
 def training_items(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from buddy.data import inputs
 from buddy.data.catalogue import CATALOGUE, CHOICE
+from buddy.data.choices import shared
 from buddy.evaluation.latency import spread
 from buddy.routing.model import RoutedModel
 from buddy.routing.trace import Trace
@@ -59,7 +59,8 @@ def _contexts(folder: Path) -> list[str]:
 
 def _common_words(texts: Sequence[str]) -> str:
     """The words with which all texts begin, and the first text where they begin differently."""
-    return " ".join(commonprefix([text.split(" ") for text in texts])).rstrip() or texts[0]
+    words = [text.split(" ") for text in texts]
+    return " ".join(words[0][: shared(words)]).rstrip() or texts[0]
 
 
 # ---- what ran --------------------------------------------------------------------------------------------------------
