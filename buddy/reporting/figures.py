@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from buddy.errors import unknown
 from buddy.reporting import style
-from buddy.reporting.ablation_figure import ablation
-from buddy.reporting.accuracy_figure import accuracy_vs_budget
-from buddy.reporting.importance_figures import by_length, other_corpus, other_indicators, own_corpus
-from buddy.reporting.latency_figure import latency
-from buddy.reporting.path_figures import heat_map, paths_per_generation
-from buddy.reporting.predictor_figures import against_constant, training_curves
-from buddy.reporting.rouge_figure import rouge
+from buddy.reporting.ablation import ablation_figure
+from buddy.reporting.accuracy import accuracy_vs_budget
+from buddy.reporting.generation import rouge
+from buddy.reporting.importance import by_length, other_corpus, other_indicators, own_corpus
+from buddy.reporting.latency import speed_ups
+from buddy.reporting.paths import heat_map, paths_per_generation
+from buddy.reporting.predictor import against_constant, training_curves
 from buddy.reporting.study import Study
 from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DRAW: dict[str, Callable[[Study], Figure]] = {
     "accuracy_vs_budget": accuracy_vs_budget,
-    "latency": latency,
+    "latency": speed_ups,
     "figure1": own_corpus,
     "figure2": by_length,
     "figure4": paths_per_generation,
@@ -36,7 +36,7 @@ DRAW: dict[str, Callable[[Study], Figure]] = {
     "figure8": other_indicators,
     "figure12": training_curves,
     "figure13": against_constant,
-    "ablation": ablation,
+    "ablation": ablation_figure,
 }
 
 

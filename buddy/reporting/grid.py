@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from buddy.reporting.measures import Measure
+from buddy.reporting.study import Series
 
 FIGURES = (
     *("value", "stderr", "p10", "p90", "seed_sd", "n", "seeds"),
@@ -135,6 +136,29 @@ def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False
     for cell, own in zip(measured, shown, strict=True):
         place = 1 + sum(other < own if lowest else other > own for other in shown)
         cell.rank = place if place == 1 or (place == 2 and second) else 0
+
+
+def rank_columns(rows: Sequence[Row], series: Sequence[Series], lowest: Sequence[bool] | None = None) -> None:
+    """Rank columns among the rows of one depth: those with LoRA, and apart from them those without.
+
+    Args:
+        rows: of one depth.
+        series: what each row shows.
+        lowest: of each column from the left whether its lowest is best, and no column after; None: in all the highest.
+    """
+    for lora in ("trained", "none"):
+        group = [row for row, one in zip(rows, series, strict=True) if one.lora == lora]
+        for column, low in enumerate(lowest or [False] * (len(group[0].cells) if group else 0)):
+            rank((row.cells[column] for row in group), lowest=low)
+
+
+def rank_note(rows: Iterable[Row], series: Iterable[Series]) -> list[str]:
+    """What bold and underlined mean, if anything is."""
+    if not any(cell is not None and cell.rank for row in rows for cell in row.cells):
+        return []
+    pruned = {one.lora for one in series if one.depths != (0,)}
+    apart = ", with LoRA and without it apart" if len(pruned) > 1 else ""
+    return [f"At each depth the best method is bold, the second underlined{apart}."]
 
 
 OFF_DEPTH_NOTE = (

@@ -1,19 +1,27 @@
-"""How figures look: one column wide, 8 pt, a palette that colour-blind readers and grey printers can tell apart.
+"""How figures look, and what they share: marks, panels, the axis of depths, lines with bars, one legend below all panels,
+and a reason in place of what was not measured.
 
-Colours are Okabe and Ito's (2008) with three of Tol's; a method keeps its colour, marker and line in every figure.
-Files are the same bytes for the same records: no dates, no versions.
+One column wide, 8 pt, a palette that colour-blind readers and grey printers can tell apart: Okabe and Ito's (2008) with
+three of Tol's; a method keeps its colour, marker and line in every figure. Files are the same bytes for the same records:
+no dates, no versions.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from buddy.reporting.labels import fraction
+from buddy.reporting.measures import Measure
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMN_IN = 3.4
@@ -135,3 +143,107 @@ def rendered(figure: Figure) -> dict[str, bytes]:
         figure.savefig(stream, format=kind, dpi=DPI, metadata=fields)
         files[kind] = stream.getvalue()
     return files
+
+
+LEGEND_IN = 0.6
+"""Height of a legend that the heights of `panels` allow for, inches."""
+PUBLISHED = "ublished"
+REFERENCES = ("Uniform policy", "Chance", "Ideal: blocks / executed")
+"""Entries of legends that come after what was measured, like those whose label ends with ``PUBLISHED``."""
+
+
+def panels(rows: int, columns: int, width: float, height: float, share: bool = True) -> tuple[Figure, list[Axes]]:
+    """Panels in reading order; ``width`` of the figure, ``height`` of a row, inches; ``share``: one vertical axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=share).ravel().tolist()
+
+
+def reason(axes: Axes, text: str) -> None:
+    """Leave a panel empty but for why it is."""
+    axes.set_axis_off()
+    inches = axes.get_window_extent().width / axes.figure.dpi
+    told = textwrap.fill(text, max(16, int(15 * inches)))
+    axes.text(0.5, 0.5, told, transform=axes.transAxes, ha="center", va="center", color=GREY, style="italic")
+
+
+def empty(title: str, text: str) -> Figure:
+    """A figure of one column that only says why there is nothing to draw."""
+    figure, (axes,) = panels(1, 1, COLUMN_IN, 1.2)
+    axes.set_title(title)
+    reason(axes, text)
+    return figure
+
+
+def line(axes: Axes, points: Sequence[tuple[float, Measure]], errors: Any, mark: Mark, label: str) -> None:
+    """A line through measured points, with bars of these half lengths, if there are any points."""
+    if points:
+        xs, ys = [x for x, _ in points], [float(point.value or 0.0) for _, point in points]
+        axes.errorbar(xs, ys, yerr=errors, elinewidth=0.7, label=label, zorder=3, **mark.line())
+
+
+def budget_axis(axes: Axes, depths: Sequence[int], blocks: int) -> None:
+    """Blocks removed below, fraction executed above."""
+    removed_axis(axes, depths)
+    axes.set_xlabel("Blocks removed")
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(depths, [fraction(blocks - removed, blocks) for removed in depths])
+    above.set_xlabel("Fraction of blocks executed")
+    above.spines["top"].set_visible(False)
+    above.tick_params(length=0, pad=1)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of the horizontal axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def removed_axis(axes: Axes, depths: Sequence[int]) -> None:
+    """Blocks removed, a tick at each depth."""
+    margin = 0.06 * depths[-1]
+    axes.set_xlim(-margin, depths[-1] + margin)
+    axes.set_xticks(depths)
+
+
+def shifts(lines: int, deepest: int, step: float = 0.014) -> list[float]:
+    """Sideways shifts, in blocks, that keep the error bars of neighbouring lines apart: at most 3 % of the axis."""
+    step = min(step, 0.06 / max(1, lines - 1)) * deepest
+    return [step * (place - (lines - 1) / 2) for place in range(lines)]
+
+
+def gap(upper: float | None, lower: float | None) -> float:
+    """Length of a bar between two figures, 0 where one is unknown."""
+    return max(0.0, upper - lower) if upper is not None and lower is not None else 0.0
+
+
+def finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> Figure:
+    """Add one legend below all panels, each entry once, in as few rows as fit, and return the figure."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    # Reference curves come after what was measured.
+    entries = {
+        label: entries[label]
+        for label in sorted(entries, key=lambda label: label in REFERENCES or label.endswith(PUBLISHED))
+    }
+    height = figure.get_figheight()
+    figure.set_figheight(height + len(entries))  # room for any legend while they are tried
+    for rows in range(1, len(entries) + 1):
+        columns = math.ceil(len(entries) / rows)
+        # matplotlib fills a legend column by column; people read row by row.
+        labels = [label for start in range(columns) for label in list(entries)[start::columns]]
+        handles = [entries[label] for label in labels]
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, title=note, title_fontsize=7.5
+        )
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            # Panels keep their size under a legend of many methods.
+            figure.set_figheight(height + max(0.0, legend.get_window_extent().height / figure.dpi - LEGEND_IN))
+            break
+        legend.remove()
+    return figure

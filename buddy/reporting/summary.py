@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
-from buddy.reporting.coordinates import one_path
-from buddy.reporting.generation_table import FILTERS, TASK
+from buddy.reporting.generation import FILTERS, TASK
 from buddy.reporting.grid import Cell, limit_text, ran, rank
-from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, series_labels
+from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, one_path, series_labels
 from buddy.reporting.measures import Measure
-from buddy.reporting.peer_latency_table import lines
+from buddy.reporting.peer_latency import lines
 from buddy.reporting.render import DAGGER, MISSING
 from buddy.reporting.study import Race, Series, Study, load
 

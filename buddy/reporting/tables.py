@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from buddy.errors import unknown
-from buddy.reporting.accuracy_tables import ablation, accuracy
-from buddy.reporting.generation_table import generation
+from buddy.reporting.ablation import ablation
+from buddy.reporting.accuracy import accuracy
+from buddy.reporting.breakdown import breakdown
+from buddy.reporting.generation import generation
 from buddy.reporting.grid import Grid, add_notes
-from buddy.reporting.likelihood_table import likelihood
-from buddy.reporting.peer_latency_table import peer_latency
-from buddy.reporting.properties_table import properties
-from buddy.reporting.speed_tables import breakdown, latency
+from buddy.reporting.latency import latency
+from buddy.reporting.likelihood import likelihood
+from buddy.reporting.paths import properties
+from buddy.reporting.peer_latency import peer_latency
 from buddy.reporting.study import Study
-from buddy.reporting.training_cost_table import training_cost
+from buddy.reporting.training_cost import training_cost
 from buddy.study.settings import Table
 
 

@@ -11,7 +11,7 @@ from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
 
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, published, study, style, write
-from buddy.reporting.importance_figures import removal_orders
+from buddy.reporting.importance import removal_orders
 from buddy.study import planned_figures
 from buddy.study.config import parse
 from buddy.study.settings import METHODS
@@ -93,7 +93,7 @@ def test_legends_stay_inside_the_figure_and_below_the_panels(tmp_path: Path) -> 
     small = Maker(tmp_path, content)
     small.everything()
     opened = study.load(small.folder)
-    for draw in (figures.accuracy_vs_budget, figures.latency):
+    for draw in (figures.accuracy_vs_budget, figures.speed_ups):
         with style.applied():
             figure = draw(opened)
             figure.draw_without_rendering()

@@ -194,7 +194,7 @@ def test_the_command_builds_it_by_name_without_torch(scored: Any) -> None:
     maker, _ = scored
     report(study=str(maker.folder), table=["likelihood"])
     assert (maker.folder / "tables/likelihood.html").exists()
-    code = "import sys, buddy.reporting.likelihood_table, buddy.resampling; sys.exit('torch' in sys.modules)"
+    code = "import sys, buddy.reporting.likelihood, buddy.resampling; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

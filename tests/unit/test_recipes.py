@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from buddy import load
 from buddy.commands.train import fit_depths
 from buddy.errors import UserError
-from buddy.reporting import ablation_figure, figures, published, significance, study, style, tables
-from buddy.reporting.accuracy_figure import _marks
+from buddy.reporting import ablation, figures, published, significance, study, style, tables
+from buddy.reporting.accuracy import _marks
 from buddy.reporting.labels import series_labels
-from buddy.reporting.likelihood_table import _variants
+from buddy.reporting.likelihood import _variants
 from buddy.runs import RunInfo
 from buddy.study import config
 from buddy.study.config import Config, Run, parse
@@ -247,7 +247,7 @@ def test_a_grid_of_ablations_has_a_row_of_panels_per_recipe(tmp_path: Path) -> N
         (line,) = [one for one in panel.containers if one.get_label() == "Taylor"]
         mine = {
             point.variant["omega"]: point.value
-            for point in ablation_figure.measured(opened, NAME)
+            for point in ablation.measured(opened, NAME)
             if (point.variant["recipe"], point.variant["prior"]) == (recipe, "taylor")
         }
         assert list(line.lines[0].get_ydata()) == pytest.approx([mine[0.1], mine[0.5]])

@@ -23,7 +23,7 @@ from records_factory import EVERY_METHOD, Maker, cell, cells, demo, methods, pap
 from buddy.commands.report import report
 from buddy.errors import UserError
 from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
-from buddy.reporting.accuracy_figure import CHANCE
+from buddy.reporting.accuracy import CHANCE
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
@@ -866,7 +866,7 @@ def test_figure_and_summary_show_the_smallest_batch_and_graphs_where_they_were_t
 
     def drawn() -> tuple[set[float], str]:
         with style.applied():
-            figure = figures.latency(study.load(maker.folder))
+            figure = figures.speed_ups(study.load(maker.folder))
         curves = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
         return {float(y) for line in curves for y in line.get_ydata()}, figure.legends[0].get_title().get_text()
 
@@ -886,7 +886,7 @@ def test_one_sequence_timed_eagerly_needs_no_words(small: Maker) -> None:
     small.everything()
     assert "Speed of smollm2-135m, median of the timed passes" in summary(small.folder)
     with style.applied():
-        assert figures.latency(study.load(small.folder)).legends[0].get_title().get_text() == ""
+        assert figures.speed_ups(study.load(small.folder)).legends[0].get_title().get_text() == ""
 
 
 # Breakdown

@@ -1,4 +1,4 @@
-"""All ablations of a backbone in one interaction plot: omega x prior x feature x source block."""
+"""BUDDY's ablations: a table of each, and all of a backbone in one figure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,111 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from buddy.reporting import measures, style
-from buddy.reporting.labels import INDICATORS
-from buddy.reporting.panels import empty, finish, panels, reason
+from buddy.reporting import measures, published, style
+from buddy.reporting.accuracy import ERROR_NOTE, headline_note
+from buddy.reporting.grid import NEAR, Cell, Grid, Row, rank
+from buddy.reporting.labels import (
+    INDICATORS,
+    coordinates,
+    number,
+    one_path,
+    provenance,
+    trained_by,
+)
+from buddy.reporting.render import NEAR_SIGN
+from buddy.reporting.significance import difference
 from buddy.reporting.study import Series, Study
+from buddy.reporting.style import empty, finish, panels, reason
 from buddy.settings import FEATURES, PRIORS
-from buddy.study.settings import Ablation
+from buddy.study.settings import Ablation, Table, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def ablation(study: Study, name: str, table: Table) -> Grid:
+    """Rows: values of the axes; columns: depths; cells: average over the tasks, best of each column bold."""
+    ablation = study.config.ablation(str(table.ablation))
+    backbone = ablation.backbone
+    paper = published.backbone(backbone, study.config.backbones[backbone])
+    axes = _axes(ablation)
+    depths = study.removed(backbone)
+    rows = []
+    for series in study.ablation_rows(ablation.name):
+        cells: list[Cell | None] = []
+        for removed in depths:
+            found = measures.accuracy(study, backbone, series, removed)["average"]
+            beside = published.ablation(number(name), paper, series.variant, removed) if study.whole_suite else None
+            at = coordinates(study, name, backbone, series, removed)
+            cells.append(Cell({**at, "task": "average", "unit": "%"}, found, beside))
+        rows.append(Row(tuple(_axis_label(axis, series.variant) for axis in axes), cells))
+    for column, removed in enumerate(depths):
+        rank((row.cells[column] for row in rows), second=False)
+        _mark_noise(study, backbone, removed, [row.cells[column] for row in rows], study.ablation_rows(ablation.name))
+    what = " and ".join(axis.replace("_", " ") for axis in axes)
+    return Grid(
+        name=name,
+        caption=f"BUDDY's average accuracy by {what}, {backbone} ({study.blocks(backbone)} blocks).",
+        label_headers=tuple(axis.replace("_", " ").capitalize() for axis in axes),
+        headers=tuple(f"{removed} removed" for removed in depths),
+        rows=rows,
+        error_note=ERROR_NOTE,
+        latex_errors=frozenset(range(len(depths))),
+        notes=[
+            f"Average over {len(study.tasks)} tasks, best of each column bold. {headline_note(study.tasks)}",
+            *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
+            *_held(study, axes, ablation),
+            *trained_by(study, study.ablation_rows(ablation.name)),
+            *one_path(study, backbone, study.ablation_rows(ablation.name)),
+            *provenance(study, "accuracy", backbone),
+        ],
+    )
+
+
+NOISE_RESAMPLES = 2000
+NOISE_NOTE = (
+    f"{NEAR_SIGN} {NEAR}: the 95 % interval of the difference from the best of the column, by a paired bootstrap over the "
+    "items, holds 0. Not corrected for the number of rows; another training would add noise of its own."
+)
+
+
+def _mark_noise(
+    study: Study, backbone: str, removed: int, cells: Sequence[Cell | None], series: Sequence[Series]
+) -> None:
+    """Mark the cells of a column that are no worse than its best for all that the items say."""
+    best = next((one for cell, one in zip(cells, series, strict=True) if cell is not None and cell.rank == 1), None)
+    for cell, one in zip(cells, series, strict=True):
+        if best is None or cell is None or cell.rank == 1 or cell.measure.value is None or cell.measure.off_depth:
+            continue
+        found = difference(study, backbone, best, one, removed, NOISE_RESAMPLES)
+        cell.near = found.value is not None and found.low <= 0 <= found.high
+
+
+def _axes(ablation: Ablation) -> list[str]:
+    """The axes that name its rows: those that vary, else those it sets, else the first."""
+    given = [axis for axis in Variant.model_fields if getattr(ablation, axis)]
+    return ablation.axes() or given or ["feature"]
+
+
+def _axis_label(axis: str, variant: Mapping[str, Any]) -> str:
+    if axis == "omega" and variant["prior"] == "none":
+        return "(no prior)"
+    value = variant[axis]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _held(study: Study, axes: list[str], ablation: Ablation) -> list[str]:
+    """One note on the axes that the ablation holds fixed."""
+    main = study.config.study.main.model_dump()
+    fixed = {axis: (getattr(ablation, axis) or [main[axis]])[0] for axis in main if axis not in axes}
+    if fixed.get("prior") == "none":
+        fixed.pop("omega", None)
+    text = ", ".join(f"{axis.replace('_', ' ')} {value}" for axis, value in fixed.items())
+    return [f"Held fixed: {text}."] if text else []
+
 
 _MARKS = {
     "none": style.Mark(style.INK, "D"),
@@ -42,7 +135,7 @@ class Point:
         return str(self.variant["recipe"]), int(str(self.variant["source_block"]))
 
 
-def ablation(study: Study) -> Figure:
+def ablation_figure(study: Study) -> Figure:
     """Rows of panels: source blocks, by recipe of the router; columns: features; lines: priors over omega. Every point is
     one trained variant.
 

@@ -7,11 +7,10 @@ from itertools import compress
 from typing import NamedTuple
 
 from buddy.reporting import measures, published
-from buddy.reporting.coordinates import number, one_path, provenance
 from buddy.reporting.grid import Cell, Grid, Row, ran
-from buddy.reporting.labels import DATASETS, method_label, series_labels
+from buddy.reporting.labels import DATASETS, method_label, number, one_path, provenance, series_labels
+from buddy.reporting.latency import ALWAYS, DECIMALS, PASSES_NOTE, how_timed
 from buddy.reporting.measures import LATENCY_METRICS, Measure
-from buddy.reporting.speed_tables import ALWAYS, DECIMALS, PASSES_NOTE, how_timed
 from buddy.reporting.study import Race, Series, Study
 from buddy.study.settings import Table
 

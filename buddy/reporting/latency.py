@@ -1,19 +1,29 @@
-"""Tables of time: prefill and decode speed, and what a pass and a routing step spend their time on."""
+"""Prefill and decode speed of BUDDY by execution: the table (the paper's Table 4), and speed-ups against depth."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from buddy.reporting import measures, published
-from buddy.reporting.coordinates import coordinates, either, number, one_path, provenance
-from buddy.reporting.frame import AUTO
+from buddy.reporting import measures, published, style
 from buddy.reporting.grid import Cell, Grid, Row
-from buddy.reporting.labels import COMPONENTS, DATASETS, EXECUTIONS, PREDICTOR
+from buddy.reporting.labels import (
+    DATASETS,
+    EXECUTIONS,
+    either,
+    number,
+    one_path,
+    provenance,
+)
 from buddy.reporting.measures import LATENCY_METRICS, Measure
 from buddy.reporting.study import Race, Study
+from buddy.reporting.style import empty, finish, gap, line, panels, removed_axis, shifts
 from buddy.study.settings import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PASSES_NOTE = "± bootstrap standard error of the median over the timed passes."
 
@@ -175,108 +185,58 @@ def how_timed(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def breakdown(study: Study, name: str, table: Table) -> Grid:
-    """Rows: depth, component; columns: milliseconds and share of the pass, prefill and decode step apart. Below it:
-    what routing a decode step costs at longer contexts."""
-    backbone = str(table.backbone)
-    depths = study.removed(backbone)
-    profiled = [row for removed in depths for row in measures.profiled(study, backbone, removed)]
-    batch, tokens, steps = (either(row[of] for row in profiled) for of in ("batch_size", "tokens", "steps"))
-    mean, predicted = measures.predicted_breakdown(study, backbone)
-    auto = {**_everywhere(study, name, backbone), "execution": AUTO}
-    grid = Grid(
-        name=name,
-        caption=f"What BUDDY's prefill and decode step spend their time on, {backbone} "
-        f"({study.blocks(backbone)} blocks).",
-        label_headers=("Removed", "Component"),
-        headers=("Prefill ms", "%", "Decode ms", "%"),
-        rows=[
-            *(row for removed in depths for row in _breakdown_rows(study, name, backbone, removed)),
-            *(_component_rows(AUTO, auto, predicted, {}) if predicted else ()),
-        ],
-        below=_routing_cost(study, name, backbone),
-    )
-    if profiled:
-        grid.notes.append(
-            f"By the profiler: a prefill of {batch} x {tokens} tokens and the mean of {steps} decode steps after it, each "
-            "of the repeat whose total is the median. The profiler takes time of its own: small shares are upper bounds."
-        )
-    if predicted:
-        grid.notes.append(
-            f"Auto: the budget predictor chooses each sequence's depth, here {mean:.1f} blocks on average."
-        )
-    if grid.has_published:
-        grid.notes.append(PUBLISHED_BREAKDOWN_NOTE)
-    grid.notes += one_path(study, backbone, [study.main(backbone)])
-    grid.notes += provenance(study, "breakdown", backbone)
-    return grid
+IDEAL = "Ideal: blocks / executed"
 
 
-PUBLISHED_BREAKDOWN_NOTE = (
-    "The paper (5 x 256 tokens, an A100) names neither depth nor phase for its figures; that many tokens at once are a "
-    "prefill, so they stand in its columns, at every depth. They do not add up to 100 %: 79.50 + 5.67 + 3.28 = 88.45."
-)
+def speed_ups(study: Study) -> Figure:
+    """Speed-up over dense against blocks removed, prefill and decode apart, per data set: a line per execution, bars
+    from the 10th to the 90th percentile; the ideal is L over the number of blocks executed.
+
+    Batch size and engine are those of `Study.shown_races`.
+    """
+    races = {backbone: study.shown_races(backbone) for backbone in study.config.timed_backbones()}
+    backbones = [
+        backbone
+        for backbone, shown in races.items()
+        if any(measures.latency(study, backbone, race, "dense", 0) for race in shown)
+    ]
+    if not backbones:
+        return empty("Speed-up over dense", "not measured: no latency records of the timed backbones")
+    datasets = study.config.latency.datasets
+    wanted = [(b, race, phase) for b in backbones for race in races[b] for phase in ("prefill", "decode")]
+    # One backbone fits a column: a row per data set. Several take the page: a row per backbone.
+    columns, width = (2, style.COLUMN_IN) if len(backbones) == 1 else (2 * len(datasets), style.PAGE_IN)
+    rows = len(wanted) // columns
+    figure, every = panels(rows, columns, width, 1.35 if rows > 1 else 1.8)  # a single row bears the whole legend
+    for place, ((backbone, race, phase), axes) in enumerate(zip(wanted, every, strict=True)):
+        _speed_panel(study, backbone, race, phase, axes)
+        if place < columns or len(backbones) == 1:
+            axes.set_title(f"{DATASETS.get(race.dataset, race.dataset)}, {phase}")
+        if place >= len(wanted) - columns:
+            axes.set_xlabel("Blocks removed")
+        if place % columns == 0:
+            axes.set_ylabel("Speed-up over dense" if len(backbones) == 1 else f"{backbone}\nspeed-up over dense")
+    told = {backbone: study.race_text(backbone) for backbone in backbones}
+    alike = len(set(told.values())) == 1
+    note = told[backbones[0]] if alike else "; ".join(f"{name}: {text}" for name, text in told.items() if text)
+    return finish(figure, every, note[:1].upper() + note[1:] or None)
 
 
-def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> list[Row]:
-    """Components of one depth and their total."""
-    found = measures.breakdown(study, backbone, removed)
-    rows, settings = measures.profiled(study, backbone, removed), study.config.breakdown
-    shape = (rows[0]["batch_size"], rows[0]["tokens"]) if rows else (settings.batch_size, settings.tokens)
-    paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
-    beside = published.breakdown(number(name), paper, *map(int, shape))
-    at = coordinates(study, name, backbone, study.main(backbone), removed)
-    return _component_rows(str(removed), at, found, beside)
-
-
-def _everywhere(study: Study, name: str, backbone: str) -> dict[str, Any]:
-    """Coordinates of what has no one depth."""
-    at = coordinates(study, name, backbone, study.main(backbone), 0)
-    return {key: value for key, value in at.items() if key not in ("removed", "executed", "fraction")}
-
-
-def _component_rows(
-    depth: str,
-    at: Mapping[str, Any],
-    found: Mapping[tuple[str, str, str], Measure],
-    beside: Mapping[str, Mapping[str, float]],
-) -> list[Row]:
-    shown: list[Row] = []
-    for component, label in COMPONENTS.items():
-        if component == PREDICTOR and depth != AUTO:
-            continue
-        cells: list[Cell | None] = []
-        for phase in ("prefill", "decode"):
-            for metric, unit in (("ms", "ms"), ("percent", "%")):
-                # It is asked at the prefill alone.
-                absent = component == PREDICTOR and phase == "decode"
-                if absent or (component in ("total", "unprofiled") and metric == "percent"):
-                    cells.append(None)
-                    continue
-                theirs = beside.get(component, {}).get(metric) if phase == "prefill" else None
-                where = {**at, "phase": phase, "component": component, "metric": metric, "unit": unit}
-                cells.append(Cell(where, found.get((phase, component, metric), Measure()), theirs))
-        shown.append(Row((depth, label), cells, starts_group=not shown))
-    return shown
-
-
-def _routing_cost(study: Study, name: str, backbone: str) -> Grid | None:
-    """Routing of one decode step by context: the running sum, and what scoring the whole context again would cost."""
-    at, rows = _everywhere(study, name, backbone), []
-    for context, found in measures.routing_cost(study, backbone).items():
-        cells: list[Cell | None] = [
-            Cell({**at, "context": context, "metric": metric, "unit": "ms"}, found[metric], decimals=3)
-            for metric in ("routing_ms", "reread_ms")
-        ]
-        rows.append(Row((str(context),), cells))
-    if not rows:
-        return None
-    return Grid(
-        name="routing_cost",
-        caption=f"Routing one decode step of {backbone} after a context of that many tokens.",
-        label_headers=("Context",),
-        headers=("Routing ms", "Re-reading ms"),
-        rows=rows,
-        error_note=PASSES_NOTE,
-        notes=["Routing: the new token is scored and added to a running sum. Re-reading: the whole context is scored."],
-    )
+def _speed_panel(study: Study, backbone: str, race: Race, phase: str, axes: Axes) -> None:
+    depths = [0, *study.removed(backbone)]
+    blocks = study.blocks(backbone)
+    curve = [depths[-1] * step / 50 for step in range(51)]
+    ideal = [blocks / (blocks - removed) for removed in curve]
+    axes.axhline(1, color=style.INK, linewidth=0.9, linestyle=style.DASHED, zorder=1, label=EXECUTIONS["dense"])
+    axes.plot(curve, ideal, color="#A8A8A8", linewidth=0.9, zorder=1, label=IDEAL)
+    executions = ("sliced", "reuse", "recompute")
+    for execution, shift in zip(executions, shifts(len(executions), depths[-1], 0.022), strict=True):
+        points = []
+        for removed in depths:
+            found = measures.latency(study, backbone, race, execution, removed).get(f"{phase}_speedup")
+            if found is not None and found.value is not None:
+                points.append((removed + shift, found))
+        below = [gap(point.value, point.low) for _, point in points]
+        above = [gap(point.high, point.value) for _, point in points]
+        line(axes, points, [below, above], style.mark(execution), EXECUTIONS[execution])
+    removed_axis(axes, depths)

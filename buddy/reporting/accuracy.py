@@ -1,4 +1,4 @@
-"""Accuracy against budget: every method of a study on every backbone."""
+"""Accuracy by method and budget: a table per backbone, and one figure of all."""
 
 from __future__ import annotations
 
@@ -6,16 +6,80 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from buddy.reporting import measures, style
-from buddy.reporting.grid import limit_text
-from buddy.reporting.labels import series_labels
+from buddy.reporting import measures, published, style
+from buddy.reporting.grid import Cell, Grid, Row, limit_text, ran, rank_columns, rank_note
+from buddy.reporting.labels import TASK_LABELS, coordinates, number, one_path, provenance, series_labels, trained_by
 from buddy.reporting.measures import Measure
-from buddy.reporting.panels import budget_axis, empty, finish, line, panels, shifts
 from buddy.reporting.study import Series, Study
+from buddy.reporting.style import budget_axis, empty, finish, line, panels, shifts
+from buddy.settings import HEADLINE
+from buddy.study.settings import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+ERROR_NOTE = "± standard error over a task's items; that of the average is sqrt(sum of squares) / number of tasks."
+
+
+def accuracy(study: Study, name: str, table: Table) -> Grid:
+    """Rows: dense, without and with LoRA; then at each depth every method of the study, BUDDY last, and after them those
+    without LoRA. Columns: tasks and their average."""
+    backbone = str(table.backbone)
+    compared = study.compared(backbone)
+    label = series_labels(compared)
+    rows: list[Row] = []
+    for removed in [0, *study.removed(backbone)]:
+        at_depth = [one for one in compared if removed in one.depths]
+        group = [_accuracy_row(study, name, backbone, one, label[one.path], removed) for one in at_depth]
+        if removed:
+            rank_columns(group, at_depth)
+        if group:
+            # One method needs no rule between depths, only one below the dense row.
+            group[0].starts_group = len(group) > 1 or removed in (0, study.removed(backbone)[0])
+        rows += group
+    mean = "Avg." if study.whole_suite else f"Avg. of {len(study.tasks)}"
+    return Grid(
+        name=name,
+        caption=f"Accuracy of {backbone} ({study.blocks(backbone)} blocks) with blocks removed.",
+        label_headers=("Removed", "Method"),
+        headers=(*(TASK_LABELS[task] for task in study.tasks), mean),
+        rows=rows,
+        error_note=ERROR_NOTE,
+        latex_errors=frozenset({len(study.tasks)}),
+        notes=[
+            headline_note(study.tasks),
+            *rank_note(rows, compared),
+            *trained_by(study, compared),
+            *one_path(study, backbone, compared),
+            *provenance(study, "accuracy", backbone),
+        ],
+    )
+
+
+def _accuracy_row(study: Study, name: str, backbone: str, series: Series, label: str, removed: int) -> Row:
+    paper = published.backbone(backbone, study.config.backbones[backbone])
+    beside: dict[str, float] = {}
+    if published.has_figures_of(series.method, series.variant):
+        beside = published.accuracy(number(name), paper, series.method, removed)
+    if not study.whole_suite:
+        beside.pop("average", None)
+    at = coordinates(study, name, backbone, series, removed)
+    found = measures.accuracy(study, backbone, series, removed)
+    cells: list[Cell | None] = [
+        Cell({**at, "task": task, "unit": "%"}, found[task], beside.get(task)) for task in [*study.tasks, "average"]
+    ]
+    return Row((str(removed), label + ran(one for one in found.values() if one.value is not None)), cells)
+
+
+def headline_note(tasks: Sequence[str]) -> str:
+    """A note on which of the harness's accuracies each task is shown by."""
+    normalised = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc_norm"]
+    plain = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc"]
+    parts = [f"length-normalised (acc_norm) for {', '.join(normalised)}"] if normalised else []
+    parts += [f"plain (acc) for {', '.join(plain)}"] if plain else []
+    return f"Accuracy in percent, {' and '.join(parts)}."
+
 
 CHANCE = {
     "openbookqa": 1 / 4,

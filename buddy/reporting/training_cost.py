@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from buddy.reporting import published
-from buddy.reporting.coordinates import coordinates, number, provenance, trained_by
 from buddy.reporting.grid import Cell, Grid, Row
-from buddy.reporting.labels import series_labels
+from buddy.reporting.labels import coordinates, number, provenance, series_labels, trained_by
 from buddy.reporting.measures import Measure, over_seeds
 from buddy.reporting.study import Series, Study
 from buddy.settings import STATIC_PEERS

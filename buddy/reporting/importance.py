@@ -14,8 +14,8 @@ import pandas as pd
 
 from buddy.reporting import style
 from buddy.reporting.labels import INDICATORS
-from buddy.reporting.panels import empty, panels, reason
 from buddy.reporting.study import Study
+from buddy.reporting.style import empty, panels, reason
 from buddy.settings import corpus_name
 from buddy.study.planned_figures import ORDERS, subjects
 
