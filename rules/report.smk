@@ -107,5 +107,6 @@ rule compare:
         study=STUDY.study.name,
         tables=[TABLES_OF_STUDY[name].model_dump() for name in COMPARED],
         removed={backbone: STUDY.removed(backbone) for backbone in STUDY.study.backbones},
+        reads=reads,
     shell:
-        "python -m buddy report --results results --study {params.study:q} --compare --track > {log:q} 2>&1"
+        "python -m buddy report --results results --study {params.study:q} --compare --track {params.reads} > {log:q} 2>&1"

@@ -61,7 +61,7 @@ def budget_eval(
     info = measured.info
     policy: Any = measured.model.policy
     predictor = copy.deepcopy(policy.predictor).cpu()
-    config = {**settings.model_dump(include=set(_READ)), "training": info.training.get("predictor", {})}
+    config = {**settings.model_dump(include=set(_READ)), "training": info.training}
     part = "/".join([run.name, *(folder.name for folder in data)])  # a predictor's folder is named by its preset
     with measured.tracked("budget-eval", config, [out], part, data) as tracker:
         for name, which, contexts, losses, watch in _tables(measured, data, settings):

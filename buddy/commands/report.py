@@ -80,19 +80,21 @@ def report(
         with tracked("figure", name) as job:
             _show(job, {name: write.figure(found, name)})
     if compare or all_:
-        with tracked("table", "compare") as job:
+        with tracked("table", "compare", "significance") as job:
             _show(job, write.comparison(found))
     if summary:
         typer.echo(summarise(folder))
 
 
 def _tracked(
-    wanted: bool, study: str, reads: list[Path], folder: Path, stage: str, name: str
+    wanted: bool, study: str, reads: list[Path], folder: Path, stage: str, *names: str
 ) -> AbstractContextManager[Tracker | None]:
-    """The W&B run of a table or a figure; nothing at all where none is wanted."""
+    """The W&B run of a table or a figure, of two that are made together under the first one's name; nothing at all where
+    none is wanted."""
     if not wanted:
         return nullcontext()
-    return tracked_job(stage, study, name, "report", {stage: name}, reads=reads, writes=[folder / f"{stage}s" / name])
+    writes = [folder / f"{stage}s" / name for name in names]
+    return tracked_job(stage, study, names[0], "report", {stage: names[0]}, reads=reads, writes=writes)
 
 
 def _folder(study: str, results: Path) -> Path:

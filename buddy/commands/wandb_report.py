@@ -29,8 +29,8 @@ def wandb_report(
       buddy wandb-report --study demo
       buddy wandb-report --study paper --entity my-team --project buddy
     """
+    from buddy.pages import report
     from buddy.reporting.study import load
-    from buddy.tracking import report
 
     found = load(study_folder(study, results))
     modes.require_server("report")

@@ -8,8 +8,7 @@
 Records stay the one source of truth. Whatever goes wrong between here and W&B's server is told in one warning, and
 the job goes on without. W&B is imported only where a run is really opened.
 
-`job` is one job's run, `modes` where it goes, `lineage` what it was made from, `sync` sends what was kept offline and
-`report` lays out a study's page.
+`job` is one job's run, `modes` where it goes, `lineage` what it was made from and `sync` sends what was kept offline.
 """
 
 from buddy.tracking.job import Tracker, run_id, track

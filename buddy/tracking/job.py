@@ -117,7 +117,9 @@ class Tracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the job's headline values; nested mappings become dotted names."""
-        self._show("summary", lambda: values)
+        if self._run is not None:
+            with self._shielded("summary"):
+                self._run.summary.update(dict(values))
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Show a data frame as a table."""
@@ -127,11 +129,12 @@ class Tracker:
         """Show a picture, PNG or JPEG."""
         self._show("image", lambda: {name: _wandb().Image(str(file))})
 
-    def _show(self, what: str, values: Callable[[], Mapping[str, Any]]) -> None:
-        """Put values into the run's summary; they are made where there is a run, and what goes wrong is told."""
+    def _show(self, what: str, media: Callable[[], Mapping[str, Any]]) -> None:
+        """Log media, which puts them into the history, where panels of media look for them, and into the summary; they
+        are made where there is a run, and what goes wrong is told."""
         if self._run is not None:
             with self._shielded(what):
-                self._run.summary.update(dict(values()))
+                self._run.log(dict(media()))
 
     def lineage(self, reads: Sequence[Thing], makes: Sequence[Thing]) -> None:
         """Say what the job was made from and keep what it has made: artifacts, and names for who sends the run later.
@@ -247,7 +250,7 @@ def track(
         "name": f"{stage} {'/'.join(part.partition('~')[2] or part for part in run_path.split('/'))}"[:128],
         "tags": [tag[:64] for tag in dict.fromkeys((study, *tags))],
         "config": {
-            **config,
+            **typed(config),
             **{"study": study, "stage": stage, "run": run_path, "commit": records.commit()},
             "reads": [thing.name for thing in made_from],
         },
@@ -260,6 +263,26 @@ def track(
         raise
     tracker.lineage(made_from, things(writes, study))
     tracker.finish()
+
+
+LISTS = frozenset({"data"})
+TEXTS = frozenset({"kv", "decode"})
+"""Settings that one command takes several of and another one of."""
+
+
+def typed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with one type for each key, in whatever job: W&B filters and sorts by a key's type."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found[key] = typed(value)
+        elif key in LISTS and isinstance(value, str):
+            found[key] = [value]
+        elif key in TEXTS and isinstance(value, list | tuple):
+            found[key] = ",".join(map(str, value))
+        else:
+            found[key] = value
+    return found
 
 
 def run_id(study: str, stage: str, run_path: str) -> str:

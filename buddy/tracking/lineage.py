@@ -14,7 +14,7 @@ from typing import Any
 
 from buddy.storage.digests import digest
 from buddy.storage.files import read_json
-from buddy.study import records
+from buddy.study import manifest, records
 
 ROOMS = {
     "backbones": "backbone",
@@ -96,5 +96,18 @@ def thing(path: str | Path, study: str) -> Thing | None:
                 path = path.parent
             elif kind in ("table", "figure"):
                 path = path.with_suffix("")
+            elif kind == "records":
+                path = _made_together(path, len(parts) - place - 1)
             return Thing(study, kind, "/".join(path.parts[place:]), path)
     return None
+
+
+def _made_together(path: Path, levels: int) -> Path:
+    """The folder that a job has made with a record in it, or the record itself, where it is all that its job has made.
+
+    A finished job lists what it has left (`buddy.study.manifest`); of records without a list nobody knows.
+    """
+    for folder in path.parents[: levels - 1]:
+        if (folder / manifest.NAME).is_file():
+            return folder
+    return path

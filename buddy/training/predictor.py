@@ -135,6 +135,7 @@ def facts(predictor: BudgetPredictor, fitted: Fitted) -> dict[str, Any]:
         "depths": predictor.depths.tolist(),
         "price": predictor.price,
         "kept_step": fitted.kept,
+        **({"kept_trial": result["trial"]} if "trial" in result else {}),
         "final_loss": result["loss"],
         "final_entropy": result["entropy"],
         "final_mean_budget": result["mean_budget"],

@@ -115,12 +115,14 @@ def fit(
         blocks: number of blocks L.
         settings: the section `predictor` of the study.
         seed: of what is held out, the order of prompts, the prices and dropout. That of the weights is the caller's.
-        on_log: called with (pass, values) after every pass; the trials are counted through.
+        on_log: called with (pass, values) after every pass; the passes of all trials are counted through, and ``trial``
+            says which one it is of.
 
     Returns:
-        Of the trial that was kept, a point per pass, the first one before training: means over the prompts trained on and over prices of loss,
-        reward, ce (nats per token), entropy (nats), mean_budget, and histogram, how often each depth is the likeliest;
-        held_out, the loss on the prompts held out; sharpness. And the pass whose state was kept.
+        Of the trial that was kept, a point per pass, the first one before training: trial, its number; means over the
+        prompts trained on and over prices of loss, reward, ce (nats per token), entropy (nats), mean_budget, and histogram,
+        how often each depth is the likeliest; held_out, the loss on the prompts held out; sharpness. And the pass whose
+        state was kept.
 
     Raises:
         UserError: too few prompts.
@@ -168,7 +170,7 @@ def _trial(
     """Train with one dropout; the predictor is left in its best state, that of the pass returned."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = _optimiser(predictor, rate)
-    curve = [_point(predictor, table, 0)]
+    curve = [{**_point(predictor, table, 0), "trial": number}]
     best, kept = 0, copy.deepcopy(predictor.state_dict())
     with (
         torch.random.fork_rng(devices=[]),
@@ -178,11 +180,12 @@ def _trial(
         for epoch in range(1, epochs + 1):
             for rows in table.train[torch.randperm(len(table.train), generator=generator)].split(BATCH):
                 _update(predictor, optimiser, table.contexts[rows], table.scaled[rows], dropout, generator)
-            curve.append(_point(predictor, table, epoch))
+            curve.append({**_point(predictor, table, epoch), "trial": number})
             bar.update()
             bar.set_postfix(held_out=f"{curve[-1]['held_out']:.4f}", entropy=f"{curve[-1]['entropy']:.3f}")
             if on_log is not None:
-                on_log(number * epochs + epoch, {k: v for k, v in curve[-1].items() if isinstance(v, float)})
+                values = {key: value for key, value in curve[-1].items() if isinstance(value, float)}
+                on_log(number * epochs + epoch, {**values, "trial": number, "pass": epoch})
             if curve[-1]["held_out"] < curve[best]["held_out"]:
                 best, kept = epoch, copy.deepcopy(predictor.state_dict())
             elif epoch - best >= PATIENCE:

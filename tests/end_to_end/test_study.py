@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import wandb_files
 import yaml
 from checkout import clone, planned, snakemake
 
@@ -97,6 +98,38 @@ def test_every_job_logged_one_wandb_run(finished):
     study = finished / "results/tiny"
     shown = len(list((study / "tables").glob("*.csv"))) + len(list((study / "figures").glob("*.pdf")))
     assert len(ids) == inputs + made + measured + shown
+
+
+def test_what_wandb_runs_say_is_of_one_type_for_each_key(finished):
+    """In settings, curves and summaries of all jobs, as W&B filters and sorts by it."""
+    types = {}
+    for run in wandb_files.runs(finished / "results/tiny/wandb"):
+        for place, content in (("config", run.config), ("summary", run.summary), *(("history", p) for p in run.points)):
+            for key, value in flat(content):
+                if value is not None:
+                    types.setdefault((place, key), {}).setdefault(kind_of(value), set()).add(run.stage)
+    assert {key: found for key, found in types.items() if len(found) > 1} == {}
+    assert not [place for place, key in types if key == "average"]
+
+
+def flat(content, above=""):
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def kind_of(value):
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def test_what_jobs_read_somebody_has_made(finished):
+    """Every artifact that a W&B run used is one that another run of the study has logged."""
+    told = [json.loads(file.read_text()) for file in (finished / "results/tiny/wandb").glob("*.json")]
+    made = {name for job in told for name in job.get("makes", [])}
+    assert made
+    assert {name for job in told for name in job.get("reads", [])} <= made
 
 
 def test_a_second_run_finds_nothing_to_do(finished):

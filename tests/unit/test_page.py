@@ -19,11 +19,11 @@ from wandb_server import ENTITY, KEY, WandbServer
 from buddy.commands._common import tracked
 from buddy.commands._measured import Measured
 from buddy.commands.evaluate import show
+from buddy.pages import report
 from buddy.reporting import tables, write
 from buddy.reporting.study import Study, load
 from buddy.runs import RunInfo
 from buddy.study.records import Budget, Record
-from buddy.tracking import report
 
 BACKBONE = "smollm2-135m"
 

@@ -379,6 +379,21 @@ def toy(count, seed):
     return contexts, hard + steep + 0.05 * torch.randn(count, 3, generator=generator).double()
 
 
+def test_points_of_every_trial_say_which_it_is():
+    torch.manual_seed(0)
+    network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=16, price=0.5)
+    told = []
+    curve, _ = tuned_predictor.fit(
+        network, *toy(40, 0), 7, Predictor(epochs=5), on_log=lambda step, values: told.append((step, values))
+    )
+    (trial,) = {point["trial"] for point in curve}
+    own = [values for _, values in told if values["trial"] == trial]
+    assert [values["held_out"] for values in own] == [point["held_out"] for point in curve[1:]]
+    assert [values["pass"] for values in own] == [point["step"] for point in curve[1:]]
+    assert {values["trial"] for _, values in told} == {0, 1, 2}
+    assert [step for step, _ in told] == sorted({step for step, _ in told})
+
+
 def test_it_learns_which_prompts_need_depth():
     torch.manual_seed(0)
     network = BudgetPredictor(8, [3, 5, 7], "tuned", hidden=32, price=0.5)

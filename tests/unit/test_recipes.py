@@ -21,7 +21,6 @@ from buddy.runs import RunInfo
 from buddy.study import config
 from buddy.study.config import Config, Run, parse
 from buddy.study.records import Record
-from buddy.tracking import report
 
 NAME = "smollm2-135m"
 PAPER = f"backbone~{NAME}/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/seed~0"
@@ -251,17 +250,6 @@ def test_a_grid_of_ablations_has_a_row_of_panels_per_recipe(tmp_path: Path) -> N
             if (point.variant["recipe"], point.variant["prior"]) == (recipe, "taylor")
         }
         assert list(line.lines[0].get_ydata()) == pytest.approx([mine[0.1], mine[0.5]])
-
-
-def test_the_page_draws_a_line_for_each_recipe() -> None:
-    """W&B averages the runs of one method that a set holds."""
-
-    def sets(plan: Config) -> list[dict[str, str]]:
-        return report._compared(lambda name, **settings: settings, plan, NAME)
-
-    assert sets(parse(demo())) == [{"stage": "evaluate", "backbone": NAME}]
-    of = {(found["method"], found.get("recipe")) for found in sets(parse(both()))}
-    assert of == {("dense", None), ("buddy", "paper"), ("buddy", "tuned")}
 
 
 def test_an_older_record_is_of_the_papers_recipe(made: Maker) -> None:

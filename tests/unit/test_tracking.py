@@ -25,11 +25,12 @@ from wandb_server import KEY, WandbServer
 
 from buddy import tracking
 from buddy.errors import UserError
+from buddy.pages import report
 from buddy.reporting import study as reporting
-from buddy.study import config
+from buddy.study import config, manifest
 from buddy.study.settings import Tracking
 from buddy.tracking import job as jobs
-from buddy.tracking import lineage, modes, report, sync
+from buddy.tracking import lineage, modes, sync
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB: dict[str, Any] = {
@@ -530,6 +531,38 @@ def test_what_is_no_part_of_the_study_has_no_lineage(tmp_path: Path) -> None:
     assert other is not None
     assert thing.name != other.name
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", thing.name)
+
+
+def test_records_that_a_job_made_together_are_one_thing(tmp_path: Path) -> None:
+    """Figures read single files of what `buddy budget-eval` and `buddy evaluate --budget auto` have made as a folder."""
+    made = tmp_path / "demo" / "records" / "budget" / "backbone~a" / "seed~0" / "preset~tuned"
+    alone = tmp_path / "demo" / "records" / "training" / "backbone~a" / "seed~0.json"
+    for file in (made / "dataset~alpaca.json", made / "dataset~all.json", alone):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    manifest.write(made)
+    (maker,) = lineage.things([made], "demo")
+    assert lineage.things([made / "dataset~all.json", made / "dataset~alpaca.json"], "demo") == [maker]
+    assert set(maker.files()) == {"dataset~all.json", "dataset~alpaca.json"}
+    (single,) = lineage.things([alone], "demo")
+    assert single.path == "records/training/backbone~a/seed~0.json"
+
+
+def test_a_key_has_one_type_in_every_job() -> None:
+    train = jobs.typed({"data": "alpaca", "kv": "zero", "training": {"data": "alpaca"}})
+    score = jobs.typed(
+        {"data": ["alpaca", "piqa"], "kv": ["zero", "mask"], "decode": ("recompute",), "removed_at": [4]}
+    )
+    assert train == {"data": ["alpaca"], "kv": "zero", "training": {"data": ["alpaca"]}}
+    assert score == {"data": ["alpaca", "piqa"], "kv": "zero,mask", "decode": "recompute", "removed_at": [4]}
+
+
+def test_pictures_are_in_the_history(tmp_path: Path) -> None:
+    with track(tmp_path / "wandb") as tracker:
+        tracker.image("figure4", picture(tmp_path))
+    (messages,) = read_back(tmp_path / "wandb")
+    ((_, point),) = history(messages)
+    assert point["figure4._type"] == "image-file"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Save a study's page in W&B (`buddy.tracking.page`), or renew it.
+"""Save a study's page in W&B (`buddy.pages.page`), or renew it.
 
 Curves and axes are live, so a page that is saved once goes on showing what arrives later. Saving again renews the
 tables and keeps the page's address, which a file beside the study's runs remembers.
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import UserError, lacking
+from buddy.pages.page import Page, describe, title
 from buddy.reporting.study import Study
 from buddy.storage.files import read_json, write_json
 from buddy.tracking.modes import in_one_line
-from buddy.tracking.page import Page, describe, title
 
 PAGE = "report.json"
 

@@ -1,7 +1,7 @@
 """A study's page in W&B from top to bottom: what a group decides by, over the runs that its jobs have logged.
 
 A panel is there only if something was measured that it can show, and a line is the mean of the runs behind one row of
-the table beside it (`buddy.tracking.runsets`).
+the table beside it (`buddy.pages.runsets`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from buddy.pages.runsets import Runset, of_ablation, of_series, seeds
 from buddy.reporting import render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
@@ -21,7 +22,6 @@ from buddy.reporting.significance import significance
 from buddy.reporting.study import Race, Series, Study
 from buddy.study.settings import Ablation
 from buddy.tracking.job import at_depth
-from buddy.tracking.runsets import Runset, of_ablation, of_series, seeds
 
 FULL, HALF, THIRD = 24, 12, 8
 """Widths of panels in a grid of 24 columns."""
@@ -177,7 +177,7 @@ class Page:
         yield wr.H1("Budget predictors")
         panels = [self._line(title, [name], THIRD, 6) for name, title in _PREDICTOR.items()]
         yield self._grid(trained, panels)
-        if "predicted" in set(self.study.frame.file.map(lambda file: str(file).split("/")[0])):
+        if self.study.predicted_rows:
             panel = wr.ScatterPlot(
                 title="average accuracy (%) at predicted depths",
                 x=wr.SummaryMetric("executed_predicted"),
