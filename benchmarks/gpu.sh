@@ -36,9 +36,14 @@ WHEELS_ON_INDEX=(
     pydantic pydantic_core annotated-types typing-inspection typing_extensions typer fsspec
     pytest pluggy iniconfig pygments hypothesis sortedcontainers
     torchao
+    snakemake snakemake-interface-common snakemake-interface-executor-plugins snakemake-interface-logger-plugins
+    snakemake-interface-report-plugins snakemake-interface-scheduler-plugins snakemake-interface-storage-plugins
+    argparse-dataclass conda-inject ConfigArgParse connection_pool docutils dpath gitdb GitPython smmap humanfriendly
+    immutables jsonschema jsonschema-specifications referencing rpds-py attrs nbformat fastjsonschema jupyter_core traitlets
+    platformdirs psutil PuLP smart_open wrapt SQLAlchemy sqlmodel greenlet tabulate tenacity throttler yte
 )
 # Among them, those that are published as source only; they are pure Python and built where the network is.
-SOURCE_ONLY=(rouge_score word2number sqlitedict)
+SOURCE_ONLY=(rouge_score word2number sqlitedict connection_pool)
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 fail() {
@@ -124,6 +129,7 @@ cut_up() { # FILE FOLDER BYTES: FOLDER/NAME.part-0, FOLDER/NAME.part-1 and so on
 environment() {
     export PYTHONPATH="$SITE:$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     export WANDB_MODE=disabled HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    export PATH="$SITE/bin:$PATH" # where the machine has no `python`, which jobs call
     unset PYTHONDONTWRITEBYTECODE # every step is a process: without compiled modules each takes ten seconds longer
     if [[ ! -e $ROOT/.git && -z ${BUDDY_COMMIT:-} ]]; then
         say "no .git here and BUDDY_COMMIT is not set: records will not say which commit they are of"
@@ -145,6 +151,8 @@ install() {
         say "installing ${#wheels[@]} wheels into $SITE"
         "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
             --root-user-action ignore --upgrade --target "$SITE" "${wheels[@]}"
+        mkdir -p "$SITE/bin"
+        ln -sfn "$(command -v "$PYTHON")" "$SITE/bin/python"
         basename -a "${wheels[@]}" > "$stamp"
     fi
     environment
@@ -226,46 +234,54 @@ join() { # PARTS INTO: put the parts of a wheel together, in whatever folders be
     mv "$2/.$name" "$2/$name"
 }
 
-measure() { # OUT KINDS FACTS OVERLAY...: run the steps behind these kinds of tables, into OUT
-    local out=$1 kinds=$2 facts=$3 overlay files=() lines=() line title command log status started
+measure() { # OUT KINDS FACTS OVERLAY...: the workflow as far as these kinds of tables, into OUT
+    local out=$1 kinds=$2 facts=$3 overlay files=() tables=() name status=0
     shift 3
     for overlay in "$@"; do files+=("$(absolute "$overlay")"); done
     mkdir -p "$out/logs"
     cd "$ROOT"
     printf '%s\n' "$facts" > "$out/facts.yaml" # JSON is YAML
-    files=(config.yaml "${files[@]}" "$out/facts.yaml")
-    "$PYTHON" -m buddy config "${files[@]}" --out "$out/.study.json"
-    if [[ -f $out/study.json ]] && ! cmp -s "$out/study.json" "$out/.study.json"; then
+    files+=("$out/facts.yaml")
+    "$PYTHON" -m buddy config config.yaml "${files[@]}" --out "$out/.study.json"
+    if [[ -f $out/study.json ]] && ! cmp -s <(settings "$out/study.json") <(settings "$out/.study.json"); then
         rm "$out/.study.json"
         fail "$out holds a study with other settings (study.json); remove it or choose another folder"
     fi
     mv "$out/.study.json" "$out/study.json"
+    read -ra tables < <("$PYTHON" -c 'import sys; from buddy.study import config
+study = config.read(sys.argv[1])
+kinds = sys.argv[2].split(",")
+print(study.study.name, *[name for name, table in study.measured_tables().items() if table.kind in kinds])' \
+        "$out/study.json" "$kinds")
+    name=${tables[0]}
+    # A study is at home in results/NAME: this one is so by a link.
+    [[ ! -e results/$name || -L results/$name ]] || fail "results/$name: there is a study of that name"
+    mkdir -p results
+    ln -sfn "$out" "results/$name"
     trap 'pack_records "$OUT"' EXIT
     OUT=$out
-    mapfile -t lines < <("$PYTHON" benchmarks/steps.py "${files[@]}" --out "$out" --tables "$kinds")
-    say "$out: ${#lines[@]} steps to do"
-    for line in "${lines[@]}"; do
-        title=${line%%$'\t'*}
-        command=${line#*$'\t'}
-        log="$out/logs/$(tr ' /' '.' <<< "$title").log"
-        say "$title"
-        started=$SECONDS
-        status=0
-        within_limit bash -c "$command" >> "$log" 2>&1 < /dev/null || status=$?
-        if ((status == AGAIN)); then
-            say "$LIMIT_S s are up in the middle of it: run the same again to go on"
-            exit $AGAIN
-        elif ((status)); then
-            tr '\r' '\n' < "$log" | tail -n 30 >&2
-            fail "$title: failed after $((SECONDS - started)) s, log: $log"
-        fi
-        say "  $((SECONDS - started)) s"
-    done
+    # One job at a time has the GPU, and what is timed has it alone.
+    within_limit "$PYTHON" -m snakemake --cores "$(nproc)" --resources gpu=1 --configfile "${files[@]}" \
+        -- "${tables[@]:1}" > "$out/logs/snakemake.log.new" 2>&1 < /dev/null || status=$?
+    cat "$out/logs/snakemake.log.new" >> "$out/logs/snakemake.log"
+    say "$out: $(grep -E '^Nothing to be done|steps .* done$' "$out/logs/snakemake.log.new" | tail -n 1)"
+    rm "$out/logs/snakemake.log.new"
+    if ((status == AGAIN)); then
+        say "$LIMIT_S s are up in the middle of it: run the same again to go on"
+        exit $AGAIN
+    elif ((status)); then
+        tail -n 30 "$out/logs/snakemake.log" >&2
+        fail "the workflow failed, log: $out/logs/snakemake.log"
+    fi
     "$PYTHON" -m buddy report --study "$out" --all --summary 2> "$out/logs/report.log" ||
         {
             tail -n 5 "$out/logs/report.log" >&2
             fail "the report failed, log: $out/logs/report.log"
         }
+}
+
+settings() { # FILE: a study's settings in one order, whoever wrote them
+    "$PYTHON" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1])), sort_keys=True))' "$1"
 }
 
 within_limit() { # COMMAND: run it for what is left of LIMIT_S; AGAIN if that is not enough
@@ -301,7 +317,7 @@ selftest() {
     say "a wheel that was cut up and joined is the same"
     local me="$ROOT/benchmarks/gpu.sh" tiny=("$ROOT/tests/tiny.yaml" "$out/paper.yaml") rows="$ROOT/buddy/data/embedded"
     local status=0
-    echo 'study: {recipes: [paper]}' > "$out/paper.yaml" # the tiny study has another of the router's recipes
+    echo 'study: {main: {recipe: paper}, recipes: [paper]}' > "$out/paper.yaml" # the tiny study has another of the router's recipes
     INSTEAD="--rows generate,buddy-0.5,buddy-0.5-int8,llama.cpp --prompts 1 --new-tokens 4 --repeats 1" \
         "$me" latency "$out/latency" embedded "${tiny[@]}"
     grep -q "this engine | 0.5 | as loaded | [0-9]" "$out/latency/instead/instead.md" ||
@@ -319,7 +335,7 @@ selftest() {
     expect "$out/study" training 2
     say "again: nothing must be left to do"
     "$me" study "$rows" none "$out/study" "${tiny[@]}" > "$out/again.log"
-    grep -q ": 0 steps to do" "$out/again.log" || fail "selftest: a second run had something to do, see $out/again.log"
+    grep -q "Nothing to be done" "$out/again.log" || fail "selftest: a second run had something to do, see $out/again.log"
     say "with a second to spare: it must stop, and say so"
     LIMIT_S=1 "$me" latency "$out/late" embedded "${tiny[@]}" || status=$?
     ((status == AGAIN)) || fail "selftest: a run without time left ended with $status, not $AGAIN"

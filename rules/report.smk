@@ -24,8 +24,8 @@ rule table:
         report(
             f"{RESULTS}/tables/{{table}}.html",
             caption="../workflow/report/table.rst",
-            category=table_section,
-            labels=table_labels,
+            category=lambda w: results.SECTION_OF[TABLES_OF_STUDY[w.table].kind],
+            labels=lambda w: results.table_labels(JOBS, w.table),
         ),
     log:
         f"{RESULTS}/logs/table/{{table}}.log",
@@ -36,8 +36,8 @@ rule table:
         runtime=15,
     params:
         study=STUDY.study.name,
-        settings=table_settings,
-        reads=reads,
+        settings=lambda w: results.table_settings(JOBS, w.table, RECORDS),
+        reads=reads_flags,
     shell:
         "python -m buddy report --results results --study {params.study:q} --table {wildcards.table:q} --track {params.reads} "
         "> {log:q} 2>&1"
@@ -51,8 +51,8 @@ rule figure:
         report(
             f"{RESULTS}/figures/{{figure}}.png",
             caption="../workflow/report/figure.rst",
-            category=figure_section,
-            labels=figure_labels,
+            category=lambda w: results.SECTION_OF[w.figure],
+            labels=lambda w: results.figure_labels(JOBS, w.figure),
         ),
     log:
         f"{RESULTS}/logs/figure/{{figure}}.log",
@@ -63,8 +63,8 @@ rule figure:
         runtime=15,
     params:
         study=STUDY.study.name,
-        settings=figure_settings,
-        reads=reads,
+        settings=lambda w: results.figure_settings(JOBS, w.figure),
+        reads=reads_flags,
     shell:
         "python -m buddy report --results results --study {params.study:q} --figure {wildcards.figure:q} --track {params.reads} "
         "> {log:q} 2>&1"

@@ -7,7 +7,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from buddy import warm
 from buddy.storage.digests import differences, digest
-from buddy.study import preflight, progress, sessions
+from buddy.study import preflight, progress, provenance, sessions
 from buddy.study.failures import Failure, summary
 
 FROZEN = "BUDDY_STUDY"  # digest of the study that jobs were submitted with, in their environment
@@ -42,6 +42,11 @@ def begin_session():
         for output, problem in progress.damaged(STUDY, Path(RESULTS)):
             sessions.mark_incomplete(output)
             logger.warning(f"{output}: {problem}: made again.")
+        kept = provenance.keep(results.of_study(JOBS), COMMAND)
+        if kept:
+            logger.info(
+                f"{len(kept)} outputs stand: the rules are written anew, the commands that made them are the same."
+            )
     os.environ[FROZEN] = THIS_STUDY
     return session
 

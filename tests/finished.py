@@ -56,7 +56,7 @@ def finished(tmp_path):
     for job in progress.jobs(study):
         if job.stage in ("table", "figure"):
             for kind in ("csv", "md", "tex", "html", "png", "pdf"):
-                path = (results / job.output).with_suffix(f".{kind}")
+                path = (results / job.outputs[0]).with_suffix(f".{kind}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("")
     return folder

@@ -22,6 +22,7 @@ from buddy.errors import UserError
 from buddy.storage.processes import query
 from buddy.study import limits
 from buddy.study.config import Config
+from buddy.study.jobs import STAGES
 
 PROFILE = "workflow/profiles/slurm/config.yaml"
 
@@ -128,12 +129,14 @@ def of_study(study: Config, profile: Mapping[str, Any]) -> list[Asked]:
     default = profile.get("default-resources") or {}
     own = profile.get("set-resources") or {}
     asked = []
-    for rule in limits.SHARES:
-        said = {**default, **(own.get(rule) or {})}
+    for stage in STAGES.values():
+        if not stage.share:
+            continue
+        said = {**default, **(own.get(stage.name) or {})}
         asked.append(
             Asked(
-                rule,
-                limits.minutes(rule, hours, times=len(study.latency.batch_sizes) if rule == "latency" else 1),
+                stage.name,
+                limits.minutes(stage.share, hours, times=stage.passes(study)),
                 str(said.get("slurm_partition") or ""),
                 str(said.get("slurm_account") or ""),
                 gpus=1,

@@ -138,12 +138,18 @@ def leftovers(session: Session, results: Path) -> str | None:
 # ---- outputs whose jobs have started -------------------------------------------------------------------------------------
 
 
-def started(notes: Path) -> Iterator[Path]:
-    """Outputs that Snakemake has marked as begun and not ended, relative to the folder that ``notes`` is in."""
-    folder = notes / "incomplete"
-    for path in folder.rglob("*"):
-        if path.is_file() and (output := _decoded(path.relative_to(folder))) is not None:
-            yield output
+def started(kept: Path) -> Iterator[Path]:
+    """Outputs that Snakemake has marked as begun and not ended, relative to the folder that ``kept`` is in."""
+    yield from notes("incomplete", kept)
+
+
+def notes(kind: str, kept: Path = FOLDER) -> dict[Path, Path]:
+    """By output the files in which Snakemake notes something of it: that it was begun, or how it was made."""
+    found = {}
+    for note in (kept / kind).rglob("*"):
+        if note.is_file() and (output := _decoded(note.relative_to(kept / kind))) is not None:
+            found[output] = note
+    return found
 
 
 def mark_incomplete(output: Path) -> None:
@@ -156,9 +162,9 @@ def mark_incomplete(output: Path) -> None:
         write_json(marker, {"external_jobid": None})
 
 
-def _decoded(marker: Path) -> Path | None:
-    """The output that a marker is for: Snakemake writes its path in base 64, cut where file names would be too long."""
-    text = "".join(part.removeprefix("@") for part in marker.parts)
+def _decoded(note: Path) -> Path | None:
+    """The output that a note is of: Snakemake writes its path in base 64, cut where file names would be too long."""
+    text = "".join(part.removeprefix("@") for part in note.parts)
     try:
         return Path(base64.urlsafe_b64decode(text).decode())
     except ValueError:

@@ -1,11 +1,9 @@
 """The benchmark times what it says: real passes at real depths, compared within a repeat, whatever the machine does."""
 
-import importlib.util
 import json
 import statistics
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +24,6 @@ from buddy.routing.kv import RoutedCache
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 from buddy.settings import Latency
-from buddy.study.config import parse
 from buddy.study.records import Record, find
 
 EXECUTIONS = ["dense", "sliced", "reuse", "recompute", "mixed"]
@@ -538,31 +535,6 @@ def arguments(model, tmp_path):
         "device": "cpu",
         "dtype": "auto",
     } | settings
-
-
-def test_the_command_leaves_the_records_that_a_benchmark_step_waits_for(arguments):
-    command(**arguments | MORE)
-    out = arguments["out"]
-    written = {path.relative_to(out) for path in find(out)}
-    content = {
-        "study": {
-            "name": "small",
-            "backbones": ["tiny"],
-            "tables": {"table4": {"kind": "latency", "backbone": "tiny"}},
-        },
-        "backbones": {"tiny": {"source": {"random": "tiny-llama"}, "blocks": 8, "removed": [2, 5]}},
-        "latency": SETTINGS.model_dump(exclude={"backbones"}) | {"datasets": ["alpaca"]} | MORE,
-    }
-    spec = importlib.util.spec_from_file_location("steps", Path(__file__).parents[2] / "benchmarks/steps.py")
-    steps = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(importlib.sys.modules, "steps", steps)  # its dataclasses look themselves up there
-        spec.loader.exec_module(steps)
-        plan = steps.Plan(parse(content), Path("x"), ["latency"])
-        (step,) = [step for step in plan.steps() if step.command == "latency"]
-    folder = next(parent for parent in step.outputs[0].parents if parent.name == "dataset~alpaca")
-    assert {path.relative_to(folder) for path in step.outputs} == written
-    assert folder.parent.name == "seed~0"
 
 
 def test_what_a_record_says_of_itself(arguments):

@@ -4,6 +4,7 @@ import pytest
 from checkout import ROOT
 
 from buddy.study import limits, preflight
+from buddy.study.jobs import STAGES
 from buddy.study.preflight import Asked
 
 ANSWERS = {
@@ -138,18 +139,12 @@ def test_where_slurm_does_not_answer_nothing_is_claimed(monkeypatch, tmp_path):
 
 
 def test_every_retry_raises_the_time_until_the_partition_ends_it():
-    for rule in limits.SHARES:
+    for stage in STAGES.values():
         for hours in (0.2, 1, 14):
-            asked = [limits.minutes(rule, hours, attempt) for attempt in (1, 2, 3)]
+            asked = [limits.minutes(stage.share, hours, attempt) for attempt in (1, 2, 3)]
             assert asked[0] >= limits.SHORTEST
             assert asked[1] >= 1.99 * asked[0]
             assert asked[2] > asked[1]
-    assert [limits.minutes("train", 20, attempt, at_most=2000) for attempt in (1, 2, 3)] == [1200, 2000, 2000]
-    assert limits.minutes("train", 20, 1, at_most=60) == 1200  # the first try is refused, not cut short
-    assert limits.minutes("latency", 10, times=3) == 360
-
-
-def test_every_rule_that_asks_for_a_gpu_has_a_share():
-    rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
-    named = {line.partition("minutes(")[2].split('"')[1] for line in rules.splitlines() if "runtime=minutes(" in line}
-    assert named == set(limits.SHARES)
+    assert [limits.minutes(1.0, 20, attempt, at_most=2000) for attempt in (1, 2, 3)] == [1200, 2000, 2000]
+    assert limits.minutes(1.0, 20, 1, at_most=60) == 1200  # the first try is refused, not cut short
+    assert limits.minutes(0.2, 10, times=3) == 360

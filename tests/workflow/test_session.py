@@ -195,3 +195,35 @@ def test_after_kill_9_the_same_command_names_what_still_runs_and_then_recovers(f
     last = snakemake(failing, "--cores", "1", *STUDY)
     assert "evaluate: buddy: --data: nothing there" in last.stdout + last.stderr  # the job itself was reached
     assert json.loads((failing / "results/small/study.json").read_text())["study"]["name"] == "small"
+
+
+# Rules that were written anew
+
+
+def test_what_the_same_command_made_stands_when_its_rule_is_written_anew(folder):
+    small = {**SMALL, "data": {"source": "embedded"}}
+    (folder / "small.yaml").write_text(yaml.safe_dump(small))
+    sets = {name: f"results/small/data/{name}/data.json" for name in ("piqa", "arc_easy")}
+    for output in sets.values():
+        (folder / output).unlink()
+    made = snakemake(folder, "--cores", "1", *sets.values(), *STUDY)
+    assert made.returncode == 0, made.stderr
+    # as an older form of the rule would have been noted: options in another order, and those of one another
+    for name, note in {name: _noted(folder, output) for name, output in sets.items()}.items():
+        content = json.loads(note.read_text())
+        command, log = content["shellcmd"].split(" > ")
+        words = shlex.split(command)
+        pairs = [words[at : at + 2] for at in range(4, len(words), 2)]
+        source = {"piqa": "embedded", "arc_easy": "elsewhere"}[name]
+        told = [word for option, value in pairs[::-1] for word in (option, source if option == "--source" else value)]
+        old = {"code": "python -m buddy data {params.x} > {log:q} 2>&1", "params": ["'x'"]}
+        note.write_text(json.dumps({**content, **old, "shellcmd": f"{shlex.join([*words[:4], *told])} > {log}"}))
+    again = snakemake(folder, "-n", "--cores", "1", *sets.values(), *STUDY)
+    assert "1 outputs stand" in again.stdout + again.stderr
+    assert re.findall(r"rule data:\n +output: (\S+)", again.stdout + again.stderr) == [sets["arc_easy"]]
+
+
+def _noted(folder, output):
+    """The file in which Snakemake notes how an output was made."""
+    found = sessions.notes("metadata", folder / ".snakemake")
+    return found[next(path for path in found if path.as_posix() == output)]
