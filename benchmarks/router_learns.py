@@ -242,7 +242,7 @@ def train(model: LlamaForCausalLM, task: Task, recipe: str, updates: int, seed: 
     rng = random.Random(7919 * (seed + 1))
     pairs = [task.pair(rng.randrange(2), rng) for _ in range(BATCH * updates)]
     torch.manual_seed(seed)
-    policy = BuddyPolicy(BLOCKS, 2 * HEAD, prior=_prior(model, pairs[:32]), prompts_noted=recipe == "tuned")
+    policy = BuddyPolicy(BLOCKS, 2 * HEAD, prior=_prior(model, pairs[:32]))
     if recipe == "tuned":
         held_out = len(pairs) // 8
         examples = min(len(pairs) - held_out, 768)

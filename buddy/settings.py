@@ -35,6 +35,7 @@ RoutingForm = Literal["sequence", "causal"]
 Loss = Literal["ce", "kl"]
 PredictorPreset = Literal["paper", "tuned"]
 RouterRecipe = Literal["paper", "tuned"]
+PoolOver = Literal["prompt", "question", "all"]
 DecodeMode = Literal["recompute", "reuse"]
 ScoredData = Literal["alpaca", "gsm8k", "samsum", "wikitext2", "ptb"]
 DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
@@ -284,8 +285,10 @@ class Training(Settings):
         "from that of the backbone at full depth without LoRA. The same for every method of the study",
     )
     loss_on: Literal["response", "all"] = Field("response", description="tokens that enter the loss")
-    pool_over: Literal["prompt", "all"] = Field(
-        "prompt", description="tokens the router pools over: what inference will have seen, or the response too"
+    pool_over: PoolOver = Field(
+        "prompt",
+        description="tokens the router pools over: prompt, what inference will have seen of such a prompt; question, the "
+        "prompt without its template, which is nearer to what benchmarks ask; all, the response too. Read by recipe paper",
     )
     routing: RoutingForm = Field(
         "sequence",
@@ -310,7 +313,9 @@ class Training(Settings):
     @model_validator(mode="after")
     def _causal_has_a_prompt(self) -> Training:
         if self.routing == "causal" and self.pool_over == "all":
-            raise ValueError("pool_over: all leaves nothing to routing: causal, which needs pool_over: prompt")
+            raise ValueError(
+                "pool_over: all leaves nothing to routing: causal, which needs pool_over: prompt or question"
+            )
         return self
 
 
@@ -337,6 +342,11 @@ class Router(Settings):
         "less and asks for no right answer; ce, their cross-entropy",
     )
     response_tokens: int = Field(32, description="tokens of each response that are measured, at most", ge=1)
+    pool_over: Literal["prompt", "question"] = Field(
+        "question",
+        description="what of a training prompt the router reads: question, the prompt without its template, as benchmarks "
+        "have none; prompt, all of it",
+    )
     rounds: int = Field(
         2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
     )

@@ -73,8 +73,9 @@ def train(
     from buddy.policies.buddy import BuddyPolicy
     from buddy.policies.priors import fused
     from buddy.routing import kv
+    from buddy.training import prompts, sft
     from buddy.training import router as routers
-    from buddy.training import sft
+    from buddy.training.examples import encode
     from buddy.training.recipe import Recipe, drawn
 
     claim_run(out, record)
@@ -102,7 +103,7 @@ def train(
         omega=run.variant["omega"],
         rank=settings.router_rank,
         prior=fused(given.values, given.indicator, blocks, source_block),
-        prompts_noted=recipe == "tuned",
+        prompts_noted=True,
     )
     info = runs.RunInfo(
         method="buddy",
@@ -125,6 +126,7 @@ def train(
                 model, tokenizer, policy, pairs, router, settings, depths=measured_at, seed=seed, folder=out
             )
             facts["router"] = fit.facts()
+            settings = settings.model_copy(update={"pool_over": router.pool_over})
         how = Recipe(
             drawn(most_removed, blocks),
             trains_policy=recipe == "paper",
@@ -132,6 +134,8 @@ def train(
             probed=most_removed,
         )
         result = sft.train(model, tokenizer, policy, pairs, settings, how, out, seed, on_log=job.log)
+        rows = encode(tokenizer, pairs[: prompts.NOTED], settings.max_length, settings.pool_over)
+        prompts.note(model, policy, rows, settings.batch_size)
         job.keep(policy, result, len(pairs), facts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from buddy.data import sources
 from buddy.data.catalogue import CATALOGUE, PROSE, entry
 from buddy.data.rows import Row
-from buddy.data.templates import CUT, QUESTIONS, questions
+from buddy.data.templates import CUT, OWN, QUESTIONS, asked
 from buddy.errors import UserError, choices
 
 NAME = "pairs"
@@ -30,8 +30,8 @@ def mixed(names: Sequence[str], source: str) -> tuple[list[Row], dict[str, Any]]
         source: where all of them come from, as for `sources.load`.
 
     Returns:
-        Rows with ``id``, ``prompt``, ``response`` (where the set has one), ``cut`` (of prose: the response teaches no end)
-        and ``of``, the set; and per set its rows, split and, from the Hub, repository and commit.
+        Rows with ``id``, ``prompt``, ``own`` (where a template is around it), ``response`` (where the set has one), ``cut``
+        (of prose: the response teaches no end) and ``of``, the set; and per set its rows, split and, from the Hub, repository and commit.
 
     Raises:
         UserError: a name occurs twice, is unknown, or has neither prompts nor prose; or as `sources.load`.
@@ -59,8 +59,13 @@ def mixed(names: Sequence[str], source: str) -> tuple[list[Row], dict[str, Any]]
 def _asked(name: str, rows: Sequence[Row]) -> list[Row]:
     column = str(entry(name).response)
     return [
-        {"id": row["id"], "prompt": prompt, **({} if row.get(column) is None else {"response": row[column]})}
-        for row, prompt in zip(rows, questions(name, rows), strict=True)
+        {
+            "id": row["id"],
+            "prompt": prompt.text,
+            **({OWN: [list(span) for span in prompt.own]} if prompt.own else {}),
+            **({} if row.get(column) is None else {"response": row[column]}),
+        }
+        for row, prompt in zip(rows, asked(name, rows), strict=True)
     ]
 
 

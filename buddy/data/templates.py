@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from string import Formatter
 from typing import NamedTuple
 
 from buddy.data.catalogue import entry
@@ -25,30 +26,64 @@ PROBLEM = "Question: {question}\nAnswer: "
 """As lm-evaluation-harness asks GSM8K, the space between question and answer included."""
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Pieces of a text, each from its first letter up to, and without, its last."""
+
+
+class Prompt(NamedTuple):
+    """A row as it is asked; ``own``: what of it is the row's and not the template's, nothing where all of it is."""
+
+    text: str
+    own: Spans = ()
+
+
+def _filled(template: str, **fields: str) -> Prompt:
+    """A template with its fields put in."""
+    text, own = "", []
+    for words, name, _, _ in Formatter().parse(template):
+        text += words
+        if name is not None:
+            own.append((len(text), len(text) + len(fields[name])))
+            text += fields[name]
+    return Prompt(text, tuple(own))
+
+
+def _instruction(text: str, context: str) -> Prompt:
+    if context.strip():
+        return _filled(ALPACA_INPUT, instruction=text, input=context)
+    return _filled(ALPACA, instruction=text)
+
+
 def instruction(text: str, context: str = "") -> str:
     """Alpaca's prompt for an instruction, with further input where there is some."""
-    if context.strip():
-        return ALPACA_INPUT.format(instruction=text, input=context)
-    return ALPACA.format(instruction=text)
+    return _instruction(text, context).text
 
 
-def _alpaca(row: Row) -> str:
-    return instruction(row["instruction"], row.get("input") or "")
+def _alpaca(row: Row) -> Prompt:
+    return _instruction(row["instruction"], row.get("input") or "")
 
 
-def _samsum(row: Row) -> str:
-    return SUMMARISE.format(dialogue=row["dialogue"].replace("\r\n", "\n"))
+def _samsum(row: Row) -> Prompt:
+    return _filled(SUMMARISE, dialogue=row["dialogue"].replace("\r\n", "\n"))
 
 
-def _gsm8k(row: Row) -> str:
-    return PROBLEM.format(question=row["question"])
+def _gsm8k(row: Row) -> Prompt:
+    return _filled(PROBLEM, question=row["question"])
 
 
-def _pairs(row: Row) -> str:
-    return str(row["prompt"])
+def _pairs(row: Row) -> Prompt:
+    return Prompt(str(row["prompt"]), tuple((start, end) for start, end in row.get(OWN, ())))
 
 
-QUESTIONS: dict[str, Callable[[Row], str]] = {"alpaca": _alpaca, "samsum": _samsum, "gsm8k": _gsm8k, "pairs": _pairs}
+OWN = "own"
+"""Column of a row of `pairs`: `Prompt.own` of its prompt; others do not have it."""
+
+QUESTIONS: dict[str, Callable[[Row], Prompt]] = {
+    "alpaca": _alpaca,
+    "samsum": _samsum,
+    "gsm8k": _gsm8k,
+    "pairs": _pairs,
+}
 """How a row of each set is asked; sets that are not among them have no prompts with responses."""
 
 CUT = "cut"
@@ -56,15 +91,22 @@ CUT = "cut"
 
 
 class Example(NamedTuple):
-    """A prompt and its response, to be joined with nothing between; ``ends``: whether the response comes to its end."""
+    """A prompt and its response, to be joined with nothing between; ``ends``: whether the response comes to its end;
+    ``own``: as of `Prompt`."""
 
     prompt: str
     response: str
     ends: bool = True
+    own: Spans = ()
 
 
 def questions(name: str, rows: Sequence[Row]) -> list[str]:
-    """Prompt of each row; no chat template, no special tokens.
+    """Prompt of each row; no chat template, no special tokens. Arguments and errors as of `asked`."""
+    return [prompt.text for prompt in asked(name, rows)]
+
+
+def asked(name: str, rows: Sequence[Row]) -> list[Prompt]:
+    """Each row as it is asked.
 
     Args:
         name: alpaca, samsum, gsm8k or pairs.
@@ -91,14 +133,14 @@ def examples(name: str, rows: Sequence[Row]) -> list[Example]:
         UserError: the data set has no prompts and responses, or a row has no response.
     """
     found = []
-    for row, question in zip(rows, questions(name, rows), strict=True):
+    for row, prompt in zip(rows, asked(name, rows), strict=True):
         response = row.get(str(entry(name).response))
         if response is None:
             raise UserError(
                 f"data set {name}: row {row.get('id')} has no {entry(name).response}; prompts alone are answered by "
                 "`buddy data --answers-by BACKBONE`, in a study by data.answers: backbone"
             )
-        found.append(Example(question, response, ends=not row.get(CUT, False)))
+        found.append(Example(prompt.text, response, not row.get(CUT, False), prompt.own))
     return found
 
 

@@ -7,8 +7,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from buddy.data.choices import Tokens, shared
 from buddy.data.tasks import PREFIX, tasks
 from buddy.errors import UserError
+from buddy.evaluation.distance import distances
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.questions import Question, differing
 from buddy.settings import Evaluation, Generation
@@ -27,8 +29,8 @@ def measure(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path) 
 
     Returns:
         ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item, the
-        mean number of blocks executed, and `_routes`; the mean number of blocks of all; few_shot, limit and the harness
-        version.
+        mean number of blocks executed, `_routes` and `_distance`; the mean number of blocks of all; few_shot, limit and the
+        harness version.
     """
     results = _run(lm, budget, settings, data)
     facts = {"few_shot": settings.few_shot, "routing": settings.routing}
@@ -36,7 +38,9 @@ def measure(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path) 
     for name, scores in metrics["tasks"].items():
         tally = lm.tallies[PREFIX + name]
         scores["executed_mean"] = tally.executed_mean
-        scores["routes"] = _routes(lm, results["samples"][PREFIX + name], tally.differing)
+        contexts = _contexts(lm, results["samples"][PREFIX + name])
+        scores["routes"] = _routes(lm, contexts, tally.differing)
+        scores["distance"] = _distance(lm, contexts)
     return metrics
 
 
@@ -87,12 +91,36 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
     return _metrics(lm, settings, results, _answer_metrics) | facts | {"new_tokens": settings.new_tokens}
 
 
-def _routes(lm: BuddyLM, samples: Sequence[Mapping[str, Any]], differed: float) -> dict[str, float]:
+def _contexts(lm: BuddyLM, samples: Sequence[Mapping[str, Any]]) -> list[list[Tokens]]:
+    """The different contexts of each question, in tokens; most questions have one.
+
+    Args:
+        lm: has encoded them.
+        samples: the harness's, each with the arguments of its requests.
+    """
+    return [
+        [
+            tuple(lm.tok_encode(context.rstrip()))[-lm.max_length :]
+            for context in dict.fromkeys(argument[0] for argument in sample["arguments"] if argument[0])
+        ]
+        for sample in samples
+    ]
+
+
+def _distance(lm: BuddyLM, contexts: Sequence[Sequence[Tokens]]) -> float | None:
+    """How far what the router reads of the questions is from its training prompts (`distances`), on average; None where
+    nothing says so."""
+    read = [one[0][: shared(one)] for one in contexts if one]
+    found = distances(lm.model, [tokens for tokens in read if tokens], lm.batch_size)
+    return None if found is None or not len(found) else found.mean().item()
+
+
+def _routes(lm: BuddyLM, contexts: Sequence[Sequence[Tokens]], differed: float) -> dict[str, float]:
     """How many networks the questions of a task were scored by.
 
     Args:
         lm: after the task was scored, its budget as it was.
-        samples: the harness's, each with the arguments of its requests.
+        contexts: of each question.
         differed: share of the questions whose options took more than one route.
 
     Returns:
@@ -101,17 +129,11 @@ def _routes(lm: BuddyLM, samples: Sequence[Mapping[str, Any]], differed: float) 
     """
     policy = lm.model.policy
     routed = policy.source_block or policy.gated or policy.reads_tokens
-    contexts = [
-        (Question("", sample["doc_id"]), tuple(lm.tok_encode(context.rstrip())))
-        for sample in samples
-        for context in dict.fromkeys(argument[0] for argument in sample["arguments"] if argument[0])
-    ]
-    several = len(contexts) > len({question for question, _ in contexts})
-    if not (routed and several):
+    if not routed or all(len(one) < 2 for one in contexts):
         return {"differ": differed, "would_differ": 0.0}
-    found = lm.routes([context for _, context in contexts])
-    own = [(question, route) for (question, _), route in zip(contexts, found, strict=True)]
-    return {"differ": differed, "would_differ": differing(own)}
+    questions = [Question("", place) for place, one in enumerate(contexts) for _ in one]
+    found = lm.routes([context for one in contexts for context in one])
+    return {"differ": differed, "would_differ": differing(list(zip(questions, found, strict=True)))}
 
 
 def items(metrics: Mapping[str, Any]) -> int:

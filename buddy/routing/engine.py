@@ -51,6 +51,8 @@ class Routing:
         context_mask: (B, S), True where the policy may read a token of a pass over a whole sequence; None means every
             token under the attention mask. Answers that are being scored must not choose their own route. In the causal
             form it marks the prompt; None means that the first token alone is the prompt.
+        read_mask: (B, S), False where the policy reads nothing of such a pass, whatever the other mask says: a prompt's
+            template, which is part of the prompt. None means that it reads every token.
         gradient: training: gates are straight-through and skipped blocks are computed to give them a gradient; those of
             a gated policy are soft.
         grouping: go path by path (True) or block by block (False); None leaves it to `plan.grouping_pays`.
@@ -69,6 +71,7 @@ class Routing:
     form: str = "sequence"
     kv: str = "zero"
     context_mask: Tensor | None = None
+    read_mask: Tensor | None = None
     gradient: bool = False
     grouping: bool | None = None
     slack: int | None = None
@@ -364,11 +367,16 @@ class Step:
         return written
 
     def _readable(self, context: Tensor | None = None) -> Tensor | None:
-        """(B, S) boolean mask of the new tokens that are real, and of the context if one is given; None means all."""
-        mask = None if self.attention_mask is None else self.attention_mask[:, -self.new :].bool()
-        if context is not None and context.shape[1] == self.new:
-            mask = context.bool() if mask is None else mask & context.bool()
+        """(B, S) boolean mask of the new tokens that are real and read, and of the context if one is given; None means all."""
+        mask = self._real()
+        for part in (context, self.routing.read_mask):
+            if part is not None and part.shape[1] == self.new:
+                mask = part.bool() if mask is None else mask & part.bool()
         return mask
+
+    def _real(self) -> Tensor | None:
+        """(B, S) boolean mask of the new tokens that are no padding; None means all."""
+        return None if self.attention_mask is None else self.attention_mask[:, -self.new :].bool()
 
     # ---- one route per sequence --------------------------------------------------------------------------------------
 
@@ -412,7 +420,7 @@ class Step:
     def _tokens(self, route: list[list[bool]]) -> list[tuple[int, int]]:
         """Per sequence the range of its real tokens in the pass; asks the device only for prompts that differ."""
         everything = (0, self.new)
-        mask = self._readable()
+        mask = self._real()
         if mask is None or self.past or len({tuple(row) for row in route}) == 1:
             return [everything] * len(route)
         first = mask.int().argmax(1)

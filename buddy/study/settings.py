@@ -268,10 +268,10 @@ _READ_BY_THE_FIT = ("examples", "max_length", "kv", "lora_rank", "router_rank")
 
 
 def unread_by_tuned(lora_rank: int) -> frozenset[str]:
-    """Fields of `Training` that the router's tuned recipe does not read: no gradient reaches the router, and without LoRA
-    nothing is trained after the fit."""
+    """Fields of `Training` that the router's tuned recipe does not read: no gradient reaches the router, what it reads is
+    said in the section `router`, and without LoRA nothing is trained after the fit."""
     return frozenset(
-        {"router_learning_rate"} if lora_rank else set(Training.model_fields) - {*_READ_BY_THE_FIT, "data"}
+        {"router_learning_rate", "pool_over"} if lora_rank else set(Training.model_fields) - {*_READ_BY_THE_FIT, "data"}
     )
 
 

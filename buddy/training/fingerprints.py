@@ -32,5 +32,5 @@ def of_weights(module: nn.Module) -> str:
 
 def of_examples(rows: Iterable[Mapping[str, Any]]) -> str:
     """A digest of tokenized examples in their order: tokens, where the prompt ends, and what of it is read if not all."""
-    ends = ("prompt_length", "read_length")
-    return digest([[list(row["input_ids"]), *(int(row[end]) for end in ends if end in row)] for row in rows])
+    kept = ("input_ids", "prompt_length", "read_length", "question")
+    return digest([[row[name] for name in kept if row.get(name) is not None] for row in rows])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from buddy.policies.buddy import BuddyPolicy
 from buddy.routing.blocks import Stack
-from buddy.routing.padding import leading, padded
+from buddy.routing.padding import padded
 from buddy.routing.policy import Policy
 from buddy.routing.ranking import first_places, keep_top
 from buddy.routing.types import CausalLM
@@ -62,17 +62,23 @@ class Probes:
     """Prompts whose routes are looked at, and the depth at which they are.
 
     Attributes:
-        prompts: token ids.
+        prompts: token ids, and the places of those that are read.
         removed: blocks left out.
     """
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]]
     removed: int
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], removed: int) -> Probes:
         """The first different prompts of examples in tokens (`buddy.training.examples.encode`)."""
-        prompts = dict.fromkeys(tuple(row["input_ids"][: row["prompt_length"]]) for row in rows)
+        prompts = dict.fromkeys(
+            (
+                tuple(row["input_ids"][: row["prompt_length"]]),
+                tuple(row.get("question") or range(row["prompt_length"])),
+            )
+            for row in rows
+        )
         return cls(list(prompts)[:PROMPTS], removed)
 
     def summary(self) -> dict[str, int]:
@@ -96,7 +102,7 @@ class Probes:
         backbone.eval()
         policy.eval()
         try:
-            order = sorted(self.prompts, key=len)
+            order = sorted(self.prompts, key=lambda prompt: len(prompt[0]))
             parts = [self._scores(backbone, policy, order[at : at + BATCH]) for at in range(0, len(order), BATCH)]
         finally:
             backbone.train(modes[0])
@@ -105,10 +111,14 @@ class Probes:
         return figures(torch.cat(parts), policy.begin(1.0, 1, backbone.device).bias, kept)
 
     @staticmethod
-    def _scores(backbone: CausalLM, policy: BuddyPolicy, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _scores(
+        backbone: CausalLM, policy: BuddyPolicy, prompts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Tensor:
         """(B, candidates), as a prefill of these prompts would find them."""
-        ids = padded(prompts).to(backbone.device)
-        mask = leading([*map(len, prompts)], ids.shape[1]).to(backbone.device)
+        ids = padded([tokens for tokens, _ in prompts]).to(backbone.device)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (_, read) in zip(mask, prompts, strict=True):
+            row[list(read)] = True
         stack, source = Stack(backbone, ids), policy.source_block - 1
         _, keys, values = stack.tapped(stack.run(stack.embedded, range(source)), source)
         state = policy.begin(1.0, len(prompts), backbone.device)

@@ -135,7 +135,7 @@ def fit(
     """
     backbone.requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
-    rows = encode(tokenizer, pairs, training.max_length)
+    rows = encode(tokenizer, pairs, training.max_length, settings.pool_over)
     wanted = settings.held_out + settings.examples
     if len(rows) < settings.held_out + 2 * settings.search_examples:
         raise UserError(
@@ -168,12 +168,12 @@ def _cut(row: Row, tokens: int) -> Row:
 
 @torch.no_grad()
 def read(backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
-    """(tokens, width) of each prompt: what the policy reads of the source block."""
+    """(tokens, width) of each prompt: what the policy reads of it in the source block."""
     found: dict[int, Tensor] = {}
     for members in by_length(rows, batch_size):
         part = [rows[member] for member in members]
         features = Bundle(backbone, part).features(policy.source_block, policy.feature)
-        lengths = [int(row["prompt_length"]) for row in part]
+        lengths = [len(row["question"]) if row.get("question") else int(row["prompt_length"]) for row in part]
         found |= dict(zip(members, features.split(lengths), strict=True))
     return [found[index] for index in range(len(rows))]
 
@@ -197,7 +197,6 @@ class _Fitting:
         best = int(means.mean(0).argmin())
         suits = choosing.predicted(learnt.tokens, means, self.policy.rank, self.generator)
         gain = float((means[:, best] - means.gather(1, suits.argmin(1, keepdim=True)).squeeze(1)).mean())
-        self.policy.note_prompts(learnt.pooled)
         states, losses = self._candidates(learnt, held_out, orders, names[best], suits)
         kept = min(losses, key=lambda name: losses[name]["loss"])
         self.policy.decision.load_state_dict(states[kept])

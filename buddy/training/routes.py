@@ -20,7 +20,8 @@ from buddy.routing.types import CausalLM
 from buddy.training import loss as losses
 
 Row = Mapping[str, Any]
-"""An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``."""
+"""An example in tokens, as `buddy.training.examples.encode` makes it: ``input_ids`` and ``prompt_length``, and
+``question`` where less than the prompt is read."""
 
 Loss = Literal["ce", "kl"]
 
@@ -39,7 +40,11 @@ class Bundle:
         ids = [list(row["input_ids"]) for row in rows]
         prompts = [int(row["prompt_length"]) for row in rows]
         self._tokens = padded(ids).to(backbone.device)
-        self._prompt = leading(prompts, self._tokens.shape[1])
+        self._read = leading(prompts, self._tokens.shape[1])
+        for place, row in enumerate(rows):
+            if row.get("question"):
+                self._read[place] = False
+                self._read[place, row["question"]] = True
         before = leading([length - 1 for length in map(len, ids)], self._tokens.shape[1])
         self._predicts = (before & ~leading([prompt - 1 for prompt in prompts], before.shape[1])).to(backbone.device)
         # One row's masks and positions serve any number of rows: padding is on the right, where nobody looks.
@@ -55,11 +60,11 @@ class Bundle:
 
     @torch.no_grad()
     def features(self, source_block: int, feature: str) -> Tensor:
-        """(tokens, width) float32 on the host: what a router reads of the prompts' tokens, one example after the other."""
+        """(tokens, width) float32 on the host: what a router reads of the prompts, token by token, one example after the other."""
         source = source_block - 1
         hidden = self._stack.run(self._hidden, range(source))
         _, keys, values = self._stack.tapped(hidden, source)
-        return source_feature(keys, values, feature).float().cpu()[self._prompt]
+        return source_feature(keys, values, feature).float().cpu()[self._read]
 
     @torch.no_grad()
     def losses(self, routes: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def train(
     from transformers import set_seed
 
     set_seed(seed)
-    rows = encode(tokenizer, pairs, settings.max_length)
+    rows = encode(tokenizer, pairs, settings.max_length, settings.pool_over)
     if len(rows) < len(pairs):
         logger.warning(
             "%d of %d examples have prompts over %d tokens and were left out",
@@ -318,6 +318,7 @@ def routed_trainer_class() -> type:
                 form=self.settings.routing,
                 kv=self.settings.kv,
                 context_mask=inputs["context_mask"],
+                read_mask=inputs.get("read_mask"),
                 gradient=training and self.recipe.trains_policy,
             )
             base = _base(self.model)

@@ -89,7 +89,7 @@ def test_a_look_sees_the_routes_that_prefills_take_and_changes_nothing(source_bl
     backbone, policy = tiny("llama"), router(source_block)
     prompts = [torch.randint(1, 97, (5 + index % 4,)).tolist() for index in range(20)]
     backbone.train()
-    found = Probes(prompts, removed=2).look(backbone, policy)
+    found = Probes([(prompt, range(len(prompt))) for prompt in prompts], removed=2).look(backbone, policy)
     assert backbone.training
     backbone.eval()
     paths, scores = set(), []
@@ -108,7 +108,7 @@ def test_probes_are_the_first_different_prompts():
     pairs = [(f"prompt {i // 2}", f"answer {i}") for i in range(3 * PROMPTS)]
     probes = Probes.of(encode(byte_tokenizer(), pairs, 64), removed=2)
     assert len(probes.prompts) == PROMPTS
-    assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in probes.prompts[:3]] == [
+    assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids, _ in probes.prompts[:3]] == [
         "prompt 0", "prompt 1", "prompt 2",
     ]  # fmt: skip
 
