@@ -1,7 +1,8 @@
-"""The bootstrap over items, once for all that is averaged over data sets: scores, likelihoods, and their differences.
+"""The bootstrap over items, once for all that is averaged over data sets: scores, likelihoods, differences and ratios.
 
 An average is the plain mean of the data sets' means, so each kind of text counts alike whatever its number of items.
-Items are resampled within their data set. This module imports no torch: comparisons are made on laptops.
+Items are resampled within their data set. What each figure means, and what it was checked against: docs/statistics.md. This
+module imports no torch: comparisons are made on laptops.
 """
 
 from __future__ import annotations
@@ -59,6 +60,39 @@ def estimate(groups: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0)
     p = min(1.0, 2 * (1 + float(beyond)) / (1 + resamples))
     value = float(np.mean([np.mean(found) for found in groups]))
     return Estimate(value, float(low), float(high), p, sum(map(len, groups)))
+
+
+def ratio(ours: Sequence[Array], theirs: Sequence[Array], resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """Our mean over data sets, divided by theirs on the same items, with interval; ``p`` is that it is not 1.
+
+    A resample takes the same items of both, so what they have in common cancels.
+
+    Args:
+        ours, theirs: per data set the value of each item, (n,); none below 0.
+        resamples, seed: as in `estimate`.
+
+    Raises:
+        ValueError: other items, or theirs are all 0.
+    """
+    if [len(one) for one in ours] != [len(one) for one in theirs]:
+        raise ValueError("not the same items")
+    if not any(np.any(np.asarray(one) > 0) for one in theirs):
+        raise ValueError("nothing to divide by: all of theirs are 0")
+    random = np.random.default_rng(seed)
+    sums = np.zeros((resamples, 2))
+    for pair in zip(ours, theirs, strict=True):
+        both = np.stack([np.asarray(one, dtype=np.float64) for one in pair], 1)
+        values, counts = np.unique(both, axis=0, return_counts=True)
+        drawn = random.multinomial(len(both), counts / len(both), size=resamples)
+        sums += drawn @ values / len(both)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Where no item of theirs that is above 0 was drawn there is no ratio: it counts as beyond every other.
+        ratios = np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.inf)
+    low, high = np.percentile(ratios, (2.5, 97.5), method="nearest")
+    means = [float(np.mean([np.mean(one) for one in side])) for side in (ours, theirs)]
+    beyond = min(np.sum(ratios <= 1 + 1e-12), np.sum(ratios >= 1 - 1e-12))
+    p = min(1.0, 2 * (1 + float(beyond)) / (1 + resamples))
+    return Estimate(means[0] / means[1], float(low), float(high), p, sum(map(len, ours)))
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
