@@ -41,7 +41,7 @@ def wandb_sync(
         f"{len(outcome.failed)} failed"
     )
     if outcome.failed:
+        place, why = next(iter(outcome.failed.items()))
         raise UserError(
-            f"{len(outcome.failed)} runs were not sent, the first is {outcome.failed[0]}; W&B's reason is above and in "
-            "its logs folder, and the next call tries again"
+            f"W&B: {len(outcome.failed)} runs were not sent, the first is {place} ({why}); the next call tries again"
         )

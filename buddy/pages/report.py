@@ -13,6 +13,7 @@ from buddy.errors import UserError, lacking
 from buddy.pages.page import Page, describe, title
 from buddy.reporting.study import Study
 from buddy.storage.files import read_json, write_json
+from buddy.tracking.identity import study_id
 from buddy.tracking.modes import in_one_line
 
 PAGE = "report.json"
@@ -35,13 +36,14 @@ def save(study: Study, entity: str | None, project: str) -> str:
     import wandb
 
     page = study.folder / "wandb" / PAGE
+    shared = {"study": study.name, "study_id": study_id(study.folder)}
     try:
         owner = str(entity or wandb.Api().default_entity)
         known = _known(page, owner, project)
         report = wr.Report(
             project=project, entity=owner, title=title(study), description=describe(study), width="fluid"
         )
-        report.blocks = list(Page(wr, study, owner, project, {"study": study.name}).blocks())
+        report.blocks = list(Page(wr, study, owner, project, shared).blocks())
         report.id = known
         report.save()
     except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:

@@ -8,10 +8,12 @@
 Records stay the one source of truth. Whatever goes wrong between here and W&B's server is told in one warning, and
 the job goes on without. W&B is imported only where a run is really opened.
 
-`job` is one job's run, `modes` where it goes, `lineage` what it was made from and `sync` sends what was kept offline.
+`job` is one job's run, `modes` where it goes, `identity` its id, `journal` what it was told, `lineage` what it was made
+from, `client` W&B's own client, and `sync` sends what has not arrived.
 """
 
-from buddy.tracking.job import Tracker, run_id, track
+from buddy.tracking.identity import run_id, study_id
+from buddy.tracking.job import Tracker, track
 from buddy.tracking.modes import choose_mode
 
-__all__ = ["Tracker", "choose_mode", "run_id", "track"]
+__all__ = ["Tracker", "choose_mode", "run_id", "study_id", "track"]

@@ -27,7 +27,7 @@ MODES: dict[str, Mode | Literal["auto"]] = {
 }
 """What WANDB_MODE and the study may say, W&B's older names included."""
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
 KEY_HINT = "set WANDB_API_KEY, or run `wandb login` once"
 
 

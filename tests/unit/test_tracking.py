@@ -29,8 +29,8 @@ from buddy.pages import report
 from buddy.reporting import study as reporting
 from buddy.study import config, manifest
 from buddy.study.settings import Tracking
+from buddy.tracking import client, lineage, modes, sync
 from buddy.tracking import job as jobs
-from buddy.tracking import lineage, modes, sync
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB: dict[str, Any] = {
@@ -49,7 +49,13 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setattr(modes, "_warned", set())
+    monkeypatch.setattr(jobs, "_unreachable", set())
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+
+
+def id_of(study: Path, stage: str) -> str:
+    """Id of a job's run, of a study in this folder."""
+    return tracking.run_id(tracking.study_id(study), stage, JOB["run_path"])
 
 
 def track(folder: Path, stage: str = "train", mode: str = "offline", **changed: Any) -> Any:
@@ -69,7 +75,7 @@ def test_a_run_holds_what_was_logged(tmp_path: Path) -> None:
     (messages,) = read_back(tmp_path / "wandb")
     run = only(messages, "run")
     assert (run.project, run.run_group, run.job_type) == ("buddy", JOB["group"], "train")
-    assert run.run_id == tracking.run_id("demo", "train", JOB["run_path"])
+    assert run.run_id == id_of(tmp_path, "train")
     assert set(run.tags) == {"demo", "smoke"}
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["variant"] == {"feature": "value"}
@@ -121,11 +127,10 @@ def test_a_killed_job_continues_its_run_and_doubles_no_step(tmp_path: Path) -> N
         for step in range(3, 8):
             tracker.log({"loss": float(step)}, step=step)
 
-    attempts = read_back(folder)
-    assert len(attempts) == 2
-    assert len({only(messages, "run").run_id for messages in attempts}) == 1
-    steps = [step for messages in attempts for step, values in history(messages) if "loss" in values]
-    assert steps == list(range(8))
+    (messages,) = read_back(folder)  # the second attempt holds all of the first one
+    assert only(messages, "run").run_id == id_of(tmp_path, "train")
+    points = [(step, values["loss"]) for step, values in history(messages) if "loss" in values]
+    assert points == [(step, float(step)) for step in range(8)]
 
 
 def log_losses(folder: Path, *losses: float, fail: bool = False, **changed: Any) -> None:
@@ -150,7 +155,7 @@ def test_a_job_made_anew_replaces_its_run(tmp_path: Path, what: str) -> None:
         log_losses(folder, 1.0, 0.5, config={"learning_rate": 2e-4})
     (messages,) = read_back(folder)
     assert [values["loss"] for _, values in history(messages)] == [1.0, 0.5]
-    assert only(messages, "run").run_id == tracking.run_id("demo", "train", JOB["run_path"])
+    assert only(messages, "run").run_id == id_of(tmp_path, "train")
 
 
 def test_every_job_has_a_run_of_its_own() -> None:
@@ -227,9 +232,7 @@ def test_a_client_that_breaks_in_the_middle(tmp_path: Path, caplog: pytest.LogCa
 def test_a_server_that_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, server: str
 ) -> None:
-    monkeypatch.setattr(jobs, "INIT_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(jobs, "FINISH_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(jobs, "ARTIFACTS_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(client, "JOB", client.Waits(init=3.0, artifacts=2.0, finish=3.0))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     address, stop = serve(server)
     monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -354,11 +357,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     wandb.teardown()
 
 
-def check_what_arrived(server: WandbServer) -> None:
+def check_what_arrived(server: WandbServer, study: Path) -> None:
     """Four runs with their settings and points, and table <- records <- run <- backbone."""
-    ids = {
-        stage: tracking.run_id("demo", stage, JOB["run_path"]) for stage in ("backbone", "train", "evaluate", "table")
-    }
+    ids = {stage: id_of(study, stage) for stage in ("backbone", "train", "evaluate", "table")}
     assert set(server.runs) == set(ids.values())
     for stage, id in ids.items():
         run = server.runs[id]
@@ -424,7 +425,7 @@ def test_online_jobs_arrive_with_their_lineage(
     study = Study(tmp_path / "demo")
     study.jobs("auto")
     assert warnings(caplog) == []
-    check_what_arrived(server)
+    check_what_arrived(server, study.folder)
     check_no_key(server, tmp_path)
     assert not list(study.wandb.glob("offline-run-*"))
 
@@ -449,7 +450,7 @@ def test_sync_sends_what_was_kept_offline_once(tmp_path: Path, server: WandbServ
     first = buddy("wandb-sync", "--study", str(study.folder), WANDB_API_KEY=KEY, WANDB_MODE="disabled")
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == "4 sent, 0 sent before, 0 of jobs that are still running, 0 failed"
-    check_what_arrived(server)
+    check_what_arrived(server, study.folder)
     check_no_key(server, tmp_path)
     assert KEY not in first.stdout + first.stderr
 
@@ -471,7 +472,7 @@ def test_a_run_that_goes_on_is_sent_on(tmp_path: Path, server: WandbServer, monk
     wandb.teardown()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     outcome = sync.send(folder)
-    assert (outcome.sent, outcome.already, outcome.failed) == (1, 1, [])
+    assert (outcome.sent, outcome.already, outcome.failed) == (1, 0, {})
     (run,) = server.runs.values()
     assert [values["loss"] for _, values in run.history("loss")] == [3, 2, 1, 0.5]
     assert (sync.send(folder).sent, run.exit_code) == (0, 0)
@@ -502,15 +503,16 @@ def test_a_killed_job_is_sent_when_it_has_been_silent(
     progress = next(folder.glob("*.json"))
     progress.write_text(json.dumps({**json.loads(progress.read_text()), "finished": False, "closed": False}))
     target = {"server": server.address, "entity": None, "project": None}
-    (before,) = sync.attempts(folder, target)
-    os.utime(before.file, (time.time() - 2 * sync.SILENT_S,) * 2)
-    (after,) = sync.attempts(folder, target)
+    (before,) = sync.kept(folder, target)
+    for file in (before.file, progress, progress.with_suffix(".jsonl")):
+        os.utime(file, (time.time() - 2 * sync.SILENT_S,) * 2)
+    (after,) = sync.kept(folder, target)
     assert (before.state, after.state) == ("running", "unsent")
 
 
 def test_makers_go_before_users() -> None:
-    def attempt(run: str, reads: set[str], makes: set[str]) -> sync.Attempt:
-        return sync.Attempt(Path(run), run, "unsent", frozenset(reads), frozenset(makes))
+    def attempt(run: str, reads: set[str], makes: set[str]) -> sync.Kept:
+        return sync.Kept(run, "unsent", reads=frozenset(reads), makes=frozenset(makes))
 
     table = attempt("table", {"records", "old"}, {"table"})
     evaluate = attempt("evaluate", {"run"}, {"records"})

@@ -8,6 +8,10 @@
 It keeps what arrives as the hosted one does: history lines at the offset that the client names, config and summary as
 their last state, an artifact of known content as one version however often it is sent. What it does not know it answers
 with nothing and keeps in ``unknown``.
+
+    server.fault = lambda what: 500 if what == "file_stream" else None
+
+lets it answer a request with an error instead: ``what`` is the name of an operation, or file_stream, upload, download.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ import http.server
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 ENTITY = "somebody"
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -66,10 +71,24 @@ class SentArtifact:
     state: str = "PENDING"
 
 
+Fault = int | Literal["hang", "cut"] | None
+"""A status that is answered, no answer, a connection that ends without one, or none of these."""
+MESSAGES = {
+    401: "user is not logged in",
+    409: "run was previously created and deleted; try a new run name",
+    429: "rate limit exceeded",
+    500: "internal server error",
+}
+
+
 class WandbServer:
     """The server; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, fault: Callable[[str], Fault] = lambda what: None) -> None:
+        self.fault = fault
+        self.faults: list[tuple[str, Fault]] = []
+        self.deleted: set[str] = set()
+        self._ending = threading.Event()
         self.runs: dict[str, SentRun] = {}
         self.artifacts: dict[str, SentArtifact] = {}
         self.reports: dict[str, dict[str, Any]] = {}
@@ -90,6 +109,7 @@ class WandbServer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._ending.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -277,20 +297,42 @@ def _handler(server: WandbServer) -> type[http.server.BaseHTTPRequestHandler]:
                 asked = json.loads(content)
                 named = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
                 operation = asked.get("operationName") or (named[1] if named else "")
+                gone = operation == "UpsertBucket" and asked["variables"].get("name") in server.deleted
+                if self._failed(operation, 409 if gone else None):
+                    return
                 answer = {"data": server.graphql(operation, asked["query"], asked.get("variables") or {})}
             elif found := re.fullmatch(r"/files/[^/]+/([^/]+)/([^/]+)/file_stream", self.path):
+                if self._failed("file_stream"):
+                    return
                 server.stream(found[1], found[2], json.loads(content))
             self._answer(json.dumps(answer).encode())
 
         def do_PUT(self) -> None:
             content = self._content()
             _, _, kind, owner, name = self.path.split("/", 4)
-            server.upload(kind, owner, name, content)
-            self._answer(b"")
+            if not self._failed("upload"):
+                server.upload(kind, owner, name, content)
+                self._answer(b"")
 
         def do_GET(self) -> None:
             self._content()
-            self._answer(b"{}")
+            if not self._failed("download"):
+                self._answer(b"{}")
+
+        def _failed(self, what: str, of_itself: Fault = None) -> bool:
+            """Do what is wanted in place of an answer, if anything is."""
+            fault = server.fault(what) or of_itself
+            if fault is None:
+                return False
+            server.faults.append((what, fault))
+            if fault == "hang":
+                server._ending.wait(600)
+            if isinstance(fault, int):
+                self._answer(json.dumps({"errors": [{"message": MESSAGES.get(fault, "")}]}).encode(), fault)
+            else:
+                self.close_connection = True
+                self.connection.close()
+            return True
 
         def _content(self) -> bytes:
             content = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -301,8 +343,8 @@ def _handler(server: WandbServer) -> type[http.server.BaseHTTPRequestHandler]:
             server.keys.add(self.headers.get("authorization") or "")
             return content
 
-        def _answer(self, body: bytes) -> None:
-            self.send_response(200)
+        def _answer(self, body: bytes, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(body)))
             self.end_headers()
