@@ -259,12 +259,17 @@ class First(Settings):
     learning_rate: float = Field(1e-3, description="AdamW's rate for the gates", gt=0)
     threshold: float | None = Field(
         None,
-        description="gate from which a block runs; by default the one that brings the mean depth over training prompts "
-        "nearest to the depth asked for (the paper has 0.5)",
+        description="gate from which a block runs; by default the one that brings the mean depth over the prompts of "
+        "calibration nearest to the depth asked for (the paper has 0.5)",
         ge=0,
         le=1,
     )
-    calibration_prompts: int = Field(256, description="training prompts that the threshold is chosen on", ge=1)
+    tasks: list[Task] = Field(
+        [*TASKS],
+        description="tasks whose training questions, without their answers, the threshold is chosen on, since depth follows "
+        "the text; []: prompts of the instruction data",
+    )
+    calibration_prompts: int = Field(256, description="prompts that the threshold is chosen on", ge=1)
 
 
 class Training(Settings):

@@ -45,7 +45,13 @@ def adapt(
     data: Annotated[
         Path | None, typer.Option(help="instruction data set that LoRA and FiRST's gates learn from, from `buddy data`")
     ] = None,
-    tasks: Annotated[Path | None, typer.Option(help="folder of data sets that PuDDing's router learns from")] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of data sets that PuDDing's router learns from, and on whose contexts FiRST's threshold is chosen "
+            "(instruction prompts without)"
+        ),
+    ] = None,
     lora: Annotated[str, typer.Option(help="trained: with LoRA, by BUDDY's recipe; none: without")] = "trained",
     record: arg.TrainingRecord = None,
     seed: Annotated[int, typer.Option(help="seed of weights and of the order of examples", min=0, max=MOST_SEED)] = 0,
@@ -126,7 +132,7 @@ def _make(
     from buddy.training import peers
 
     if method == "first":
-        return peers.first(job, first)
+        return peers.first(job, first, tasks)
     if method != "pudding":
         return peers.static(job, found.metrics["removed"] if found else [])
     assert found is not None

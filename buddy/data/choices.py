@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,27 @@ def training_items(
             raise UserError(f"task {name}: {count} training items asked for, the split has {len(documents)}")
         found[name] = [item_of(task, document, tokenizer, max_length) for document in documents[:count]]
     return found
+
+
+def training_contexts(root: str | Path, names: Sequence[str], tokenizer: Any, count: int) -> list[list[int]]:
+    """What a router may see of the tasks' training questions; no answer is looked at.
+
+    Args:
+        root, names, tokenizer: as for `training_items`.
+        count: contexts at most, as evenly from the tasks as their number allows.
+
+    Raises:
+        UserError: a task has no training split there.
+    """
+    each = -(-count // max(len(names), 1))
+    found = []
+    for name, task in zip(names, tasks(root, names)[1], strict=True):
+        if not task.has_training_docs():
+            raise UserError(f"task {name}: no {Path(root) / name / str(entry(name).train)}.jsonl for its contexts")
+        documents = list(task.training_docs())[:each]
+        found.append([list(item_of(task, document, tokenizer, 2048).shared) for document in documents])
+    turns = [contexts for turn in zip_longest(*found) for contexts in turn if contexts]
+    return turns[:count]
 
 
 def item_of(task: Any, document: dict[str, Any], tokenizer: Any, max_length: int) -> Item:

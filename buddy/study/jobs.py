@@ -410,7 +410,11 @@ def _of_peer(job: Job, run: Run) -> tuple[dict[str, Read], dict[str, Any]]:
         choice = jobs("calibrate", backbone=run.backbone, static_peer=run.method, criterion=criterion)
         return {"calibration": choice}, {"calibration": choice.path}
     if run.method == "first":
-        return {}, {f"first_{name}": value for name, value in study.first.model_dump().items()}
+        told = {f"first_{name}": value for name, value in study.first.model_dump(exclude={"tasks"}).items()}
+        if not study.first.tasks:
+            return {}, told
+        tasks = jobs.data(study.first.tasks)
+        return {"tasks": tasks}, {**told, "first_tasks": study.first.tasks, "tasks": _folder_of(tasks)}
     if run.method != "pudding":
         return {}, {}
     choice, tasks = jobs("pool", backbone=run.backbone), jobs.data(study.pudding.tasks)

@@ -1,8 +1,10 @@
 """FiRST's two phases: gates on a frozen backbone, then LoRA on the routes that they take (`buddy.policies.first`).
 
 Phase 1 trains the gates alone, softly, by the loss of the study plus a penalty on their mean probability. Then the
-threshold is chosen. Phase 2 freezes the gates and trains LoRA; the paper does not say on which forward pass, and we take
-the one of inference: the prompt's route, hard. Nothing in phase 1 depends on the depth asked for; the threshold does.
+threshold is chosen, on unlabelled contexts of the tasks that it will be asked, because depth follows the text: a threshold
+from instruction prompts ran another number of blocks there. Phase 2 freezes the gates and trains LoRA; the paper does not
+say on which forward pass, and we take the one of inference: the prompt's route, hard. LoRA moves what the gates read, so the
+threshold is chosen once more at the end. Nothing in phase 1 depends on the depth asked for; the threshold does.
 
 What each phase leaves is kept below the run's checkpoints until the run is complete, so a killed training repeats no
 phase that was through.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +43,14 @@ class Fitted(Trained):
 
     Attributes:
         threshold: mean probability from which a block runs.
-        executed_mean: blocks that the training prompts execute with it, on average, before LoRA is trained.
+        executed_mean: blocks that the prompts of calibration execute with it, on average, with LoRA.
     """
 
     threshold: float = 0.5
     executed_mean: float = 0.0
 
 
-def fit(job: Job, policy: FirstPolicy, first: First) -> Fitted:
+def fit(job: Job, policy: FirstPolicy, first: First, contexts: Sequence[Sequence[int]] | None = None) -> Fitted:
     """Train the gates, choose their threshold for one depth, train LoRA; goes on where a killed call ended.
 
     Args:
@@ -55,15 +58,20 @@ def fit(job: Job, policy: FirstPolicy, first: First) -> Fitted:
             counted through both phases, and a LoRA rank of 0 leaves out the second.
         policy: its gates are trained in place, and it gets the threshold.
         first: the section `first`.
+        contexts: token ids of the prompts that the threshold is chosen on; those of the instruction data by default.
     """
+    prompts = _prompts(job, first) if contexts is None else contexts
     work = job.folder / FOLDER / "first"
-    kept = Checkpoints(work, _made_by(job, policy, first))
+    kept = Checkpoints(work, {**_made_by(job, policy, first), "prompts": digest([list(one) for one in prompts])})
     gates = _gates(job, policy, first, kept)
-    found = _threshold(job, policy, first, kept)
+    found = _threshold(job, policy, first, kept, prompts)
     policy.thresholds = {job.removed: found.threshold}
+    second = replace(job, folder=work / "lora", on_log=_later(job.on_log, gates.steps)).lora(policy)
+    if second.adapted is not None:
+        found = _chosen(job, policy, first, prompts)
+        policy.thresholds = {job.removed: found.threshold}
     both = Fitted(**_parts(gates), threshold=found.threshold, executed_mean=found.executed_mean)
     logger.info("%d blocks asked for, %.2f executed on average", policy.blocks - job.removed, found.executed_mean)
-    second = replace(job, folder=work / "lora", on_log=_later(job.on_log, gates.steps)).lora(policy)
     return replace(
         both,
         adapted=second.adapted,
@@ -128,19 +136,29 @@ def _gates(job: Job, policy: FirstPolicy, first: First, kept: Checkpoints) -> Tr
     return trained
 
 
-def _threshold(job: Job, policy: FirstPolicy, first: First, kept: Checkpoints) -> Calibration:
-    """The threshold and the depth it gives, or what was found before."""
+def _prompts(job: Job, first: First) -> list[list[int]]:
+    """The first prompts of the instruction data."""
+    rows = encode(job.tokenizer, job.pairs, job.settings.max_length)[: first.calibration_prompts]
+    return [row["input_ids"][: row["prompt_length"]] for row in rows]
+
+
+def _threshold(
+    job: Job, policy: FirstPolicy, first: First, kept: Checkpoints, prompts: Sequence[Sequence[int]]
+) -> Calibration:
+    """The threshold along which LoRA is trained, or what was found before."""
     done = kept.read("threshold.json")
     if done is not None:
         return Calibration(**json.loads(done))
-    rows = encode(job.tokenizer, job.pairs, job.settings.max_length)[: first.calibration_prompts]
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    if first.threshold is None:
-        found = calibrate(job.backbone, policy, prompts, job.removed, job.settings.batch_size)
-    else:
-        found = achieved(job.backbone, policy, prompts, job.removed, first.threshold, job.settings.batch_size)
+    found = _chosen(job, policy, first, prompts)
     kept.write("threshold.json", json.dumps(asdict(found)).encode())
     return found
+
+
+def _chosen(job: Job, policy: FirstPolicy, first: First, prompts: Sequence[Sequence[int]]) -> Calibration:
+    """The threshold, and the depth that it gives the model as it stands."""
+    if first.threshold is None:
+        return calibrate(job.backbone, policy, prompts, job.removed, job.settings.batch_size)
+    return achieved(job.backbone, policy, prompts, job.removed, first.threshold, job.settings.batch_size)
 
 
 def _parts(trained: Trained) -> dict[str, Any]:

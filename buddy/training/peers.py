@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from buddy.baselines.pudding import Omission, pool
-from buddy.data.choices import training_items
+from buddy.data.choices import training_contexts, training_items
 from buddy.policies.first import FirstPolicy
 from buddy.policies.pudding import PuddingPolicy
 from buddy.policies.static import StaticPolicy
@@ -65,9 +65,18 @@ def pudding(job: Job, omissions: Sequence[Omission], settings: Pudding, tasks: P
     return Peer(policy, trained, {"sets": named, "router": asdict(fit)})
 
 
-def first(job: Job, settings: First) -> Peer:
-    """A gate in each block, trained first; a threshold for the depth asked for; then LoRA."""
+def first(job: Job, settings: First, tasks: Path | None = None) -> Peer:
+    """A gate in each block, trained first; a threshold for the depth asked for; then LoRA.
+
+    Args:
+        job: what every peer is given.
+        settings: the section `first`.
+        tasks: folder of the data sets on whose contexts the threshold is chosen; None takes instruction prompts.
+    """
     torch.manual_seed(job.seed)
     policy = FirstPolicy(job.blocks, job.backbone.config.hidden_size)
-    fitted = gates.fit(job, policy, settings)
+    contexts = None
+    if tasks is not None and settings.tasks:
+        contexts = training_contexts(tasks, settings.tasks, job.tokenizer, settings.calibration_prompts)
+    fitted = gates.fit(job, policy, settings, contexts)
     return Peer(policy, fitted, {"threshold": fitted.threshold, "executed_mean": fitted.executed_mean})

@@ -11,6 +11,8 @@ from tape import Tape
 
 from buddy import policies, runs
 from buddy.backbones.untrained import byte_tokenizer
+from buddy.data import materialise
+from buddy.data.choices import training_contexts, training_items
 from buddy.errors import BudgetError, UserError
 from buddy.policies.first import START, FirstPolicy
 from buddy.routing.engine import Routing, routed
@@ -435,7 +437,8 @@ def test_each_phase_trains_its_own_part(tmp_path):
     both, policy, _, steps = fit(tmp_path / "both")
     assert torch.equal(policy.weight, gates.weight)
     assert torch.equal(policy.bias, gates.bias)
-    assert policy.thresholds == {2: both.threshold} == gates.thresholds
+    assert policy.thresholds == {2: both.threshold}
+    assert gates.thresholds == {2: gates_only.threshold}
     moved = [p for n, p in both.adapted.named_parameters() if "lora_B" in n]
     assert any(p.abs().sum() > 0 for p in moved)
     assert gates_only.steps == 4
@@ -504,3 +507,50 @@ def test_a_threshold_may_be_given(tmp_path):
         len(by_hand(backbone, policy, torch.tensor(tokenizer(prompt).input_ids), 0.88)[1]) for prompt, _ in PAIRS[:8]
     ]
     assert fitted.executed_mean == sum(ran) / 8
+
+
+def ran_by_hooks(backbone, policy, prompts):
+    """Blocks that each prompt runs, counted at the layers themselves."""
+    calls = []
+    handles = [layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in backbone.model.layers]
+    found = []
+    try:
+        for prompt in prompts:
+            calls.clear()
+            with torch.no_grad(), routed(backbone, Routing(policy, None)):
+                backbone(torch.tensor([prompt]))
+            found.append(len(calls))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_threshold_is_chosen_on_the_contexts_given_for_the_model_as_it_ends(tmp_path, lora):
+    backbone = tiny("llama", blocks=6)
+    backbone.resize_token_embeddings(300)
+    policy = FirstPolicy(6, 32)
+    generator = torch.Generator().manual_seed(4)
+    contexts = [torch.randint(1, 90, (5 + place % 7,), generator=generator).tolist() for place in range(10)]
+    settings = SETTINGS if lora else SETTINGS.model_copy(update={"lora_rank": 0})
+    job = Job(backbone, byte_tokenizer(), PAIRS, settings, 2, tmp_path, 0)
+    fitted = two_phases.fit(job, policy, FIRST, contexts)
+    backbone.eval()
+    assert sum(ran_by_hooks(backbone, policy, contexts)) / 10 == pytest.approx(fitted.executed_mean)
+    again = calibrate(backbone, policy, contexts, 2, 3)
+    assert (again.threshold, again.executed_mean) == (pytest.approx(fitted.threshold), fitted.executed_mean)
+
+
+def test_contexts_come_from_the_training_questions_of_the_tasks_in_turn(tmp_path):
+    for name in ("piqa", "winogrande"):
+        materialise(name, "embedded", tmp_path / name)
+    tokenizer = byte_tokenizer()
+    found = training_contexts(tmp_path, ["piqa", "winogrande"], tokenizer, 5)
+    items = training_items(tmp_path, ["piqa", "winogrande"], tokenizer, 3)
+    first, second = ([list(item.shared) for item in items[name]] for name in ("piqa", "winogrande"))
+    assert found == [first[0], second[0], first[1], second[1], first[2]]
+    assert len(training_contexts(tmp_path, ["piqa"], tokenizer, 1000)) == 24  # all that there are
+    (tmp_path / "piqa/train.jsonl").unlink()
+    with pytest.raises(UserError, match="piqa"):
+        training_contexts(tmp_path, ["piqa"], tokenizer, 5)
