@@ -25,6 +25,7 @@ localrules:
     encoder,
     table,
     figure,
+    wandb,
     wandb_sync,
     wandb_report,
 

@@ -1,4 +1,20 @@
-# W&B, on demand: both run where Snakemake runs, which has network and key, and neither is part of `all`.
+# W&B, on demand: these run where Snakemake runs, which has network and key, and none is part of `all`.
+
+
+rule wandb:  # sends the runs, makes the report, and ends with its link
+    log:
+        f"{RESULTS}/logs/wandb.log",
+    conda:
+        "../envs/buddy.yaml"
+    threads: 4
+    resources:
+        mem_mb=1000,
+        runtime=75,
+    params:
+        study=STUDY.study.name,
+    shell:
+        "set -o pipefail; {{ python -m buddy wandb-sync --results results --study {params.study:q} --workers {threads} && "
+        "python -m buddy wandb-report --results results --study {params.study:q}; }} 2>&1 | tee {log:q}"
 
 
 rule wandb_sync:

@@ -13,8 +13,8 @@ from buddy.errors import UserError, lacking
 from buddy.pages.page import Page, describe, title
 from buddy.reporting.study import Study
 from buddy.storage.files import read_json, write_json
+from buddy.tracking import modes
 from buddy.tracking.identity import study_id
-from buddy.tracking.modes import in_one_line
 
 PAGE = "report.json"
 
@@ -46,14 +46,26 @@ def save(study: Study, entity: str | None, project: str) -> str:
         report.blocks = list(Page(wr, study, owner, project, shared).blocks())
         report.id = known
         report.save()
-    except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:
-        # A project without runs, a server without pages, a page that somebody has deleted: the reason is the server's.
-        raise UserError(
-            f"W&B: no report of {project} ({in_one_line(error)}); are its runs there? `buddy wandb-sync --study "
-            f"{study.name}` sends them, and without {page} a new report is made"
-        ) from None
+    except Exception as error:  # the packages raise many kinds
+        raise UserError(_reason(error, study, project, page)) from None
     write_json(page, {"id": report.id, "url": report.url, "entity": owner, "project": project})
     return str(report.url)
+
+
+def _reason(error: Exception, study: Study, project: str, page: Path) -> str:
+    """Why there is no page, and what to do, in one line."""
+    text = str(error)
+    if isinstance(error, ValueError) and "not found" in text:
+        return (
+            f"W&B: no project {project} there, so no report; are its runs there? `buddy wandb-sync --study {study.name}` "
+            "sends them"
+        )
+    if isinstance(error, KeyError | TypeError | AttributeError) or "upsertView" in text or "Cannot query field" in text:
+        return (
+            f"W&B: {modes.server()} has no reports, or not this one any more ({modes.in_one_line(error)}); its runs and "
+            f"tables are there all the same, and without {page} a new report is made"
+        )
+    return f"W&B: no report of {project}: {modes.explain(error)}"
 
 
 def _package() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import re
 import socket
 import urllib.request
 from importlib.util import find_spec
@@ -122,6 +123,53 @@ def require_server(what: str) -> None:
         check_reachable()
     except OSError as error:
         raise UserError(f"W&B: {server()} cannot be reached from here ({in_one_line(error)})") from None
+    _check_key()
+
+
+PATIENCE = {
+    f"WANDB__{what}_{limit}": value
+    for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
+    for limit, value in (("RETRY_MAX", "4"), ("RETRY_WAIT_MAX_SECONDS", "4"), ("TIMEOUT_SECONDS", "30"))
+}
+"""Settings of the client, which would try a server that does not answer for an hour; the next call tries again."""
+ASK_TIMEOUT_S = 15
+
+
+def _check_key() -> None:
+    """Ask the server whose the key is: a key that it does not know is told apart from a server that fails.
+
+    Raises:
+        UserError: it does not know the key, or does not answer.
+    """
+    import wandb
+
+    os.environ["WANDB_SILENT"] = "true"
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    try:
+        owner = wandb.Api(timeout=ASK_TIMEOUT_S).default_entity
+    except Exception as error:  # of many kinds
+        raise UserError(f"W&B: {explain(error)}") from None
+    if not owner:
+        raise UserError(f"W&B: {explain('401')}")
+
+
+def explain(error: Exception | str) -> str:
+    """What is wrong with a server that did not do what it was asked, and what to do."""
+    text = " ".join(str(error).split())
+    if re.search(r"\b(401|403)\b|not logged in|[Uu]nauthorized|[Pp]ermission", text):
+        return f"{server()} does not accept this key; {KEY_HINT}, with a key of that server"
+    if re.search(r"\b5\d\d\b", text):
+        return f"{server()} has an error of its own ({_short(text)}); try again later, nothing is lost"
+    if re.search(r"did not respond|[Tt]imed? ?out|deadline", text):
+        return f"{server()} does not answer; try again later, nothing is lost"
+    if "429" in text:
+        return f"{server()} takes no more requests for now (429); try again later, nothing is lost"
+    return f"{server()} failed ({_short(text)}); try again later, nothing is lost"
+
+
+def _short(text: str) -> str:
+    return text.rpartition("while retrying: ")[2][:160]
 
 
 _warned: set[str] = set()

@@ -30,13 +30,6 @@ from buddy.tracking.lineage import things
 SILENT_S = 3600.0
 """An attempt that never ended and has told nothing for so long was killed."""
 
-PATIENCE = {
-    f"WANDB__{what}_{limit}": value
-    for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
-    for limit, value in (("RETRY_MAX", "4"), ("RETRY_WAIT_MAX_SECONDS", "4"), ("TIMEOUT_SECONDS", "30"))
-}
-"""Settings of the client, which would try a server that does not answer for an hour; the next call tries again."""
-
 State = Literal["unsent", "sent", "running"]
 Target = dict[str, str | None]
 
@@ -214,7 +207,7 @@ def _run_client(wave: Sequence[Kept], target: Target, workers: int) -> dict[str,
     command = [sys.executable, "-m", "wandb", "sync", "--include-synced", "-n", str(workers), *options]
     folders = [str(one.folder) for one in wave]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*command, *folders], env={**os.environ, **PATIENCE}, **pipes) as process:
+    with subprocess.Popen([*command, *folders], env={**os.environ, **modes.PATIENCE}, **pipes) as process:
         said = list(_shown(process.stdout or ()))
     return {one.run: _problem(one, said) for one in wave}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records_factory import Maker, demo
 from wandb_server import KEY, Fault, WandbServer
 
 from buddy import tracking
@@ -225,3 +226,36 @@ def test_jobs_that_begin_together_agree_on_the_study(tmp_path: Path) -> None:
     ]
     assert len({process.communicate()[0] for process in asked}) == 1
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["study_id"]
+
+
+def buddy(*arguments: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "buddy", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize("asked", ["wandb-sync", "wandb-report"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(401, "does not accept this key"), (500, "error of its own"), ("hang", "does not answer"), ("cut", "failed")],
+)
+def test_what_is_wrong_with_a_server_is_one_line(
+    server: WandbServer, study: Path, asked: str, fault: Fault, said: str
+) -> None:
+    (study / "wandb").mkdir()
+    Maker(study.parent, demo())
+    server.fault = lambda what: fault
+    done = buddy(asked, "--study", str(study))
+    line = only_line(done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in line
+    assert "are its runs there" not in line
+    assert ("WANDB_API_KEY" in line) == (fault == 401)
+
+
+def test_a_server_without_reports_is_told(server: WandbServer, study: Path) -> None:
+    Maker(study.parent, demo())
+    server.projects.add("buddy")
+    server.without.add("upsertView")
+    done = buddy("wandb-report", "--study", str(study))
+    assert done.returncode == 2
+    assert "has no reports" in only_line(done.stderr)

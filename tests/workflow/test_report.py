@@ -58,7 +58,7 @@ def test_without_a_key_wandb_targets_say_what_is_missing(checkout: Path, tmp_pat
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     study = checkout / "results" / "epyc-2-cores"
     (study / "wandb").mkdir(parents=True, exist_ok=True)
-    for target in ("wandb_sync", "wandb_report"):
+    for target in ("wandb", "wandb_sync", "wandb_report"):
         refused = snakemake(checkout, "--cores", "1", *REFERENCE, "--", target, **home)
         assert refused.returncode != 0
         assert "set WANDB_API_KEY" in (study / "logs" / f"{target}.log").read_text()
