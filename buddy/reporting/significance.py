@@ -1,12 +1,16 @@
 """Whether one method beats another: paired bootstrap over the items that both answered, at equal depth.
 
+A method that ran another mean depth than the one asked for (FiRST) is met at the depth that it ran: each of our items counts
+with its value interpolated between the two measured depths around it, which is what drawing one of the two for every input,
+in that proportion, would score on average.
+
 A claim that A beats B carries an interval, and the number of comparisons made (Holm's correction).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ class Difference:
         p: two-sided, by the share of resamples on the other side of 0.
         items: number of items behind it.
         note: why there is none.
+        depth: mean number of executed blocks at which they were compared, where that is not the one asked for.
     """
 
     value: float | None = None
@@ -40,6 +45,7 @@ class Difference:
     p: float = 1.0
     items: int = 0
     note: str = ""
+    depth: float | None = None
 
 
 def difference(
@@ -51,6 +57,13 @@ def difference(
     its mean over them.
     """
     ours, theirs = (_items(study, backbone, series, removed) for series in (one, other))
+    return _compared(study, ours, theirs, resamples)
+
+
+def _compared(
+    study: Study, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], resamples: int = RESAMPLES
+) -> Difference:
+    """``ours`` minus ``theirs``, items by task."""
     absent = [task for task in study.tasks if task not in ours or task not in theirs]
     if len(absent) == len(study.tasks):
         return Difference(note="not measured item by item")
@@ -125,12 +138,31 @@ def comparisons(study: Study) -> list[Comparison]:
 
 
 def _at_depth(study: Study, backbone: str, one: Series, other: Series, removed: int) -> Difference:
-    """No comparison where one of them ran another number of blocks."""
-    for series in (one, other):
-        average = measures.accuracy(study, backbone, series, removed)["average"]
-        if average.off_depth:
-            return Difference(note=f"ran {average.executed_mean or 0:.1f} of {study.blocks(backbone) - removed} blocks")
-    return difference(study, backbone, one, other, removed)
+    """The difference at the depth asked for, or where the other one ran another, at that; none where we have not measured
+    around it."""
+    ours, theirs = (measures.accuracy(study, backbone, series, removed)["average"] for series in (one, other))
+    if not ours.off_depth and not theirs.off_depth:
+        return difference(study, backbone, one, other, removed)
+    ran = theirs.executed_mean if theirs.off_depth else ours.executed_mean
+    there = None if ours.off_depth or ran is None else _interpolated(study, backbone, one, ran)
+    if there is None or ran is None:
+        return Difference(note=f"ran {ran or 0:.1f} of {study.blocks(backbone) - removed} blocks")
+    return replace(_compared(study, there, _items(study, backbone, other, removed)), depth=ran)
+
+
+def _interpolated(study: Study, backbone: str, series: Series, executed: float) -> dict[str, np.ndarray] | None:
+    """A method's items by task at a mean depth between two at which it was measured; None outside of all such."""
+    blocks = study.blocks(backbone)
+    measured = {blocks - removed: _items(study, backbone, series, removed) for removed in series.depths}
+    known = [depth for depth, items in measured.items() if items]
+    below = max((depth for depth in known if depth <= executed), default=None)
+    above = min((depth for depth in known if depth >= executed), default=None)
+    if below is None or above is None:
+        return None
+    share = (executed - below) / (above - below) if above > below else 0.0
+    few, many = measured[below], measured[above]
+    both = [task for task in few if task in many and len(few[task]) == len(many[task])]
+    return {task: (1 - share) * few[task] + share * many[task] for task in both}
 
 
 def significance(study: Study) -> Grid:
@@ -157,10 +189,21 @@ def significance(study: Study) -> Grid:
         notes=[
             f"Percentage points, averaged over {len(study.tasks)} tasks; 95 % intervals by a paired bootstrap over the "
             f"items that both answered ({RESAMPLES} resamples). They do not hold what another training would change.",
+            *_met(made),
             f"{len(tested)} comparisons were made: Holm's p corrects for all of them, and the verdict needs it below "
             f"{LEVEL}.",
         ],
     )
+
+
+def _met(made: Sequence[Comparison]) -> list[str]:
+    """A note on methods that were met at another depth than the one asked for."""
+    if all(one.found.depth is None for one in made):
+        return []
+    return [
+        "A method that ran another mean depth than the one asked for is compared at the depth that it ran, item by item "
+        "between the two measured depths around it."
+    ]
 
 
 def verdict(found: Difference, corrected: float | None) -> str:
@@ -190,5 +233,11 @@ def _record(study: Study, one: Comparison, corrected: float | None, tested: int)
         **{"against_recipe": one.other.recipe, "criterion": one.other.variant.get("criterion")},
         **{"lora": one.other.lora, "unit": "percentage points", "value": found.value},
         **{"low": found.low if known else None, "high": found.high if known else None, "p": found.p if known else None},
-        **{"holm_p": corrected, "comparisons": tested, "n": found.items, "verdict": verdict(found, corrected)},
+        **{
+            "executed_mean": found.depth,
+            "holm_p": corrected,
+            "comparisons": tested,
+            "n": found.items,
+            "verdict": verdict(found, corrected),
+        },
     }

@@ -116,6 +116,36 @@ def test_verdicts_need_the_corrected_p(raced: Maker) -> None:
     assert "| SLEB |" in text
 
 
+def test_a_method_of_another_depth_is_met_there(raced: Maker) -> None:
+    """FiRST ran 24 of the 26 blocks asked for: halfway between BUDDY's 26 and 22."""
+    texts = {task: digits(0.6, 200, place) for place, task in enumerate(TASKS)}
+    deep = {task: text[:150] + "0" * 50 for task, text in texts.items()}
+    answered(raced, raced.main_run("smollm2-135m"), 8, deep)
+    write.comparison(study.load(raced.folder))
+    path = raced.folder / "tables/significance.csv"
+    (row,) = cells(path, removed=4, against="first")
+    theirs = {task: "0" * 100 + text[100:] for task, text in texts.items()}
+
+    def share(found: dict[str, str]) -> float:
+        return float(np.mean([text.count("1") / 200 for text in found.values()]))
+
+    expected = (share(texts) + share(deep)) / 2 - share(theirs)
+    assert float(row["value"]) == pytest.approx(100 * expected, abs=1e-5)
+    assert float(row["executed_mean"]) == 24
+    gaps = [
+        [(int(a) + int(b)) / 2 - int(c) for a, b, c in zip(texts[task], deep[task], theirs[task], strict=True)]
+        for task in TASKS
+    ]
+    rng = np.random.default_rng(2)
+    means = [100 * np.mean([rng.choice(gap, 200).mean() for gap in gaps]) for _ in range(2000)]
+    assert (float(row["low"]), float(row["high"])) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.3)
+    assert "at the depth that it ran" in (raced.folder / "tables/significance.md").read_text()
+    answered(raced, raced.peer("first", 4), 4, theirs, executed=28.0)  # above all that BUDDY was measured at
+    write.comparison(study.load(raced.folder))
+    (row,) = cells(path, removed=4, against="first")
+    assert row["verdict"] == "ran 28.0 of 26 blocks"
+
+
 def test_an_items_mean_over_seeds_is_compared(tmp_path: Path) -> None:
     content = methods()
     content["study"] |= {"seeds": [0, 1], "methods": ["buddy", "sleb"]}
