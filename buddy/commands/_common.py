@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,9 @@ from buddy.errors import BudgetError, UserError, choices
 from buddy.runs import RunInfo
 from buddy.storage import locks
 from buddy.study import manifest
-from buddy.study.config import UNSAID, Run
+from buddy.study.config import UNSAID, Config, Run, parse
 from buddy.study.records import Budget, Record, Stopwatch, commit, environment
-from buddy.study.settings import Tracking
+from buddy.study.settings import Ablation, Tracking
 from buddy.tracking import Tracker, track
 
 if TYPE_CHECKING:
@@ -39,8 +41,26 @@ def tracked(
     facts = axes(run)
     path = f"{run.path}/{part}" if part else run.path
     group = f"{run.backbone} × {run.method}"
-    tags = (run.backbone, run.method)
+    tags = (run.backbone, run.method, *roles(run))
     return tracked_job(stage, info.study, path, group, {**facts, **config}, tags, reads, writes)
+
+
+def roles(run: Run) -> list[str]:
+    """What a run is in its study, as tags: ``main``, ``ablation:NAME``; [] where there is no study to ask."""
+    if run.method != "buddy":
+        return []
+    file = Path(os.environ.get("WANDB_DIR", ".")).parent / "study.json"
+    try:
+        plan = parse(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError):
+        return []
+    same = replace(run, seed=plan.study.seeds[0]).path
+    main = ["main"] if run.backbone in plan.study.backbones and same == plan.main_run(run.backbone).path else []
+    return main + [f"ablation:{one.name}" for one in plan.study.ablations if _holds(plan, one, run)]
+
+
+def _holds(plan: Config, ablation: Ablation, run: Run) -> bool:
+    return run.path in {other.path for other in plan.ablation_runs(ablation)}
 
 
 def axes(run: Run) -> dict[str, Any]:

@@ -105,8 +105,25 @@ class Page:
             )
             for depth in depths
         ]
+        # The last column colours the lines: yellow is good.
+        gradient = [wr.GradientPoint(color=color, offset=offset) for color, offset in _GRADIENT]
         panels = [
-            wr.ParallelCoordinatesPlot(columns=columns, title=ablation.name, layout=wr.Layout(w=FULL, h=10)),
+            wr.ParallelCoordinatesPlot(
+                columns=columns, title=ablation.name, gradient=gradient, layout=wr.Layout(w=FULL, h=10)
+            ),
+            wr.ParameterImportancePlot(with_respect_to=score, layout=wr.Layout(w=HALF, h=8)),
+            wr.RunComparer(diff_only="split", layout=wr.Layout(w=HALF, h=8)),
+            *(
+                wr.BarPlot(
+                    title=f"accuracy (%) by {axis}, {depths[-1]} removed: mean and standard error over its runs",
+                    metrics=[score],
+                    groupby=wr.Config(axis),
+                    groupby_aggfunc="mean",
+                    groupby_rangefunc="stderr",
+                    layout=wr.Layout(w=HALF, h=8),
+                )
+                for axis in varied
+            ),
             *(
                 wr.ScatterPlot(
                     title=f"accuracy (%) by {axis}, {depths[-1]} removed",
@@ -118,7 +135,21 @@ class Page:
             ),
         ]
         yield wr.H1(f"Ablation: {ablation.name}")
-        yield self._grid([found], panels)
+        yield self._grid([found], panels, columns=_columns(ablation.axes(), depths))
+        scored = of_ablation(self.study.config, ablation, {**self.shared, "stage": "score"})
+        if ablation.backbone in self.study.config.scored_backbones():
+            names = [at_depth(name, depth) for depth in depths for name in ("nll", "distinct_paths")]
+            bars = [
+                wr.BarPlot(
+                    title=name.replace("_", " "),
+                    metrics=[name],
+                    groupby=wr.Config("run"),
+                    layout=wr.Layout(w=HALF, h=8),
+                )
+                for name in names
+            ]
+            yield wr.H2(f"{ablation.name}: likelihood and distinct paths")
+            yield self._grid([scored], bars, columns=_columns(ablation.axes(), depths, ("nll", "kl", "distinct_paths")))
 
     def _latency(self, backbone: str) -> Iterator[Any]:
         """Tokens per second over the number of removed blocks, as they were timed against each other."""
@@ -207,9 +238,11 @@ class Page:
         shared = {**self.shared, "stage": stage}
         return [of_series(one, labels[one.path], backbone, shared) for one in series]
 
-    def _grid(self, runsets: Sequence[Runset], panels: Sequence[Any]) -> Any:
+    def _grid(self, runsets: Sequence[Runset], panels: Sequence[Any], columns: Sequence[str] = ()) -> Any:
+        """Panels over sets of runs, whose table shows these columns, or what people have chosen."""
         place = {"entity": self.entity, "project": self.project}
-        sets = [self.wr.Runset(**place, name=one.name, filters=one.filters()) for one in runsets]
+        shown = {"visible_columns": list(columns), "lock_columns": True} if columns else {}
+        sets = [self.wr.Runset(**place, name=one.name, filters=one.filters(), **shown) for one in runsets]
         return self.wr.PanelGrid(runsets=sets, panels=list(panels))
 
     def _grouped(self, runsets: Sequence[Runset]) -> dict[str, Any]:
@@ -233,6 +266,18 @@ class Page:
             return file.read_text(encoding="utf-8")
         grid: Grid = build(self.study)
         return render.to_markdown(grid)
+
+
+def _columns(axes: Sequence[str], depths: Sequence[int], scores: Sequence[str] = ("average",)) -> list[str]:
+    """Columns of a table of runs: what varies, what came out at each depth, and whose it is."""
+    return [
+        *(f"config:{axis}.value" for axis in axes),
+        *(f"summary:{at_depth(score, depth)}" for score in scores for depth in depths),
+        *("config:seed.value", "config:commit.value", "tags:__ALL__"),
+    ]
+
+
+_GRADIENT = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 
 
 def _execution(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from buddy.errors import UserError, lacking
+from buddy.pages import sweeps
 from buddy.pages.page import Page, describe, title
 from buddy.reporting.study import Study
 from buddy.storage.files import read_json, write_json
@@ -48,6 +49,7 @@ def save(study: Study, entity: str | None, project: str) -> str:
         report.save()
     except Exception as error:  # the packages raise many kinds
         raise UserError(_reason(error, study, project, page)) from None
+    sweeps.save(study, owner, project)
     write_json(page, {"id": report.id, "url": report.url, "entity": owner, "project": project})
     return str(report.url)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import wandb
 import wandb_files
+import yaml
 from records_factory import Maker, methods
 from wandb_files import Logged
 from wandb_server import ENTITY, KEY, WandbServer
@@ -26,6 +27,8 @@ from buddy.runs import RunInfo
 from buddy.study.records import Budget, Record
 
 BACKBONE = "smollm2-135m"
+SWEEPS: list[dict[str, Any]] = []
+"""What the server was told of sweeps."""
 
 
 def content() -> dict[str, Any]:
@@ -89,7 +92,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, l
         patch.setenv("WANDB_API_KEY", KEY)
         server.projects.add("buddy")
         report.save(study, None, "buddy")
+        report.save(study, None, "buddy")  # renewed
         (page,) = server.reports.values()
+        SWEEPS.extend(server.sweeps.values())
         yield study, logged, json.loads(page["spec"])
     wandb.teardown()
 
@@ -261,3 +266,54 @@ def test_the_verdicts_stand_at_the_top(study: Study, page: dict[str, Any]) -> No
     assert f"of {len(set(study.frame.file))} records" in texts[0]
     assert "beside the paper" in texts[1]
     assert ENTITY not in texts[0]
+
+
+def test_an_ablation_is_a_sweep_once(study: Study, logged: list[Logged]) -> None:
+    assert len(SWEEPS) == 3  # the renewed page has those of the first
+    for sweep, name in zip(SWEEPS, ("prior", "omega", "grid"), strict=True):
+        told = yaml.safe_load(sweep["config"])
+        ablation = study.config.ablation(name)
+        for axis in ablation.axes():
+            given = getattr(ablation, axis)
+            assert [value for value in told["parameters"][axis]["values"] if value in given] == given
+        assert told["metric"] == {"name": "average_removed_8", "goal": "maximize"}
+        runs = {choice["name"] for choice in json.loads(sweep["priorRunsFilters"])["$or"]}
+        wanted = {run.path for run in study.config.ablation_runs(ablation)}
+        assert {run.id for run in logged if run.config["run"] in wanted} == runs
+
+
+def test_runs_are_tagged_by_what_they_are(study: Study, logged: list[Logged]) -> None:
+    for run in logged:
+        roles = {tag for tag in run.tags if tag == "main" or tag.startswith("ablation:")}
+        of = {
+            f"ablation:{one.name}"
+            for one in study.config.study.ablations
+            if run.config["run"] in {other.path for other in study.config.ablation_runs(one)}
+        }
+        main = {study.config.main_run(BACKBONE).path, study.config.main_run(BACKBONE).path.replace("seed~0", "seed~1")}
+        assert roles == of | ({"main"} if run.config["run"] in main else set())
+    assert sum("main" in run.tags for run in logged) == 2
+
+
+def test_an_ablation_can_be_reviewed(page: dict[str, Any]) -> None:
+    (grid,) = sections(page)["Ablation: grid"]
+    (importance,) = panels(grid, "Parameter Importance")
+    assert importance["targetKey"] == "average_removed_8"
+    assert len(panels(grid, "Run Comparer")) == 1
+    (coordinates,) = panels(grid, "Parallel Coordinates Plot")
+    assert len(coordinates["customGradient"]) == 3
+    bars = panels(grid, "Bar Chart")
+    assert [(bar["groupBy"], bar["groupArea"]) for bar in bars] == [
+        ("feature.value", "stderr"),
+        ("source_block.value", "stderr"),
+    ]
+    (runset,) = grid["runSets"]
+    assert runset["runFeed"]["columnOrder"] == [
+        "config:feature.value",
+        "config:source_block.value",
+        "summary:average_removed_4",
+        "summary:average_removed_8",
+        "config:seed.value",
+        "config:commit.value",
+        "tags:__ALL__",
+    ]

@@ -94,6 +94,7 @@ class WandbServer:
         self.artifacts: dict[str, SentArtifact] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.projects: set[str] = set()
+        self.sweeps: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
         self.unknown: list[str] = []
         self.bodies: list[bytes] = []
@@ -275,6 +276,12 @@ class WandbServer:
         edges = [{"node": {**facts, "id": f"p-{name}", "name": name}} for name in projects]
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         return {"models": {"__typename": "ProjectConnection", "totalCount": 1, "pageInfo": page, "edges": edges}}
+
+    def _on_UpsertSweep(self, given: dict[str, Any]) -> dict[str, Any]:
+        name = f"sweep{len(self.sweeps)}"
+        self.sweeps[name] = given
+        place = {"id": "p", "name": given["projectName"], "entity": {"id": "e", "name": given["entityName"]}}
+        return {"upsertSweep": {"sweep": {"name": name, "project": place}, "configValidationWarnings": []}}
 
     def _on_upsertView(self, given: dict[str, Any]) -> dict[str, Any]:
         id = given.get("id") or f"page{len(self.reports)}"
