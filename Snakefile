@@ -1,5 +1,5 @@
 # BUDDY: from backbones to paper-ready tables. `snakemake --profile slurm -j 64` runs the study of config.yaml.
-from snakemake.utils import min_version, validate
+from snakemake.utils import min_version
 
 min_version("9.20")
 

@@ -317,7 +317,7 @@ selftest() {
     say "a wheel that was cut up and joined is the same"
     local me="$ROOT/benchmarks/gpu.sh" tiny=("$ROOT/tests/tiny.yaml" "$out/paper.yaml") rows="$ROOT/buddy/data/embedded"
     local status=0
-    echo 'study: {main: {recipe: paper}, recipes: [paper]}' > "$out/paper.yaml" # the tiny study has another of the router's recipes
+    echo 'study: {methods: [dense, buddy], main: {recipe: paper}, recipes: [paper]}' > "$out/paper.yaml" # the tiny study has another of the router's recipes
     INSTEAD="--rows generate,buddy-0.5,buddy-0.5-int8,llama.cpp --prompts 1 --new-tokens 4 --repeats 1" \
         "$me" latency "$out/latency" embedded "${tiny[@]}"
     grep -q "this engine | 0.5 | as loaded | [0-9]" "$out/latency/instead/instead.md" ||
@@ -332,7 +332,7 @@ selftest() {
     expect "$out/study" accuracy 5
     expect "$out/study" latency $((26 * engines))
     expect "$out/study" breakdown 2
-    expect "$out/study" training 2
+    expect "$out/study" training 3
     say "again: nothing must be left to do"
     "$me" study "$rows" none "$out/study" "${tiny[@]}" > "$out/again.log"
     grep -q "Nothing to be done" "$out/again.log" || fail "selftest: a second run had something to do, see $out/again.log"

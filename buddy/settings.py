@@ -6,9 +6,8 @@ The JSON schema, the configuration reference and the options of the commands are
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,13 +21,13 @@ from pydantic import (
     model_validator,
 )
 
+from buddy.methods import METHODS, of_kind
+from buddy.tasks import PAPERS, TASKS
+
 Feature = Literal["key", "value", "key+value"]
 Prior = Literal["none", "delta_ppl", "cosine", "taylor"]
 KV = Literal["zero", "mask", "project"]
-StaticPeer = Literal["shortgpt", "shortened_llama", "sleb"]
-Criterion = Literal["block_influence", "ppl", "taylor", "ppl_unprotected"]
 Indicator = Literal["delta_ppl", "taylor", "cosine", "block_influence"]
-Task = Literal["openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande"]
 Execution = Literal["dense", "sliced", "full", "reuse", "recompute", "varied", "mixed", "nested"]
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
@@ -38,7 +37,6 @@ RouterRecipe = Literal["paper", "tuned"]
 PoolOver = Literal["prompt", "question", "all"]
 DecodeMode = Literal["recompute", "reuse"]
 ScoredData = Literal["alpaca", "gsm8k", "samsum", "wikitext2", "ptb"]
-DataName = Task | Literal["gsm8k", "alpaca", "samsum"]
 Architecture = Literal["llama3-8b", "llama2-7b", "llama1-13b", "qwen2.5-7b", "tiny-llama", "tiny-qwen2", "tiny-qwen3"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 PRIORS: tuple[Prior, ...] = get_args(Prior)
@@ -49,35 +47,21 @@ DECODE_MODES = ("reuse", "recompute")
 PREDICTOR_PRESETS: tuple[PredictorPreset, ...] = get_args(PredictorPreset)
 ROUTER_RECIPES: tuple[RouterRecipe, ...] = get_args(RouterRecipe)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
-TASKS: tuple[Task, ...] = get_args(Task)
-STATIC_PEERS: tuple[StaticPeer, ...] = get_args(StaticPeer)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
-HEADLINE = {
-    "openbookqa": "acc_norm",
-    "piqa": "acc_norm",
-    "boolq": "acc",
-    "siqa": "acc",
-    "hellaswag": "acc_norm",
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "winogrande": "acc",
-}
-"""What the tables show of a task, accuracy or length-normalised accuracy: the paper's choice. Its dense Llama-2-7B stands at
-76.30 on ARC-e, where the harness has 76.35 (acc) and 74.66 (acc_norm), and at 46.33 on ARC-c, where acc is 43.52."""
-
-
-def headline(task: str, scores: Mapping[str, Any]) -> str:
-    """Of the scores that a record has of a task the name of the one that is shown; the other one where that is missing."""
-    first = HEADLINE.get(task, "acc_norm")
-    other = "acc" if first == "acc_norm" else "acc_norm"
-    return other if scores.get(first) is None else first
-
-
-def percents(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Each task's headline score in percent, of the ``tasks`` of an accuracy record."""
-    return {name: 100 * scores[headline(name, scores)] for name, scores in tasks.items()}
-
+# Names out of tables that other packages extend: no type checker can know them, every reader of settings can.
+if TYPE_CHECKING:
+    Task: TypeAlias = str
+    StaticPeer: TypeAlias = str
+    DynamicMethod: TypeAlias = str
+    Criterion: TypeAlias = str
+    DataName: TypeAlias = str
+else:
+    Task = Literal[tuple(TASKS)]
+    StaticPeer = Literal[of_kind("static")]
+    DynamicMethod = Literal[of_kind("routed", "dynamic")]
+    Criterion = Literal[tuple(dict.fromkeys(one for method in METHODS.values() for one in method.criteria))]
+    DataName = Literal[(*TASKS, "gsm8k", "alpaca", "samsum")]
 
 MOST_SEED = 2**32 - 1
 """Largest seed that every generator takes."""
@@ -210,14 +194,6 @@ class Importance(Settings):
 def corpus_name(corpus: str) -> str:
     """What a calibration corpus is called in paths: the data set, or the text file without folder and ending."""
     return PurePath(corpus).stem
-
-
-CRITERIA: dict[StaticPeer, tuple[Criterion, ...]] = {
-    "shortgpt": ("block_influence",),
-    "shortened_llama": ("ppl", "taylor", "ppl_unprotected"),
-    "sleb": ("ppl",),
-}
-"""Every static peer's criteria; the first is its paper's main one."""
 
 
 class Pudding(Settings):
@@ -361,7 +337,7 @@ class Router(Settings):
 class Evaluation(Settings):
     """Accuracy through lm-evaluation-harness."""
 
-    tasks: list[Task] = Field([*TASKS], description="tasks", min_length=1)
+    tasks: list[Task] = Field([*PAPERS], description="tasks", min_length=1)
     few_shot: int = Field(0, description="solved examples in the prompt", ge=0)
     limit: int | None = Field(
         None,
@@ -472,7 +448,7 @@ class Predictor(Settings):
     )
     data: list[DataName] = Field(["alpaca"], description="paper: data sets it is trained on", min_length=1)
     tuned_data: list[DataName] = Field(
-        ["alpaca", *TASKS],
+        ["alpaca", *PAPERS],
         description="tuned: data sets it is trained on; their losses are measured once",
         min_length=1,
     )
@@ -509,11 +485,11 @@ class Predictor(Settings):
         le=1,
     )
     datasets: list[DataName] = Field(
-        ["alpaca", "gsm8k", *TASKS], description="data sets on whose held-out inputs it is evaluated", min_length=1
+        ["alpaca", "gsm8k", *PAPERS], description="data sets on whose held-out inputs it is evaluated", min_length=1
     )
     limit: int | None = Field(None, description="first N held-out inputs of each (all by default)", ge=1)
     tasks: list[Task] = Field(
-        [*TASKS], description="tasks that are scored with each input's depth left to the predictor; [] for none"
+        [*PAPERS], description="tasks that are scored with each input's depth left to the predictor; [] for none"
     )
 
 
@@ -529,7 +505,7 @@ class Latency(Settings):
     """Prefill and decode speed."""
 
     backbones: list[Name] | None = Field(None, description="backbones to time (all of the study by default)")
-    methods: list[Literal["buddy", "pudding", "first"]] = Field(
+    methods: list[DynamicMethod] = Field(
         ["buddy"],
         description="methods that are timed, those of them that the study compares; a static peer is BUDDY's sliced model",
         min_length=1,

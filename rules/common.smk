@@ -10,7 +10,8 @@ from snakemake.exceptions import WorkflowError
 
 from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError, unknown
-from buddy.settings import INDICATORS, PREDICTOR_PRESETS, STATIC_PEERS
+from buddy.methods import METHODS, of_kind
+from buddy.settings import INDICATORS, PREDICTOR_PRESETS
 from buddy.storage.files import write_json
 from buddy.study import config as buddy_config
 from buddy.study import layout, limits, planned_figures, results
@@ -19,8 +20,6 @@ from buddy.study.jobs import Jobs, corpora
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
 ORIGIN = " with ".join(str(file) for file in ["config.yaml", *CONFIGFILES])
 STUDY = checked(buddy_config.parse, config, ORIGIN)
-# Defaults come from the typed study: filling them in here would mix the keys of alternative backbone sources.
-validate(config, "../workflow/schemas/config.schema.json", set_default=False)
 
 RESULTS = f"results/{STUDY.study.name}"
 # The records behind tables and figures: those that the rules measure, or those that the study names (study.records).
@@ -32,7 +31,7 @@ TABLES_OF_STUDY = STUDY.measured_tables()
 CORPORA = corpora(STUDY)
 _RANKED_ON = [("orders.corpora", corpus) for corpus in CORPORA.values()]
 _RANKED_ON += [("importance.corpus", STUDY.importance.corpus)] if STUDY.importances() else []
-_RANKED_ON += [("peers.corpus", STUDY.peers.corpus)] if {*STATIC_PEERS} & {*STUDY.study.methods} else []
+_RANKED_ON += [("peers.corpus", STUDY.peers.corpus)] if {*of_kind("static")} & {*STUDY.study.methods} else []
 for _key, _corpus in _RANKED_ON if MEASURES else ():
     checked(check_corpus, _corpus, f"{ORIGIN}: {_key}")
 
@@ -53,18 +52,17 @@ def any_of(names):
     return "|".join(re.escape(name) for name in names) or "(?!)"
 
 
-def runs_of(*methods, but=()):
-    """The runs that rules train or measure, of these methods or of all; with records given, there are none."""
-    chosen = [path for path, run in JOBS.runs.items() if run.method in methods or not methods]
-    return any_of([path for path in chosen if JOBS.runs[path].method not in but] if MEASURES else [])
+def runs_of(among):
+    """The runs that rules train or measure, of the methods that are among these; with records given, there are none."""
+    return any_of([path for path, run in JOBS.runs.items() if MEASURES and among(METHODS[run.method])])
 
 
 wildcard_constraints:
     backbone=any_of(STUDY.backbones),
-    run=runs_of(),
-    routed=runs_of("buddy"),
-    peer=runs_of(but=("dense", "buddy")),
-    static_peer=any_of(STATIC_PEERS),
+    run=runs_of(lambda method: True),
+    routed=runs_of(lambda method: method.kind == "routed"),
+    peer=runs_of(lambda method: method.trained and method.kind != "routed"),
+    static_peer=any_of(of_kind("static")),
     criterion="[a-z_]+",
     indicator=any_of(INDICATORS),
     corpus=any_of(CORPORA),

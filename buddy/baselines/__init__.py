@@ -1,7 +1,7 @@
 """How the static peers choose the blocks they remove: a file per method, each from its own paper's definition.
 
-What is chosen is a removal order for `buddy.policies.static.StaticPolicy`. `METHODS` is the only place that maps a method's
-name, and its criterion, to the function that finds the order.
+What is chosen is a removal order for `buddy.policies.static.StaticPolicy`. Which function finds it, for a method and a
+criterion, stands in `buddy.methods`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from buddy.baselines import shortened_llama, shortgpt, sleb
 from buddy.baselines.removal import Peer, Removal
 from buddy.errors import UserError, unknown
+from buddy.extensions import named
+from buddy.methods import METHODS, of_kind
 from buddy.routing.types import CausalLM
-
-METHODS: dict[str, dict[str, Peer]] = {
-    "shortgpt": shortgpt.CRITERIA,
-    "shortened_llama": shortened_llama.CRITERIA,
-    "sleb": sleb.CRITERIA,
-}
-"""Every method's criteria; the first is its paper's main one."""
 
 
 def peer(method: str, criterion: str | None = None) -> tuple[str, Peer]:
@@ -29,14 +23,14 @@ def peer(method: str, criterion: str | None = None) -> tuple[str, Peer]:
     Raises:
         UserError: an unknown method, or a criterion that it has not.
     """
-    if method not in METHODS:
-        raise unknown("--method", method, METHODS)
-    criteria = METHODS[method]
-    if criterion is None:
-        criterion = next(iter(criteria))
+    if method not in of_kind("static"):
+        raise unknown("--method", method, of_kind("static"))
+    criteria = METHODS[method].criteria
+    criterion = criterion or criteria[0]
     if criterion not in criteria:
         raise unknown(f"--criterion (of {method})", criterion, criteria)
-    return criterion, criteria[criterion]
+    definitions: dict[str, Peer] = named(METHODS[method].ranking)
+    return criterion, definitions[criterion]
 
 
 def removable(definition: Peer, blocks: int, removed: int, protect: Sequence[int] | None = None) -> list[int]:
@@ -81,7 +75,7 @@ def calibrate(
     Args:
         backbone: causal language model.
         ids: (N, S) calibration windows.
-        method: one of `METHODS`.
+        method: a static one of `buddy.methods`.
         removed: how many blocks to remove.
         criterion: one of the method's; its first by default.
         protect: blocks never removed, from 0, negative ones from the end; what its authors keep by default.

@@ -13,26 +13,27 @@ from buddy.commands import _given
 from buddy.commands._common import backbone_folder, check_one_gpu
 from buddy.commands._options import choice, with_settings
 from buddy.commands._trained import claim_run, making, told_of
-from buddy.errors import UserError, needs
-from buddy.settings import MOST_SEED, STATIC_PEERS, First, Pudding, Training
+from buddy.errors import UserError, choices, needs
+from buddy.methods import METHODS
+from buddy.settings import MOST_SEED, First, Pudding, Training
 from buddy.storage.files import sha256
 from buddy.study.config import peer_axes
 from buddy.study.records import commit
-from buddy.study.settings import METHODS, NOT_OF_PEERS
+from buddy.study.settings import NOT_OF_PEERS
 
 if TYPE_CHECKING:
     from buddy.study.records import Record
     from buddy.training import peers
     from buddy.training.job import Job
 
-ADAPTED = tuple(method for method in METHODS if method not in ("dense", "buddy"))
+ADAPTED = tuple(name for name, method in METHODS.items() if method.trained and method.kind != "routed")
 
 
 @with_settings(First, name="first", prefix="first")
 @with_settings(Pudding, leave_out=("criteria", "pool_items"), name="pudding", prefix="pudding")
 @with_settings(Training, leave_out=("data", *NOT_OF_PEERS))
 def adapt(
-    method: Annotated[str, typer.Option(help="dense_lora, shortgpt, shortened_llama, sleb, pudding or first")],
+    method: Annotated[str, typer.Option(help=choices(ADAPTED))],
     backbone: arg.Backbone,
     out: arg.RunOut,
     settings: Training,
@@ -94,7 +95,7 @@ def adapt(
     _check_depth(method, found, removed, model.config.num_hidden_layers)
     if lora == "none":
         settings = settings.model_copy(update={"lora_rank": 0})
-    criterion = found.metrics["criterion"] if found and method in STATIC_PEERS else None
+    criterion = found.metrics["criterion"] if found and METHODS[method].kind == "static" else None
     dynamic = {"pudding": pudding, "first": first}.get(method)
     info = runs.RunInfo(
         method=method,
@@ -102,7 +103,7 @@ def adapt(
         policy_settings={},
         backbone=name or backbone.name,
         backbone_path=runs.relative(backbone, out),
-        variant={} if method == "dense_lora" else dict(peer_axes(criterion, removed, lora)),
+        variant={} if METHODS[method].kind == "whole" else dict(peer_axes(criterion, removed, lora)),
         seed=seed,
         study=study,
         kv=settings.kv,
@@ -146,9 +147,9 @@ def _check_depth(method: str, found: Record | None, removed: int, blocks: int) -
     Raises:
         UserError: a dense model with blocks removed, a peer without, too many, or a record of another backbone.
     """
-    if method == "dense_lora":
+    if METHODS[method].kind == "whole":
         if removed:
-            raise UserError(f"--removed: {removed} blocks asked for, dense_lora removes none")
+            raise UserError(f"--removed: {removed} blocks asked for, {method} removes none")
     elif not 1 <= removed <= blocks - 2:
         raise UserError(f"--removed: {removed} is not between 1 and {blocks - 2}, of {blocks} blocks")
     if found is not None and found.metrics["blocks"] != blocks:

@@ -9,7 +9,8 @@ import typer
 from buddy.commands import _arguments as arg
 from buddy.commands._measured import open_backbone
 from buddy.commands._options import with_settings
-from buddy.errors import UserError
+from buddy.errors import UserError, choices
+from buddy.methods import of_kind
 from buddy.settings import Importance
 from buddy.study.records import claim
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def calibrate(
     backbone: arg.Backbone,
     corpus: arg.Corpus,
-    method: Annotated[str, typer.Option(help="shortgpt, shortened_llama or sleb")],
+    method: Annotated[str, typer.Option(help=choices(of_kind("static")))],
     removed: Annotated[int, typer.Option(help="number of blocks to remove")],
     settings: Importance,
     criterion: Annotated[

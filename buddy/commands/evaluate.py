@@ -11,8 +11,9 @@ from buddy.commands import _arguments as arg
 from buddy.commands._common import check_auto, keep_off_the_hub
 from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
-from buddy.settings import Evaluation, percents
+from buddy.settings import Evaluation
 from buddy.study.records import Budget
+from buddy.tasks import percents
 from buddy.tracking import Tracker
 
 

@@ -12,9 +12,9 @@ import typer
 from buddy import runs
 from buddy.commands import _arguments as arg
 from buddy.errors import UserError
-from buddy.settings import percents
 from buddy.storage import folders
 from buddy.study.records import Record
+from buddy.tasks import percents
 
 
 def export(

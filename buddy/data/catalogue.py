@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from buddy.errors import UserError, choices, unknown
+from buddy.tasks import TASKS
 
 CHOICE = "multiple choice"
 PROBLEMS = "word problems"
@@ -61,60 +62,9 @@ class DataSet:
 
 
 _SETS = (
-    DataSet(
-        "openbookqa",
-        CHOICE,
-        "allenai/openbookqa",
-        ("question_stem", "choices", "answerKey"),
-        evaluation="test",
-        config="main",
-    ),
-    DataSet("piqa", CHOICE, "baber/piqa", ("goal", "sol1", "sol2", "label"), evaluation="validation"),
-    DataSet(
-        "boolq",
-        CHOICE,
-        "aps/super_glue",
-        ("passage", "question", "label"),
-        evaluation="validation",
-        config="boolq",
-    ),
-    DataSet(
-        "siqa",
-        CHOICE,
-        "lighteval/siqa",
-        ("context", "question", "answerA", "answerB", "answerC", "label"),
-        evaluation="validation",
-    ),
-    DataSet(
-        "hellaswag",
-        CHOICE,
-        "Rowan/hellaswag",
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        evaluation="validation",
-    ),
-    DataSet(
-        "arc_easy",
-        CHOICE,
-        "allenai/ai2_arc",
-        ("question", "choices", "answerKey"),
-        evaluation="test",
-        config="ARC-Easy",
-    ),
-    DataSet(
-        "arc_challenge",
-        CHOICE,
-        "allenai/ai2_arc",
-        ("question", "choices", "answerKey"),
-        evaluation="test",
-        config="ARC-Challenge",
-    ),
-    DataSet(
-        "winogrande",
-        CHOICE,
-        "allenai/winogrande",
-        ("sentence", "option1", "option2", "answer"),
-        evaluation="validation",
-        config="winogrande_xl",
+    *(
+        DataSet(task.name, CHOICE, task.repository, task.columns, evaluation=task.evaluation, config=task.config)
+        for task in TASKS.values()
     ),
     DataSet(
         "gsm8k",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from buddy.data.catalogue import entry
 from buddy.data.store import read
 from buddy.errors import UserError, unknown
+from buddy.tasks import TASKS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -20,18 +21,8 @@ if TYPE_CHECKING:
 
 PREFIX = "buddy_"
 
-STOCK = {
-    "openbookqa": "openbookqa/openbookqa.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "siqa": "siqa/siqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "gsm8k": "gsm8k/gsm8k.yaml",
-}
-"""Our names, and the files below ``lm_eval/tasks`` that define them."""
+STOCK = {**{name: task.harness for name, task in TASKS.items()}, "gsm8k": "gsm8k/gsm8k.yaml"}
+"""Our names, and the files below ``lm_eval/tasks`` that define them; that of another package's task is its own."""
 
 
 def tasks(root: str | Path, names: Sequence[str]) -> tuple[TaskManager, list[ConfigurableTask]]:

@@ -12,8 +12,8 @@ from buddy.reporting.labels import TASK_LABELS, coordinates, number, one_path, p
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import budget_axis, empty, finish, line, panels, shifts
-from buddy.settings import HEADLINE
 from buddy.study.settings import Table
+from buddy.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,24 +74,13 @@ def _accuracy_row(study: Study, name: str, backbone: str, series: Series, label:
 
 def headline_note(tasks: Sequence[str]) -> str:
     """A note on which of the harness's accuracies each task is shown by."""
-    normalised = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc_norm"]
-    plain = [TASK_LABELS[task] for task in tasks if HEADLINE[task] == "acc"]
+    normalised = [TASK_LABELS[task] for task in tasks if TASKS[task].headline == "acc_norm"]
+    plain = [TASK_LABELS[task] for task in tasks if TASKS[task].headline == "acc"]
     parts = [f"length-normalised (acc_norm) for {', '.join(normalised)}"] if normalised else []
     parts += [f"plain (acc) for {', '.join(plain)}"] if plain else []
     return f"Accuracy in percent, {' and '.join(parts)}."
 
 
-CHANCE = {
-    "openbookqa": 1 / 4,
-    "piqa": 1 / 2,
-    "boolq": 1 / 2,
-    "siqa": 1 / 3,
-    "hellaswag": 1 / 4,
-    "arc_easy": 1 / 4,
-    "arc_challenge": 1 / 4,
-    "winogrande": 1 / 2,
-}
-"""Accuracy of a blind guess: one over the number of choices."""
 CHANCE_LABEL = "Chance"
 
 
@@ -147,7 +136,7 @@ def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
         if one.depths == (0,) and points:
             _reference_level(axes, points[0][1], mark, band=one.method == "dense")
         line(axes, points, [point.stderr or 0.0 for _, point in points], mark, labels[one.path])
-    chance = 100 * sum(CHANCE[task] for task in study.tasks) / len(study.tasks)
+    chance = 100 * sum(1 / TASKS[task].choices for task in study.tasks) / len(study.tasks)
     axes.axhline(chance, color=style.GREY, linewidth=0.9, linestyle=style.DOTTED, zorder=1, label=CHANCE_LABEL)
     budget_axis(axes, depths, blocks)
     _reach(axes, depths[-1], [_removed(depths[-1], blocks, point) for point in shown])

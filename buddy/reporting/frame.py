@@ -11,9 +11,9 @@ import pandas as pd
 
 from buddy.errors import UserError
 from buddy.reporting import plausible
-from buddy.settings import headline
 from buddy.study.config import UNSAID
 from buddy.study.records import Record, find
+from buddy.tasks import headline
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def _budget(record: Record, levels: Mapping[str, str]) -> Iterator[dict[str, Any
 
 
 def _accuracy(record: Record) -> Iterator[dict[str, Any]]:
-    """One row per task, its headline score (`buddy.settings.HEADLINE`). With a preset there is no budget:
+    """One row per task, its headline score (`buddy.tasks`). With a preset there is no budget:
     the budget predictor set it for each input."""
     preset = record.variant.get("preset")
     if record.budget is None and preset is None:

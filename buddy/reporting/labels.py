@@ -6,32 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from buddy.methods import METHODS
 from buddy.reporting.frame import PROBE_PATHS
 from buddy.reporting.study import Series, Study, is_main_criterion
-from buddy.settings import STATIC_PEERS, Loss, RouterRecipe
+from buddy.settings import Loss, RouterRecipe
 from buddy.study.config import UNSAID
 from buddy.study.settings import Variant
+from buddy.tasks import TASKS
 
-TASK_LABELS = {
-    "openbookqa": "OBQA",
-    "piqa": "PIQA",
-    "boolq": "BoolQ",
-    "siqa": "SIQA",
-    "hellaswag": "HellaSwag",
-    "arc_easy": "ARC-e",
-    "arc_challenge": "ARC-c",
-    "winogrande": "WinoGrande",
-}
-_METHODS = {
-    "dense": "Dense",
-    "dense_lora": "Dense (LoRA)",
-    "shortened_llama": "Shortened LLaMA",
-    "shortgpt": "ShortGPT",
-    "sleb": "SLEB",
-    "pudding": "PuDDing",
-    "first": "FiRST",
-    "buddy": "BUDDY",
-}
+TASK_LABELS = {name: task.label for name, task in TASKS.items()}
 EXECUTIONS = {
     "dense": "Dense",
     "sliced": "Sliced",
@@ -78,7 +61,7 @@ def fraction(executed: int, blocks: int) -> str:
 
 def method_label(method: str, told: Sequence[str] = ()) -> str:
     """A method's name as its authors write it, with what else there is to tell of it: ``SLEB (no LoRA)``."""
-    return _METHODS.get(method, method) + (f" ({', '.join(told)})" if told else "")
+    return (METHODS[method].label if method in METHODS else method) + (f" ({', '.join(told)})" if told else "")
 
 
 def buddy_label(recipe: RouterRecipe) -> str:
@@ -185,7 +168,10 @@ LOSSES: dict[Loss, str] = {
 
 def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
     """One note on what the methods that are compared were trained to minimise; none where none was trained."""
-    trained = any(one.lora == "trained" or one.method not in ("dense", *STATIC_PEERS) for one in series)
+    trained = any(
+        one.lora == "trained" or (METHODS[one.method].trained and METHODS[one.method].kind != "static")
+        for one in series
+    )
     text = LOSSES[study.config.training.loss]
     if study.config.data.answers == "backbone":
         text += ", on prompts that the backbone answered itself"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from buddy.methods import kind
 from buddy.reporting.grid import Cell, Grid, Row, ran, rank_columns, rank_note
 from buddy.reporting.labels import (
     DATASETS,
@@ -26,7 +27,6 @@ from buddy.reporting.measures import DEPTH_TOLERANCE, Measure
 from buddy.reporting.significance import LEVEL, Difference, holm, paired, verdict
 from buddy.reporting.study import Series, Study
 from buddy.resampling import INTERVAL_RESAMPLES, RESAMPLES, Estimate, estimate
-from buddy.settings import STATIC_PEERS
 from buddy.study.settings import Table
 
 HEADERS = {"nll": "NLL", "kl": "KL", "agreement": "Agreement"}
@@ -225,7 +225,7 @@ def _against_static(study: Study, backbones: Iterable[str]) -> list[Pair]:
 def _best_static(group: Iterable[Series], found: Mapping[str, Scored | None]) -> Series | None:
     """The static method of the lowest average NLL; None where none was measured."""
     nll: dict[str, float] = {}
-    static = [one for one in group if one.method in STATIC_PEERS]
+    static = [one for one in group if kind(one.method) == "static"]
     for one in static:
         what = found[one.path]
         if what is not None:

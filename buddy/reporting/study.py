@@ -12,14 +12,15 @@ from typing import Any, NamedTuple, get_args
 import pandas as pd
 
 from buddy.errors import UserError, choices
+from buddy.methods import METHODS
 from buddy.reporting import frame as frames
 from buddy.reporting.frame import series_of
-from buddy.settings import CRITERIA, TASKS, Engine
+from buddy.settings import Engine
 from buddy.study import config
 from buddy.study.config import Config, Run
 from buddy.study.layout import records_folder
+from buddy.tasks import PAPERS, TASKS
 
-METHOD_ORDER = ("dense", "dense_lora", "shortened_llama", "shortgpt", "sleb", "pudding", "first", "buddy")
 """Order of methods in tables and legends: the paper's, BUDDY last."""
 
 
@@ -85,7 +86,7 @@ class Study:
     @property
     def whole_suite(self) -> bool:
         """Whether its average is over the paper's eight tasks."""
-        return self.tasks == list(TASKS)
+        return self.tasks == list(PAPERS)
 
     @cached_property
     def accuracy_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
@@ -246,15 +247,15 @@ class Study:
 
 def is_main_criterion(method: str, criterion: object) -> bool:
     """Whether it is what a static peer's paper ranks blocks by; other methods have no criterion, None."""
-    known: Mapping[str, tuple[str, ...]] = CRITERIA  # type: ignore[assignment]
-    return criterion == known.get(method, (None,))[0]
+    known = METHODS[method].criteria if method in METHODS else ()
+    return criterion == (known[0] if known else None)
 
 
 def _in_order(series: Iterable[Series]) -> list[Series]:
     """Methods as in the paper; those without LoRA after all with it, as they compete among themselves."""
 
     def place(one: Series) -> tuple[bool, int]:
-        return one.method != "dense" and one.lora == "none", METHOD_ORDER.index(one.method)
+        return one.method != "dense" and one.lora == "none", METHODS[one.method].row
 
     return sorted(series, key=place)
 

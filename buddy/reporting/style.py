@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from buddy.methods import METHODS, Method
 from buddy.reporting.labels import fraction
 from buddy.reporting.measures import Measure
 
@@ -50,19 +51,17 @@ class Mark:
         return {"color": self.color, "marker": self.marker, "linestyle": self.dash, "fillstyle": self.fill}
 
 
+def _of(method: Method) -> Mark:
+    color, marker, dashes = method.mark or (GREY, "p", ())
+    return Mark(color, marker, (0, dashes) if dashes else "-")
+
+
 MARKS = {
-    "dense": Mark(INK, "D", DASHED),
-    "dense_lora": Mark("#8C510A", "d", DASHDOTTED),
-    "buddy": Mark("#0072B2", "o"),
+    **{name: _of(method) for name, method in METHODS.items()},
     "buddy_tuned": Mark("#332288", "*", (0, (7, 1.2))),
     "recompute": Mark("#0072B2", "o"),
     "reuse": Mark("#D55E00", "s", (0, (4, 1.5))),
     "sliced": Mark("#555555", "^", (0, (5, 1.5, 1, 1.5))),
-    "shortened_llama": Mark("#E69F00", "X", (0, (4, 1.5))),
-    "shortgpt": Mark("#009E73", "s", (0, (5, 1.5, 1, 1.5))),
-    "sleb": Mark("#CC79A7", "^", (0, (2, 1.2))),
-    "pudding": Mark("#882255", "v", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-    "first": Mark("#56B4E9", "P", (0, (1, 1.2))),
     # The budget predictor's presets, and what it is held against.
     "paper": Mark("#D55E00", "s", (0, (4, 1.5))),
     "tuned": Mark("#0072B2", "o"),

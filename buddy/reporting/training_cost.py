@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from buddy.methods import METHODS
 from buddy.reporting import published
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import coordinates, number, provenance, series_labels, trained_by
 from buddy.reporting.measures import Measure, over_seeds
 from buddy.reporting.study import Series, Study
-from buddy.settings import STATIC_PEERS
 from buddy.study.settings import Table
 
 _PAPERS = {"run": "sft", "predictor_paper": "grpo"}
@@ -48,7 +48,8 @@ def training_cost(study: Study, name: str, table: Table) -> Grid:
 
 
 def _is_trained(series: Series) -> bool:
-    return series.method != "dense" and (series.lora == "trained" or series.method not in STATIC_PEERS)
+    method = METHODS[series.method]
+    return method.trained and (series.lora == "trained" or method.kind != "static")
 
 
 def _row(study: Study, name: str, backbone: str, series: Series, label: str, presets: list[Any]) -> Row:

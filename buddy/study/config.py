@@ -18,9 +18,9 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from buddy.errors import UserError, choices, short, unknown
+from buddy.methods import METHODS
 from buddy.settings import (
     SOURCES,
-    STATIC_PEERS,
     Breakdown,
     Evaluation,
     First,
@@ -38,7 +38,6 @@ from buddy.settings import (
     Training,
 )
 from buddy.study.settings import (
-    METHODS,
     Ablation,
     Backbone,
     Data,
@@ -173,11 +172,11 @@ class Config(Settings):
     def method_runs(self, backbone: str, method: str) -> list[Run]:
         """The runs of one method on a backbone; a peer is another run at each depth, BUDDY one for all."""
         seeds, loras = self.study.seeds, self.study.lora
-        if method == "dense":
+        if not METHODS[method].trained:
             return [Run(backbone, method, (), seeds[0])]
-        if method == "dense_lora":
+        if METHODS[method].kind == "whole":
             return [Run(backbone, method, (), seed) for seed in seeds if "trained" in loras]
-        if method == "buddy":
+        if METHODS[method].kind == "routed":
             main = self.study.main.model_dump()
             return [
                 self.buddy_run(backbone, {**main, "recipe": recipe}, seed, lora)
@@ -185,7 +184,7 @@ class Config(Settings):
                 for lora in loras
                 for seed in seeds
             ]
-        criteria = self.peers.criteria_of(method) if method in STATIC_PEERS else [None]
+        criteria = self.peers.criteria_of(method) if METHODS[method].kind == "static" else [None]
         return [
             Run(backbone, method, peer_axes(criterion, removed, lora), seed)
             for criterion in criteria
@@ -219,9 +218,8 @@ class Config(Settings):
 
     def depths(self, run: Run) -> list[int]:
         """Numbers of removed blocks at which a run is measured: none of a dense one, a peer's own, BUDDY's all."""
-        if run.method in ("dense", "dense_lora"):
-            return [0]
-        return self.removed(run.backbone) if run.method == "buddy" else [run.variant["removed"]]
+        depths = {"whole": [0], "routed": self.removed(run.backbone)}
+        return depths.get(METHODS[run.method].kind) or [run.variant["removed"]]
 
     def timed_runs(self, backbone: str) -> list[Run]:
         """The runs that are timed: BUDDY's main variant, and those of the dynamic peers that `latency.methods` names."""
@@ -270,11 +268,11 @@ class Config(Settings):
 
     def timed_backbones(self) -> list[str]:
         """Backbones of the study that the latency benchmark runs on."""
-        return self._of_study(self.latency.backbones)
+        return self._routed(self.latency.backbones)
 
     def profiled_backbones(self) -> list[str]:
         """Backbones of the study whose passes are profiled."""
-        return self._of_study(self.breakdown.backbones)
+        return self._routed(self.breakdown.backbones)
 
     def answering_backbones(self) -> list[str]:
         """Backbones of the study that answer problems by generation."""
@@ -290,8 +288,7 @@ class Config(Settings):
 
     def summarising_runs(self) -> list[Run]:
         """The runs that summarise dialogues: BUDDY's main variant with the first seed."""
-        backbones = self._of_study(self.summaries.backbones) if "buddy" in self.study.methods else []
-        return [self.main_run(backbone) for backbone in backbones]
+        return [self.main_run(backbone) for backbone in self._routed(self.summaries.backbones)]
 
     def ordered_backbones(self) -> list[str]:
         """Backbones of the study whose blocks are ranked to look at the order of their removal."""
@@ -305,13 +302,16 @@ class Config(Settings):
 
     def predicting_backbones(self) -> list[str]:
         """Backbones of the study that get a budget predictor."""
-        return self._of_study(self.predictor.backbones)
+        return self._routed(self.predictor.backbones)
 
     def predicting_runs(self) -> list[Run]:
         """The runs that get one: BUDDY's main variant, with every seed."""
         main = self.study.main.model_dump()
-        backbones = self.predicting_backbones() if "buddy" in self.study.methods else []
-        return [self.buddy_run(backbone, main, seed) for backbone in backbones for seed in self.study.seeds]
+        return [
+            self.buddy_run(backbone, main, seed)
+            for backbone in self.predicting_backbones()
+            for seed in self.study.seeds
+        ]
 
     def scored_backbones(self) -> list[str]:
         """Backbones of the study whose runs score held-out text."""
@@ -321,6 +321,10 @@ class Config(Settings):
         """The runs that score it: all that are compared, and the variants of ablations."""
         chosen = self.scored_backbones()
         return [run for run in self.runs() if run.backbone in chosen]
+
+    def _routed(self, chosen: list[str] | None) -> list[str]:
+        """Those whose run of BUDDY is measured; none in a study without it."""
+        return self._of_study(chosen) if "buddy" in self.study.methods else []
 
     def _of_study(self, chosen: list[str] | None) -> list[str]:
         return [name for name in self.study.backbones if chosen is None or name in chosen]
@@ -337,10 +341,11 @@ class Config(Settings):
             if table.kind == "likelihood":
                 return bool(self.scored_backbones())
             if table.kind == "training_cost":
-                return any(method in self.study.methods for method in METHODS if method != "dense")
+                return any(METHODS[method].trained for method in self.study.methods)
+            if table.kind == "peer_latency":
+                return table.backbone in self._of_study(self.latency.backbones)
             measured_on = {
                 "latency": self.timed_backbones,
-                "peer_latency": self.timed_backbones,
                 "breakdown": self.profiled_backbones,
                 "properties": self.traced_backbones,
             }

@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from buddy.settings import READ_BY_PRESET, STATIC_PEERS, corpus_name
+from buddy.methods import METHODS
+from buddy.settings import READ_BY_PRESET, corpus_name
 from buddy.study.config import Config, Run
 from buddy.study.settings import NOT_OF_PEERS
 
@@ -209,9 +210,10 @@ class Jobs:
 
     def model(self, run: Run) -> Job:
         """The job that makes a run, or that fetches the backbone of a dense one."""
-        if run.method == "dense":
+        if not METHODS[run.method].trained:
             return self("backbone", backbone=run.backbone)
-        return self("train", routed=run.path) if run.method == "buddy" else self("adapt", peer=run.path)
+        routed = METHODS[run.method].kind == "routed"
+        return self("train", routed=run.path) if routed else self("adapt", peer=run.path)
 
     def predictors(self, stage: str) -> list[Job]:
         """A stage's jobs of the study's budget predictors."""
@@ -331,7 +333,7 @@ def length_orders(job: Job, backbone: str, indicator: str) -> Work:
 def calibrate(job: Job, backbone: str, static_peer: str, criterion: str) -> Work:
     """Which blocks a static peer removes: once per backbone, for all depths."""
     settings = job.study.peers
-    protected = settings.protect.get(static_peer)  # type: ignore[call-overload]
+    protected = settings.protect.get(static_peer)
     told = {
         **{"method": static_peer, "criterion": criterion, "removed": max(job.study.removed(backbone))},
         "protect": protected if protected is None else ",".join(map(str, protected)) or "none",
@@ -405,7 +407,7 @@ def adapt(job: Job, peer: str) -> Work:
 def _of_peer(job: Job, run: Run) -> tuple[dict[str, Read], dict[str, Any]]:
     """What only this peer reads and is told."""
     study, jobs = job.study, job.jobs
-    if run.method in STATIC_PEERS:
+    if METHODS[run.method].kind == "static":
         criterion = run.variant["criterion"]
         choice = jobs("calibrate", backbone=run.backbone, static_peer=run.method, criterion=criterion)
         return {"calibration": choice}, {"calibration": choice.path}

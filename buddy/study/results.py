@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from buddy.methods import METHODS
 from buddy.study import planned_figures
 from buddy.study.config import Run
 from buddy.study.jobs import Job, Jobs, Work, closure, corpora, stage
@@ -109,7 +110,7 @@ def _of_runs(jobs: Jobs, kind: str, runs: Iterable[Run], datasets: Sequence[str]
 
 
 def _trainings(jobs: Jobs) -> list[Job]:
-    runs = [run for run in jobs.study.runs() if run.method != "dense"]
+    runs = [run for run in jobs.study.runs() if METHODS[run.method].trained]
     return [jobs.model(run) for run in sorted(runs, key=lambda run: run.method != "buddy")]
 
 
@@ -119,7 +120,7 @@ def _predicted(jobs: Jobs) -> list[Job]:
     if not study.predictor.tasks:
         return []
     compared = [run for name in study.predicting_backbones() for run in study.compared_runs(name)]
-    whole = [run for run in compared if run.method in ("dense", "dense_lora")]
+    whole = [run for run in compared if METHODS[run.method].kind == "whole"]
     return [*jobs.predictors("evaluate_auto"), *_of_runs(jobs, "evaluate", whole)]
 
 

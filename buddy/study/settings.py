@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from buddy.methods import METHODS
 from buddy.settings import (
-    CRITERIA,
     MOST_BLOCKS,
     MOST_SEED,
     NAME_PATTERN,
@@ -30,7 +30,10 @@ from buddy.settings import (
     told,
 )
 
-Method = Literal["dense", "dense_lora", "buddy", "shortgpt", "shortened_llama", "sleb", "pudding", "first"]
+if TYPE_CHECKING:
+    Method: TypeAlias = str
+else:
+    Method = Literal[tuple(METHODS)]
 Lora = Literal["trained", "none"]
 TableKind = Literal[
     "accuracy",
@@ -43,9 +46,6 @@ TableKind = Literal[
     "training_cost",
     "likelihood",
 ]
-
-
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Backbone(Settings):
@@ -248,16 +248,17 @@ class Peers(Importance):
 
     @model_validator(mode="after")
     def _has_criteria(self) -> Peers:
-        known: dict[str, tuple[str, ...]] = CRITERIA  # type: ignore[assignment]
         for method, chosen in self.criteria.items():
-            wrong = [criterion for criterion in chosen if criterion not in known[method]]
+            wrong = [criterion for criterion in chosen if criterion not in METHODS[method].criteria]
             if wrong or not chosen or len(set(chosen)) != len(chosen):
-                raise ValueError(f"criteria.{method}: {chosen} is not a choice among {', '.join(known[method])}")
+                raise ValueError(
+                    f"criteria.{method}: {chosen} is not a choice among {', '.join(METHODS[method].criteria)}"
+                )
         return self
 
     def criteria_of(self, method: StaticPeer) -> list[Criterion]:
         """What ranks a method's blocks."""
-        return self.criteria.get(method) or list(CRITERIA[method][:1])
+        return self.criteria.get(method) or list(METHODS[method].criteria[:1])
 
 
 NOT_OF_PEERS = ("routing", "pool_over", "router_rank", "router_learning_rate")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from buddy.settings import HEADLINE, TASKS
 from buddy.storage.files import write_json
 from buddy.study.config import Config, Run, parse
 from buddy.study.records import Budget, Record
+from buddy.tasks import TASKS
 
 FOUR = ("openbookqa", "hellaswag", "arc_easy", "arc_challenge")
 CHANCE = {task: 1 / 4 if task in FOUR else 1 / 2 for task in TASKS} | {"siqa": 1 / 3}
@@ -455,7 +455,7 @@ class Maker:
             for task in TASKS:
                 probability = CHANCE[task] + (0.78 - CHANCE[task]) * kept + self.random.gauss(0, 0.008)
                 tasks[task] = scores(probability, items, task)
-                metric = HEADLINE[task]
+                metric = TASKS[task].headline
                 tasks[task]["items"] = {metric: self._digits(tasks[task][metric], items)}
             self.accuracy(run, removed, tasks)
         return len(depths)
@@ -539,7 +539,7 @@ def scores(probability: float, items: int, task: str = "") -> dict[str, Any]:
     right = round(min(max(probability, 0.0), 1.0) * items)
     mean = right / items
     error = math.sqrt(mean * (1 - mean) / (items - 1))
-    shown = HEADLINE.get(task, "acc")
+    shown = TASKS[task].headline if task in TASKS else "acc"
     found: dict[str, Any] = {shown: mean, f"{shown}_stderr": error, "n": items, "items": {}}
     if task in NORMALISED:
         other = "acc" if shown == "acc_norm" else "acc_norm"

@@ -18,7 +18,7 @@ from records_factory import ENVIRONMENT, EVERY_METHOD, Maker, cell, cells, demo,
 from buddy.commands.report import report
 from buddy.reporting import compare, render, significance, study, tables, write
 from buddy.reporting.measures import Measure
-from buddy.settings import TASKS
+from buddy.tasks import TASKS
 
 
 def digits(share: float, items: int, seed: int) -> str:

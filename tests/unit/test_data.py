@@ -18,7 +18,7 @@ import pytest
 from buddy import data
 from buddy.data import sources, templates
 from buddy.errors import UserError
-from buddy.settings import TASKS
+from buddy.tasks import TASKS
 
 COLUMNS = {
     "openbookqa": {"question_stem", "choices", "answerKey"},

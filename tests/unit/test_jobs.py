@@ -88,6 +88,16 @@ def test_a_closure_holds_what_is_needed_and_nothing_else() -> None:
     ]
 
 
+@pytest.mark.parametrize("methods", [["dense"], ["dense", "sleb"], ["pudding"], ["first", "dense_lora"]])
+def test_a_study_without_buddy_is_planned_whole(methods: list[str]) -> None:
+    tiny = config.read(ROOT / "config.yaml", ROOT / "tests/tiny.yaml").model_dump(mode="json")
+    study = config.parse({**tiny, "study": {**tiny["study"], "methods": methods, "ablations": []}})
+    found = results.of_study(Jobs(study))
+    assert "train" not in {job.stage for job in found}
+    timed = {job.wildcards["run"].split("/")[1] for job in found if job.stage == "latency"}
+    assert timed == {f"method~{one}" for one in methods if one in study.latency.methods}
+
+
 TEXT = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=12)
 
 

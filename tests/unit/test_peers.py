@@ -10,13 +10,14 @@ from models import VOCABULARY, tiny
 from torch.nn.functional import cosine_similarity, cross_entropy
 from typer.testing import CliRunner
 
-from buddy import baselines as peers
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.baselines import calibrate
 from buddy.baselines.removal import lowest
 from buddy.cli import build
 from buddy.errors import UserError
+from buddy.extensions import named
 from buddy.importance import TAYLOR, estimate, windows
+from buddy.methods import METHODS, of_kind
 from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.study.records import Record
@@ -329,8 +330,8 @@ def test_importance_records_variant_and_seed(disk, tmp_path):
 def test_every_method_names_what_its_authors_keep():
     kept = {
         (method, criterion): peer.protected
-        for method, criteria in peers.METHODS.items()
-        for criterion, peer in criteria.items()
+        for method in of_kind("static")
+        for criterion, peer in named(METHODS[method].ranking).items()
     }
     assert kept == {
         ("shortgpt", "block_influence"): (),
