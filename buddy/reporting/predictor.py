@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from buddy.reporting import measures, published, style
 from buddy.reporting.labels import DATASETS, TASK_LABELS
+from buddy.reporting.significance import items_of
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import empty, finish, gap, panels, reason, whole_numbers
+from buddy.resampling import ratio
 from buddy.study.planned_figures import subjects
 
 if TYPE_CHECKING:
@@ -252,25 +253,37 @@ def _choices_panel(axes: Axes, found: Mapping[str, Mapping[str, Any]], most: flo
 
 
 class Kept(NamedTuple):
-    """Shares of one task, in percent: of the reference's score, its standard error, and of the blocks."""
+    """Shares of one task, in percent: of the reference's score, its 95 % interval, and of the blocks."""
 
     score: float
-    stderr: float | None
+    low: float
+    high: float
     depth: float
 
 
 def _kept(study: Study, backbone: str) -> dict[str, dict[str, Kept]]:
     """Shares by preset and task, of the first seed; {} where nothing was scored."""
     reference = _reference(study, backbone)
+    whole = _whole_model(study, backbone)
+    items = {} if whole is None else items_of(study, backbone, whole, 0)
     main, found = study.main(backbone), dict[str, dict[str, Kept]]()
     for row in study.predicted_rows.get((backbone, main.path), []):
         full = reference.get(row["task"])
         if row["seed"] == main.seeds[0] and full:
-            error = None if pd.isna(row["stderr"]) else 10_000 * row["stderr"] / full
-            share = Kept(10_000 * row["value"] / full, error, 100 * row["executed_mean"] / study.blocks(backbone))
+            score, depth = 10_000 * row["value"] / full, 100 * row["executed_mean"] / study.blocks(backbone)
+            share = Kept(score, *_ends(row, items.get(row["task"]), score), depth)
             found.setdefault(row["preset"], {})[row["task"]] = share
     order = [preset for preset in study.config.predictor.presets if preset in found]
     return {preset: {task: found[preset][task] for task in study.tasks if task in found[preset]} for preset in order}
+
+
+def _ends(row: Mapping[str, Any], theirs: Any, score: float) -> tuple[float, float]:
+    """The interval of a share, by a paired bootstrap of the ratio; the share itself where a record has no items."""
+    if theirs is None or not isinstance(row["items"], str) or len(row["items"]) != len(theirs) or not theirs.any():
+        return score, score
+    ours = (np.frombuffer(row["items"].encode(), np.uint8) - ord("0")).astype(float)
+    found = ratio([ours], [theirs])
+    return 100 * found.low, 100 * found.high
 
 
 def _whole_model(study: Study, backbone: str) -> Series | None:
@@ -298,7 +311,10 @@ def _kept_panel(axes: Axes, study: Study, backbone: str, found: Mapping[str, Map
         places = [place + shift for place, task in enumerate(tasks) if task in shares]
         mine = [shares[task] for task in tasks if task in shares]
         mark = style.mark(preset)
-        errors = [measures.NORMAL * (one.stderr or 0.0) for one in mine]
+        errors = [
+            [gap(one.score, one.low) for one in mine],
+            [gap(one.high, one.score) for one in mine],
+        ]
         options: dict[str, Any] = {"linestyle": "none", "color": mark.color, "marker": mark.marker}
         axes.errorbar(places, [one.score for one in mine], yerr=errors, elinewidth=0.7, **options)
         axes.plot(places, [one.depth for one in mine], fillstyle="none", **options)

@@ -56,7 +56,7 @@ def difference(
     Both answered the same items, so the differences item by item are resampled. With several seeds an item counts with
     its mean over them.
     """
-    ours, theirs = (_items(study, backbone, series, removed) for series in (one, other))
+    ours, theirs = (items_of(study, backbone, series, removed) for series in (one, other))
     return _compared(study, ours, theirs, resamples)
 
 
@@ -74,7 +74,7 @@ def _compared(
     return paired([ours[task] - theirs[task] for task in study.tasks], resamples)
 
 
-def _items(study: Study, backbone: str, series: Series, removed: int) -> dict[str, np.ndarray]:
+def items_of(study: Study, backbone: str, series: Series, removed: int) -> dict[str, np.ndarray]:
     """By task the share of seeds that got each item right; tasks that any seed lacks are left out."""
     seeds: dict[str, list[np.ndarray]] = {}
     for row in study.accuracy_rows.get((backbone, series.path, removed), []):
@@ -147,13 +147,13 @@ def _at_depth(study: Study, backbone: str, one: Series, other: Series, removed: 
     there = None if ours.off_depth or ran is None else _interpolated(study, backbone, one, ran)
     if there is None or ran is None:
         return Difference(note=f"ran {ran or 0:.1f} of {study.blocks(backbone) - removed} blocks")
-    return replace(_compared(study, there, _items(study, backbone, other, removed)), depth=ran)
+    return replace(_compared(study, there, items_of(study, backbone, other, removed)), depth=ran)
 
 
 def _interpolated(study: Study, backbone: str, series: Series, executed: float) -> dict[str, np.ndarray] | None:
     """A method's items by task at a mean depth between two at which it was measured; None outside of all such."""
     blocks = study.blocks(backbone)
-    measured = {blocks - removed: _items(study, backbone, series, removed) for removed in series.depths}
+    measured = {blocks - removed: items_of(study, backbone, series, removed) for removed in series.depths}
     known = [depth for depth, items in measured.items() if items]
     below = max((depth for depth in known if depth <= executed), default=None)
     above = min((depth for depth in known if depth >= executed), default=None)

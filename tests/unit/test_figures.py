@@ -390,16 +390,21 @@ def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
     dense = next(one for one in small.config.runs() if one.method == "dense")
     small.budget(run, "tuned")
     score = {"acc": 0.6, "acc_stderr": 0.03, "n": 100}
-    small.accuracy(dense, 0, {"piqa": {**score, "acc": 0.8}, "arc_challenge": {**score, "acc_norm": 0.5}})
+    whole, left = "1" * 80 + "0" * 20, "1" * 55 + "0" * 40 + "1" * 5
+    full = {**score, "acc": 0.8, "items": {"acc": whole}}
+    small.accuracy(dense, 0, {"piqa": full, "arc_challenge": {**score, "acc_norm": 0.5}})
     shallow = {"arc_challenge": {**score, "acc_norm": 0.4, "acc_norm_stderr": 0.02, "executed_mean": 15}}
-    small.predicted(run, "tuned", {"piqa": {**score, "executed_mean": 24.0}, **shallow})
+    small.predicted(run, "tuned", {"piqa": {**score, "items": {"acc": left}, "executed_mean": 24.0}, **shallow})
     axes = drawn(small, "figure13").axes[-2]  # the colour bar is last
     assert [label.get_text() for label in axes.get_xticklabels()] == ["PIQA", "ARC-c"]
     (bars,) = axes.containers
     assert list(bars.lines[0].get_ydata()) == pytest.approx([75, 80])
     (piqa, arc) = bars.lines[2][0].get_segments()
-    assert list(piqa[:, 1]) == pytest.approx([75 - 1.96 * 3 / 0.8, 75 + 1.96 * 3 / 0.8])
-    assert list(arc[:, 1]) == pytest.approx([80 - 1.96 * 2 / 0.5, 80 + 1.96 * 2 / 0.5])
+    ours, theirs = (np.array([int(digit) for digit in text]) for text in (left, whole))
+    at = np.random.default_rng(3).integers(100, size=(20_000, 100))  # the same items of both
+    ends = 100 * np.percentile(ours[at].sum(1) / theirs[at].sum(1), (2.5, 97.5))
+    assert list(piqa[:, 1]) == pytest.approx(list(ends), abs=1)
+    assert list(arc[:, 1]) == pytest.approx([80, 80])  # no items, no interval
     assert any(list(line.get_ydata()) == pytest.approx([80, 50]) for line in axes.lines)
     # Scores without a depth enter no table.
     assert not (study.load(small.folder).frame.query("kind == 'accuracy' and preset == 'tuned'").removed.notna()).any()
