@@ -420,7 +420,8 @@ class Likelihood(Settings):
     batch_size: int = Field(8, description="items per pass", ge=1)
     kv: list[KV] = Field(
         ["zero"],
-        description="K/V of skipped blocks, a record each; the tables show the first, and compare BUDDY's",
+        description="K/V of skipped blocks, a record each (of a variant that only an ablation shows, the first); the tables "
+        "show the first, and compare BUDDY's",
         min_length=1,
     )
     decode: list[DecodeMode] = Field(

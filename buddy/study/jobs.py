@@ -552,11 +552,14 @@ def rouge(job: Job, routed: str, dataset: str) -> Work:
 @stage("{run}", "records/likelihood/{place}", share=0.2, retries=2, folder=True)
 def score(job: Job, run: str) -> Work:
     """Held-out text scored at all depths, K/V policies and decode modes in one job, so that the whole model takes each item
-    once."""
-    settings, method = job.study.likelihood, job.jobs.runs[run].method
+    once; a variant that only an ablation shows in the mode that its table shows."""
+    settings, one = job.study.likelihood, job.jobs.runs[run]
     sets = job.jobs.data(settings.datasets)
     told = settings.model_dump(exclude={"backbones", "datasets"})
-    told |= {"study": job.study.study.name, "name": job.jobs.runs[run].backbone} if method == "dense" else {}
+    if one not in job.study.compared_runs(one.backbone):
+        told |= {"kv": settings.kv[:1], "decode": settings.decode[:1]}
+    if not METHODS[one.method].trained:
+        told |= {"study": job.study.study.name, "name": one.backbone}
     work = _measuring(job, run, sets, **told)
     return replace(work, told={**work.told, "data": tuple(one.parent for one in sets)})
 

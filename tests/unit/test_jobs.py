@@ -98,6 +98,17 @@ def test_a_study_without_buddy_is_planned_whole(methods: list[str]) -> None:
     assert timed == {f"method~{one}" for one in methods if one in study.latency.methods}
 
 
+def test_a_variant_of_an_ablation_is_scored_in_one_mode_alone() -> None:
+    study = config.read(ROOT / "config.yaml", ROOT / OVERLAYS["smollm2"][0])
+    told = {job.wildcards["run"]: job.work.told for job in results.of_study(Jobs(study)) if job.stage == "score"}
+    compared = {run.path for run in study.compared_runs("smollm2-135m")}
+    assert len(told) > len(compared)
+    for path, options in told.items():
+        whole = path in compared
+        assert options["kv"] == (["zero", "mask", "project"] if whole else ["zero"])
+        assert options["decode"] == (["recompute", "reuse"] if whole else ["recompute"])
+
+
 TEXT = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=12)
 
 
