@@ -39,10 +39,10 @@ def unknown(what: str, found: object, allowed) -> UserError:
 
 
 EXTRAS = {
-    "train": ("trl", "datasets", "scipy"),
+    "train": ("trl", "datasets"),
     "eval": ("lm_eval", "rouge_score"),
-    "report": ("pandas", "matplotlib"),
-    "track": ("wandb", "wandb_workspaces"),
+    "report": ("scipy", "matplotlib"),
+    "track": ("wandb", "wandb_workspaces", "pandas"),
     "gguf": ("gguf",),
 }
 """Packages that the core serves without, by the extra of this distribution that brings them (pyproject.toml)."""

@@ -7,8 +7,9 @@ module imports no torch: comparisons are made on laptops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,9 +99,19 @@ def ratio(ours: Sequence[Array], theirs: Sequence[Array], resamples: int = RESAM
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean of the values (n,), and the low and high end of its 95 % interval by a bootstrap over them: the mean itself for
     one value."""
-    means = np.random.default_rng(seed).choice(values, (INTERVAL_RESAMPLES, len(values))).mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(np.mean(values)), float(low), float(high)
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    ends = plain_bootstrap(values, np.mean, seed).confidence_interval
+    return mean, float(ends.low), float(ends.high)
+
+
+def plain_bootstrap(values: Sequence[float], statistic: Callable[..., Any], seed: int = 0) -> Any:
+    """A statistic of values (n,), n at least 2, over resamples of them: its standard error and 95 % interval by percentiles
+    (`scipy.stats.bootstrap`). What is averaged over data sets resamples each of them: `estimate`."""
+    from scipy import stats
+
+    return stats.bootstrap((values,), statistic, n_resamples=INTERVAL_RESAMPLES, method="percentile", rng=seed)
 
 
 def _resampled(found: Array, resamples: int, random: np.random.Generator) -> Array:

@@ -12,7 +12,7 @@ import typer
 
 from buddy.commands import _arguments as arg
 from buddy.commands._common import tracked_job
-from buddy.errors import UserError
+from buddy.errors import UserError, needs
 from buddy.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def report(
     from buddy.reporting.study import load
     from buddy.reporting.summary import summary as summarise
 
+    needs("scipy", "matplotlib")
     folder = _folder(study, results)
     found = load(folder)
     if not (table or figure or all_ or compare or summary):

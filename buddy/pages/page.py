@@ -6,7 +6,6 @@ the table beside it (`buddy.pages.runsets`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from buddy.reporting import render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
 from buddy.reporting.labels import DATASETS, TASK_LABELS, series_labels, variant_labels
+from buddy.reporting.measured import Accuracy, Latency
 from buddy.reporting.significance import significance
 from buddy.reporting.study import Race, Series, Study
 from buddy.study.settings import Ablation
@@ -74,12 +74,12 @@ class Page:
     def _accuracy(self, backbone: str) -> Iterator[Any]:
         compared = self.study.compared(backbone)
         found = self._sets(backbone, compared, series_labels(compared), "evaluate")
-        scored = self.study.frame[(self.study.frame.kind == "accuracy") & (self.study.frame.backbone == backbone)]
-        tasks = [task for task in self.study.tasks if task in set(scored.task)]
+        scored = self.study.of(Accuracy, backbone)
+        tasks = [task for task in self.study.tasks if any(task in one.scores for one in scored)]
         if not tasks:
             return
         shared = {"x": "budget", "title_x": "fraction of blocks executed", **self._grouped(found)}
-        depths = [removed for removed in self.study.removed(backbone) if removed in set(scored.removed)]
+        depths = [removed for removed in self.study.removed(backbone) if any(one.removed == removed for one in scored)]
         panels = [
             self._line("average accuracy (%)", ["accuracy/average"], FULL, 10, **shared),
             *(
@@ -167,9 +167,8 @@ class Page:
 
     def _race(self, backbone: str, timed: Sequence[Series], race: Race) -> list[Any]:
         """Prefill and decode of one race; mixed batches have no one depth and are in the summary."""
-        rows = [row for one in timed for row in self.study.race_rows(backbone, race, one.path)]
-        curves = [row for row in rows if row["execution"] not in ("mixed", "nested")]
-        names = list(dict.fromkeys(_execution(row) for row in curves))
+        found = [record for one in timed for record in self.study.race(backbone, race, one.path)]
+        names = list(dict.fromkeys(_execution(one) for one in found if one.execution not in ("mixed", "nested")))
         return [
             self._line(
                 f"{phase} tokens/s, batch {race.batch_size}, {race.engine}",
@@ -208,7 +207,7 @@ class Page:
         yield wr.H1("Budget predictors")
         panels = [self._line(title, [name], THIRD, 6) for name, title in _PREDICTOR.items()]
         yield self._grid(trained, panels)
-        if self.study.predicted_rows:
+        if any(isinstance(one, Accuracy) and one.preset for one in self.study.records):
             panel = wr.ScatterPlot(
                 title="average accuracy (%) at predicted depths",
                 x=wr.SummaryMetric("executed_predicted"),
@@ -280,10 +279,9 @@ def _columns(axes: Sequence[str], depths: Sequence[int], scores: Sequence[str] =
 _GRADIENT = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))
 
 
-def _execution(row: Mapping[str, Any]) -> str:
+def _execution(timed: Latency) -> str:
     """An execution's name in the curves of a latency job."""
-    slack = row.get("slack")
-    return str(row["execution"]) if slack is None or math.isnan(slack) else f"{row['execution']}_slack{int(slack)}"
+    return timed.execution if timed.slack is None else f"{timed.execution}_slack{timed.slack}"
 
 
 _PROBES = {
@@ -309,13 +307,12 @@ def describe(study: Study) -> str:
 
 def provenance(study: Study) -> str:
     """When the page was made, and of which records: their number, commits and devices."""
-    files = sorted({str(file) for file in study.frame.file})
     commits = sorted(
-        {str(commit)[:12] + "-dirty" * str(commit).endswith("-dirty") for commit in study.frame.commit if commit}
+        {one.commit[:12] + "-dirty" * one.commit.endswith("-dirty") for one in study.records if one.commit}
     )
-    devices = sorted({str(device) for device in study.frame.device if isinstance(device, str)})
+    devices = sorted({one.device for one in study.records if one.device})
     parts = [
-        f"Study **{study.name}**, made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {len(files)} records.",
+        f"Study **{study.name}**, made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {len(study.records)} records.",
         f"Commit {', '.join(commits)}." if commits else "The records name no commit.",
         *([f"Measured on {', '.join(devices)}."] if devices else []),
         f"It compares {describe(study)}.",

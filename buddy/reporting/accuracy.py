@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from buddy.reporting import measures, published, style
 from buddy.reporting.grid import Cell, Grid, Row, limit_text, ran, rank_columns, rank_note
 from buddy.reporting.labels import TASK_LABELS, coordinates, number, one_path, provenance, series_labels, trained_by
+from buddy.reporting.measured import Accuracy
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import budget_axis, empty, finish, line, panels, shifts
@@ -113,7 +114,7 @@ def accuracy_vs_budget(study: Study) -> Figure:
 
 
 def _any_accuracy(study: Study, backbone: str) -> bool:
-    return any((backbone, one.path, x) in study.accuracy_rows for one in study.compared(backbone) for x in one.depths)
+    return any(study.of(Accuracy, backbone, one.path, x) for one in study.compared(backbone) for x in one.depths)
 
 
 def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from buddy.reporting import measures, published
-from buddy.reporting.frame import AUTO
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import (
     COMPONENTS,
@@ -18,6 +17,7 @@ from buddy.reporting.labels import (
     provenance,
 )
 from buddy.reporting.latency import PASSES_NOTE
+from buddy.reporting.measured import AUTO
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Study
 from buddy.study.settings import Table
@@ -28,8 +28,8 @@ def breakdown(study: Study, name: str, table: Table) -> Grid:
     what routing a decode step costs at longer contexts."""
     backbone = str(table.backbone)
     depths = study.removed(backbone)
-    profiled = [row for removed in depths for row in measures.profiled(study, backbone, removed)]
-    batch, tokens, steps = (either(row[of] for row in profiled) for of in ("batch_size", "tokens", "steps"))
+    profiled = [one for removed in depths for one in measures.profiled(study, backbone, removed)]
+    batch, tokens, steps = (either(getattr(one, of) for one in profiled) for of in ("batch_size", "tokens", "steps"))
     mean, predicted = measures.predicted_breakdown(study, backbone)
     auto = {**_everywhere(study, name, backbone), "execution": AUTO}
     grid = Grid(
@@ -69,10 +69,9 @@ PUBLISHED_BREAKDOWN_NOTE = (
 def _breakdown_rows(study: Study, name: str, backbone: str, removed: int) -> list[Row]:
     """Components of one depth and their total."""
     found = measures.breakdown(study, backbone, removed)
-    rows, settings = measures.profiled(study, backbone, removed), study.config.breakdown
-    shape = (rows[0]["batch_size"], rows[0]["tokens"]) if rows else (settings.batch_size, settings.tokens)
+    shape = next(iter(measures.profiled(study, backbone, removed)), study.config.breakdown)
     paper = published.backbone(backbone, study.config.backbones[backbone], trained=False)
-    beside = published.breakdown(number(name), paper, *map(int, shape))
+    beside = published.breakdown(number(name), paper, shape.batch_size, shape.tokens)
     at = coordinates(study, name, backbone, study.main(backbone), removed)
     return _component_rows(str(removed), at, found, beside)
 

@@ -10,6 +10,7 @@ from typing import Any
 from buddy.reporting import measures, published, tables
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import DATASETS, TASK_LABELS
+from buddy.reporting.measured import KINDS, Rouge, Trace
 from buddy.reporting.measures import Measure
 from buddy.reporting.significance import BETTER, UNCLEAR, WORSE
 from buddy.reporting.study import Study
@@ -77,8 +78,7 @@ def _column(at: Any) -> str:
 def _same_device(study: Study, kind: str, backbone: str) -> bool:
     """Whether all of a backbone's records of a kind are from the paper's kind of GPU."""
     of = {"peer_latency": "latency", "training_cost": "training"}.get(kind, kind)
-    rows = study.frame[(study.frame.kind == of) & (study.frame.backbone == backbone)]
-    return bool(rows.device.map(lambda device: PAPERS_DEVICE in str(device)).all())
+    return all(PAPERS_DEVICE in str(one.device) for one in study.of(KINDS[of], backbone))
 
 
 def interval(measure: Measure) -> tuple[float, float] | None:
@@ -94,14 +94,14 @@ def _overlap(
     table: str,
     labels: tuple[str, str, str, str],
     cell: Cell,
-    ends: tuple[float, float] | None,
+    ends: tuple[float | None, float | None] | None,
     other_hardware: bool = False,
 ) -> Overlap:
     low, high = ends or (None, None)
-    return Overlap(table, labels, cell, low, high, _verdict(cell, ends, other_hardware))
+    return Overlap(table, labels, cell, low, high, _verdict(cell, low, high, other_hardware))
 
 
-def _verdict(cell: Cell, ends: tuple[float, float] | None, other_hardware: bool) -> str:
+def _verdict(cell: Cell, low: float | None, high: float | None, other_hardware: bool) -> str:
     measure, theirs = cell.measure, cell.published
     if other_hardware:
         return "other hardware"
@@ -109,9 +109,9 @@ def _verdict(cell: Cell, ends: tuple[float, float] | None, other_hardware: bool)
         return f"ran {measure.executed_mean:.1f} blocks" if measure.executed_mean is not None else "other depth"
     if measure.limit is not None:
         return f"first {measure.limit} items only"
-    if ends is None or theirs is None:
+    if low is None or high is None or theirs is None:
         return "no interval"
-    return BETTER if ends[0] > theirs else WORSE if ends[1] < theirs else UNCLEAR
+    return BETTER if low > theirs else WORSE if high < theirs else UNCLEAR
 
 
 def _of_figure_4(study: Study) -> Iterator[Overlap]:
@@ -120,35 +120,37 @@ def _of_figure_4(study: Study) -> Iterator[Overlap]:
         main = study.main(backbone)
         paper = published.backbone(backbone, study.config.backbones[backbone])
         for removed in study.removed(backbone):
-            for row in study.trace_rows.get((backbone, main.path, removed), []):
-                theirs = published.figure(4, paper, main.variant, row["dataset"]).get(removed)
-                if (
-                    row["metric"] == "distinct_paths_per_generation"
-                    and theirs is not None
-                    and row["seed"] == main.seeds[0]
-                ):
-                    mean, low, high = mean_interval(row["values"])
-                    labels = (backbone, str(removed), "BUDDY", DATASETS.get(row["dataset"], row["dataset"]) + " paths")
-                    at = {"backbone": backbone, "method": "buddy", "removed": removed, "dataset": row["dataset"]}
-                    measure = Measure(value=mean, n=int(row["n"]), seeds=1, note="")
+            for one in study.of(Trace, backbone, main.path, removed):
+                theirs = published.figure(4, paper, main.variant, one.dataset).get(removed)
+                if theirs is not None and one.seed == main.seeds[0]:
+                    paths = one.figures["distinct_paths_per_generation"]
+                    mean, low, high = mean_interval(paths.values)
+                    labels = (backbone, str(removed), "BUDDY", DATASETS.get(one.dataset, one.dataset) + " paths")
+                    at = {"backbone": backbone, "method": "buddy", "removed": removed, "dataset": one.dataset}
+                    measure = Measure(value=mean, n=paths.n, seeds=1, note="")
                     yield _overlap("figure4", labels, Cell({**at, "unit": "paths"}, measure, theirs), (low, high))
 
 
 def _of_figure_5(study: Study) -> Iterator[Overlap]:
     """ROUGE of reuse and recompute on SAMSum."""
-    for (backbone, path, removed), rows in study.rouge_rows.items():
-        if backbone not in study.config.study.backbones or path != study.main(backbone).path:
+    for backbone in study.config.study.backbones:
+        if not study.of(Rouge, backbone):
             continue
         main = study.main(backbone)
         paper = published.backbone(backbone, study.config.backbones[backbone])
-        for row in rows:
-            theirs = published.figure(5, paper, main.variant, f"{row['metric']}_{row['decode']}").get(removed)
-            if theirs is not None and row["dataset"] == "samsum" and row["seed"] == main.seeds[0]:
-                labels = (backbone, str(int(removed)), f"BUDDY ({row['decode']})", row["metric"])
-                at = {"backbone": backbone, "method": "buddy", "removed": int(removed), "dataset": "samsum"}
-                at |= {"decode": row["decode"], "metric": row["metric"], "unit": "share"}
-                measure = Measure(value=row["value"], n=int(row["n"]), seeds=1, note="")
-                yield _overlap("figure5", labels, Cell(at, measure, theirs, 3), (row["low"], row["high"]))
+        scored = [
+            one for one in study.of(Rouge, backbone, main.path) if (one.dataset, one.seed) == ("samsum", main.seeds[0])
+        ]
+        for removed in dict.fromkeys(one.removed for one in scored):
+            for one in (one for one in scored if one.removed == removed):
+                for metric, figure in one.figures.items():
+                    theirs = published.figure(5, paper, main.variant, f"{metric}_{one.decode}").get(removed or 0)
+                    if theirs is not None:
+                        labels = (backbone, str(removed), f"BUDDY ({one.decode})", metric)
+                        at = {"backbone": backbone, "method": "buddy", "removed": removed, "dataset": "samsum"}
+                        at |= {"decode": one.decode, "metric": metric, "unit": "share"}
+                        measure = Measure(value=figure.value, n=figure.n, seeds=1, note="")
+                        yield _overlap("figure5", labels, Cell(at, measure, theirs, 3), (figure.low, figure.high))
 
 
 def compare(study: Study) -> Grid:

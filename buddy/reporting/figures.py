@@ -16,6 +16,7 @@ from buddy.reporting.accuracy import accuracy_vs_budget
 from buddy.reporting.generation import rouge
 from buddy.reporting.importance import by_length, other_corpus, other_indicators, own_corpus
 from buddy.reporting.latency import speed_ups
+from buddy.reporting.measured import Importance, Rouge
 from buddy.reporting.paths import heat_map, paths_per_generation
 from buddy.reporting.predictor import against_constant, training_curves
 from buddy.reporting.study import Study
@@ -42,19 +43,15 @@ DRAW: dict[str, Callable[[Study], Figure]] = {
 
 def names(study: Study) -> list[str]:
     """The figures that the study plans to measure, or has records of all the same."""
+    orders = [one for one in study.records if isinstance(one, Importance)]
     extra = {
-        "figure5": bool(study.rouge_rows),
-        "figure2": _has_levels(study, "length"),
-        "figure7": _has_levels(study, "corpus"),
-        "figure8": any(indicator in ("cosine", "block_influence") for _, indicator in study.importance_rows),
+        "figure5": any(isinstance(one, Rouge) for one in study.records),
+        "figure2": any(one.length is not None for one in orders),
+        "figure7": any(one.corpus is not None for one in orders),
+        "figure8": any(one.indicator in ("cosine", "block_influence") for one in orders),
     }
     intended = planned(study.config)
     return [name for name in NAMES if name in intended or extra.get(name)]
-
-
-def _has_levels(study: Study, axis: str) -> bool:
-    """Whether importance was measured on another corpus, or at several context lengths."""
-    return bool((study.frame[study.frame.kind == "importance"][axis].notna()).any())
 
 
 def resolve(study: Study, asked: str) -> str:

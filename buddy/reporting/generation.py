@@ -4,11 +4,9 @@ path kept (reuse) against a path chosen at every step (recompute; Figure 5)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from buddy.reporting import measures, published, style
+from buddy.reporting import measured, measures, published, style
 from buddy.reporting.grid import Cell, Grid, Row, ran, rank_columns, rank_note
 from buddy.reporting.labels import (
     DATASETS,
@@ -21,6 +19,7 @@ from buddy.reporting.labels import (
     series_labels,
     trained_by,
 )
+from buddy.reporting.measured import Generation, Rouge
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import empty, finish, gap, panels, removed_axis, shifts
@@ -118,9 +117,9 @@ def _cells(study: Study, name: str, backbone: str, series: Series, removed: int)
 
 def _how_answered(study: Study, backbones: list[str]) -> list[str]:
     """What the records say of the prompts and answers, and which answers count."""
-    rows = [row for key, found in study.generation_rows.items() if key[0] in backbones for row in found]
-    shots = either(row["few_shot"] for row in rows if not pd.isna(row["few_shot"]))
-    tokens = either(row["new_tokens"] for row in rows)
+    answered = [one for backbone in backbones for one in study.of(Generation, backbone)]
+    shots = either(one.few_shot for one in answered if one.few_shot is not None)
+    tokens = either(one.new_tokens for one in answered)
     told = [f"Solved examples in the prompt: {shots}"] if shots else []
     told += [f"answers of up to {tokens} new tokens"] if tokens else []
     return [
@@ -136,18 +135,18 @@ MODES = ("reuse", "recompute")
 def rouge(study: Study) -> Figure:
     """ROUGE-1 and ROUGE-L against depth, a line per decode mode with the records' 95 % intervals."""
     for backbone in subjects(study.config, study.config.study.backbones):
-        rows = _rows(study, backbone)
-        if rows:
+        found = _summaries(study, backbone)
+        if found:
             break
     else:
         return empty("ROUGE of reuse and recompute", "not measured: no ROUGE records of BUDDY")
-    dataset = min({row["dataset"] for row in rows}, key=lambda name: (name != "samsum", name))
+    dataset = min({str(one.dataset) for one in found}, key=lambda name: (name != "samsum", name))
     figure, every = panels(1, len(MEASURES), style.COLUMN_IN, 1.7, share=False)
     for (measure, title), axes in zip(MEASURES.items(), every, strict=True):
         axes.set_title(title)
         for mode, shift in zip(MODES, shifts(2, study.removed(backbone)[-1], 0.022), strict=True):
-            chosen = [row for row in rows if (row["dataset"], row["metric"], row["decode"]) == (dataset, measure, mode)]
-            _line(axes, chosen, mode, shift)
+            chosen = [one for one in found if (one.dataset, one.decode) == (dataset, mode)]
+            _line(axes, {(one.removed or 0) + shift: one.figures[measure] for one in chosen}, mode)
             _published(study, backbone, axes, f"{measure}_{mode}", mode)
         removed_axis(axes, [0, *study.removed(backbone)])
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
@@ -156,19 +155,19 @@ def rouge(study: Study) -> Figure:
     return finish(figure, every, "95 % intervals over the prompts")
 
 
-def _rows(study: Study, backbone: str) -> list[dict[str, Any]]:
+def _summaries(study: Study, backbone: str) -> list[Rouge]:
+    """Those of BUDDY's first seed, by depth."""
     main = study.main(backbone)
-    rows = [
-        row for removed in study.removed(backbone) for row in study.rouge_rows.get((backbone, main.path, removed), [])
-    ]
-    return [row for row in rows if row["seed"] == main.seeds[0]]
+    found = [one for removed in study.removed(backbone) for one in study.of(Rouge, backbone, main.path, removed)]
+    return [one for one in found if one.seed == main.seeds[0]]
 
 
-def _line(axes: Axes, rows: list[dict[str, Any]], mode: str, shift: float) -> None:
-    if rows:
-        bars = [[gap(row["value"], row["low"]) for row in rows], [gap(row["high"], row["value"]) for row in rows]]
-        xs, ys = [row["removed"] + shift for row in rows], [row["value"] for row in rows]
-        axes.errorbar(xs, ys, yerr=bars, elinewidth=0.7, label=EXECUTIONS[mode], **style.mark(mode).line())
+def _line(axes: Axes, points: Mapping[float, measured.Figure], mode: str) -> None:
+    if points:
+        known = points.values()
+        bars = [[gap(one.value, one.low) for one in known], [gap(one.high, one.value) for one in known]]
+        ys = [one.value for one in known]
+        axes.errorbar([*points], ys, yerr=bars, elinewidth=0.7, label=EXECUTIONS[mode], **style.mark(mode).line())
 
 
 def _published(study: Study, backbone: str, axes: Axes, series: str, mode: str) -> None:

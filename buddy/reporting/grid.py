@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series
 
@@ -132,10 +134,11 @@ def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False
     measured = [cell for cell in measured if not cell.measure.off_depth]
     if len(measured) < 2:
         return
-    shown = [float(f"{cell.measure.value:.{cell.decimals}f}") for cell in measured]
-    for cell, own in zip(measured, shown, strict=True):
-        place = 1 + sum(other < own if lowest else other > own for other in shown)
-        cell.rank = place if place == 1 or (place == 2 and second) else 0
+    from scipy.stats import rankdata
+
+    shown = np.array([float(f"{cell.measure.value:.{cell.decimals}f}") for cell in measured])
+    for cell, place in zip(measured, rankdata(shown if lowest else -shown, method="min"), strict=True):
+        cell.rank = int(place) if place <= (2 if second else 1) else 0
 
 
 def rank_columns(rows: Sequence[Row], series: Sequence[Series], lowest: Sequence[bool] | None = None) -> None:

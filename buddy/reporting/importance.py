@@ -7,13 +7,13 @@ long, or the rows differ, no fixed order suits every input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from buddy.reporting import style
 from buddy.reporting.labels import INDICATORS
+from buddy.reporting.measured import Importance
 from buddy.reporting.study import Study
 from buddy.reporting.style import empty, panels, reason
 from buddy.settings import corpus_name
@@ -36,7 +36,9 @@ def removal_orders(windows: Sequence[Sequence[float]]) -> np.ndarray:
     Returns:
         (N, L) float64, 1 for the block removed first to L for the last; equal blocks share the mean of their places.
     """
-    return pd.DataFrame(windows).rank(axis=1, method="average").to_numpy()
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(windows, axis=1))
 
 
 def own_corpus(study: Study) -> Figure:
@@ -51,19 +53,19 @@ def other_corpus(study: Study) -> Figure:
 
 def other_indicators(study: Study) -> Figure:
     """Figure 8: the same by further indicators, on the calibration corpus and on others where they were measured."""
-    found = {row["corpus"] for row in _rows(study) if row["indicator"] in ORDERS["figure8"]}
+    found = {one.corpus for one in _records(study) if one.indicator in ORDERS["figure8"]}
     return _boxes(study, "figure8", [None, *(other for other in _others(study) if other in found)])
 
 
-def _rows(study: Study) -> list[dict[str, Any]]:
-    return [row for rows in study.importance_rows.values() for row in rows]
+def _records(study: Study) -> list[Importance]:
+    return [one for one in study.records if isinstance(one, Importance)]
 
 
 def _others(study: Study) -> list[str]:
     """Other corpora than the study's own: those that it plans; else PTB, unless only a third one was measured."""
     if study.config.ordered_backbones() and study.config.orders.corpora:
         return [corpus_name(corpus) for corpus in study.config.orders.corpora]
-    found = {row["corpus"] for row in _rows(study) if isinstance(row["corpus"], str)}
+    found = {one.corpus for one in _records(study) if one.corpus is not None}
     return [PTB if PTB in found or not found else min(found)]
 
 
@@ -71,7 +73,7 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
     """A row per indicator and corpus, of the first backbone that has any of them."""
     wanted = [(indicator, corpus) for corpus in corpora for indicator in ORDERS[name]]
     measured = {
-        backbone: {pair: row for pair in wanted if (row := _find(study, backbone, *pair)) is not None}
+        backbone: {pair: one for pair in wanted if (one := _find(study, backbone, *pair)) is not None}
         for backbone in subjects(study.config, study.config.study.backbones)
     }
     backbone, found = max(measured.items(), key=lambda item: len(item[1]))
@@ -80,7 +82,7 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
         indicator, corpus = pair
         title = f"{INDICATORS[indicator]}, {corpus or corpus_name(study.config.importance.corpus)}, {backbone}"
         if pair in found:
-            axes.set_title(f"{title}, {len(found[pair]['detail'])} windows")
+            axes.set_title(f"{title}, {len(found[pair].windows)} windows")
             _box_panel(axes, found[pair], COLOURS[indicator])
         else:
             axes.set_title(title)
@@ -88,18 +90,17 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
     return figure
 
 
-def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Mapping[str, Any] | None:
-    """The row of an indicator on a corpus (None: the study's own) with windows of the study's length."""
-    for row in study.importance_rows.get((backbone, indicator), []):
-        same = row["corpus"] == corpus if corpus else not isinstance(row["corpus"], str)
-        if same and pd.isna(row["length"]):
-            return row
+def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Importance | None:
+    """An indicator on a corpus (None: the study's own) with windows of the study's length."""
+    for one in study.of(Importance, backbone):
+        if (one.indicator, one.corpus, one.length) == (indicator, corpus, None):
+            return one
     return None
 
 
-def _box_panel(axes: Axes, row: Mapping[str, Any], colour: str) -> None:
+def _box_panel(axes: Axes, found: Importance, colour: str) -> None:
     """Median, quartiles, and the 5th and 95th percentile of each block's place."""
-    orders = removal_orders(row["detail"])
+    orders = removal_orders(found.windows)
     blocks = orders.shape[1]
     axes.boxplot(
         orders,
@@ -137,9 +138,9 @@ def by_length(study: Study) -> Figure:
 
 def _lengths(study: Study, backbone: str, indicator: str) -> dict[int, np.ndarray]:
     """Mean place of each block (L,) by context length in tokens, ascending."""
-    rows = [row for row in study.importance_rows.get((backbone, indicator), []) if not pd.isna(row["length"])]
-    own = [row for row in rows if not isinstance(row["corpus"], str)] or rows
-    found = {int(row["length"]): removal_orders(row["detail"]).mean(0) for row in own}
+    measured = [one for one in study.of(Importance, backbone) if one.indicator == indicator and one.length is not None]
+    own = [one for one in measured if one.corpus is None] or measured
+    found = {one.length or 0: removal_orders(one.windows).mean(0) for one in own}
     return dict(sorted(found.items()))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from buddy.methods import METHODS
-from buddy.reporting.frame import PROBE_PATHS
+from buddy.reporting.measured import KINDS, Training
 from buddy.reporting.study import Series, Study, is_main_criterion
 from buddy.settings import Loss, RouterRecipe
 from buddy.study.config import UNSAID
@@ -130,9 +130,8 @@ def coordinates(study: Study, name: str, backbone: str, series: Series, removed:
 
 def provenance(study: Study, kind: str, *backbones: str) -> list[str]:
     """One note on where and how often the records were measured."""
-    rows = study.frame[(study.frame.kind == kind) & study.frame.backbone.isin(backbones)]
-    told = {tuple(part for part in pair if isinstance(part, str)) for pair in zip(rows.device, rows.dtype, strict=True)}
-    devices = sorted(", ".join(parts) for parts in told if parts)
+    measured = [one for backbone in backbones for one in study.of(KINDS[kind], backbone)]
+    devices = sorted({", ".join(filter(None, (one.device, one.dtype))) for one in measured} - {""})
     seeds = len(study.config.study.seeds)
     parts = [f"Measured on {' and '.join(devices)}."] if devices else []
     if study.config.study.records is not None:
@@ -184,11 +183,11 @@ def one_path(study: Study, backbone: str, series: Iterable[Series]) -> list[str]
     labels = variant_labels(shown)
     notes = []
     for one in shown:
-        rows = [row for row in study.training_rows.get((backbone, one.path), []) if row["seed"] in one.seeds]
-        probed = [row for row in rows if row["metric"] == PROBE_PATHS]
-        stuck = [row for row in probed if row["value"] == 1]
+        trained = [run for run in study.of(Training, backbone, one.path) if run.seed in one.seeds]
+        probed = [run.probes for run in trained if run.probes]
+        stuck = [probes for probes in probed if probes.paths == 1]
         if stuck:
-            prompts, removed = (either(row[name] for row in stuck) for name in ("prompts", "removed"))
+            prompts, removed = (either(getattr(probes, of) for probes in stuck) for of in ("prompts", "removed"))
             seeds = f" with {len(stuck)} of {len(probed)} seeds" if len(probed) > 1 else ""
             notes.append(
                 f"{labels[one.path]}: one path over {prompts} probe prompts with {removed} blocks removed{seeds}; there it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from buddy.reporting import measures, published, style
 from buddy.reporting.grid import Cell, Grid, Row
@@ -16,6 +16,7 @@ from buddy.reporting.labels import (
     one_path,
     provenance,
 )
+from buddy.reporting.measured import Latency
 from buddy.reporting.measures import LATENCY_METRICS, Measure
 from buddy.reporting.study import Race, Study
 from buddy.reporting.style import empty, finish, gap, line, panels, removed_axis, shifts
@@ -146,8 +147,8 @@ def _metrics_of(row: Row) -> set[str]:
 
 def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
     """How it was timed, by the records, and what the columns that are shown mean."""
-    rows = [row for race in study.races(backbone) for row in study.race_rows(backbone, race)]
-    notes = [how_timed(study, rows)]
+    timed = [one for race in study.races(backbone) for one in study.race(backbone, race)]
+    notes = [how_timed(study, timed)]
     if shown & {"prefill_of_sliced", "decode_of_sliced"}:
         notes.append("Of sliced: the same ratio to the model with as many blocks cut out.")
     if shown & {"prefill_of_ideal", "decode_of_ideal"}:
@@ -168,17 +169,20 @@ def _latency_notes(study: Study, backbone: str, shown: set[str]) -> list[str]:
         )
     if "decode_gb_s" in shown:
         notes.append("GB/s: weights, keys and values that decoding reads; of copy: over the device's copy bandwidth.")
-    captured = [[row["value"] for row in rows if row["metric"] == f"capture_{of}"] for of in ("seconds", "memory_mb")]
+    captured = [
+        [one.figures[name].value for one in timed if name in one.figures]
+        for name in ("capture_seconds", "capture_memory_mb")
+    ]
     if all(captured):
         seconds, megabytes = map(max, captured)
         notes.append(f"Capturing the graphs of one execution took at most {seconds:.1f} s and {megabytes:.0f} MB.")
     return notes
 
 
-def how_timed(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """How the records behind these rows of the frame were timed."""
-    told = [either(row[of] for row in rows) for of in ("prompts", "new_tokens")]
-    over = f" over {told[0]} prompts, {told[1]} new tokens" if rows else ""
+def how_timed(study: Study, timed: Sequence[Latency]) -> str:
+    """How these records were timed."""
+    prompts, tokens = either(one.prompts for one in timed), either(one.new_tokens for one in timed)
+    over = f" over {prompts} prompts, {tokens} new tokens" if timed else ""
     return (
         f"Median of the timed passes{over}, batch {either(study.config.latency.batch_sizes)}. Executions take turns "
         "within a pass; a speed-up is the median over passes of the ratio to the dense model in the same pass and engine."

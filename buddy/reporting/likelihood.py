@@ -17,12 +17,14 @@ from buddy.reporting.grid import Cell, Grid, Row, ran, rank_columns, rank_note
 from buddy.reporting.labels import (
     DATASETS,
     coordinates,
+    either,
     one_path,
     provenance,
     series_labels,
     trained_by,
     variant_labels,
 )
+from buddy.reporting.measured import LIKELIHOODS, Likelihood, Texts
 from buddy.reporting.measures import DEPTH_TOLERANCE, Measure
 from buddy.reporting.significance import LEVEL, Difference, holm, paired, verdict
 from buddy.reporting.study import Series, Study
@@ -32,6 +34,121 @@ from buddy.study.settings import Table
 HEADERS = {"nll": "NLL", "kl": "KL", "agreement": "Agreement"}
 DIGITS = {"nll": 3, "kl": 3, "agreement": 1}
 MODES = {"recompute": "a route for each token, as decoding chooses it", "reuse": "the prompt's route kept"}
+
+
+Array = NDArray[np.float64]
+
+MEASURES = LIKELIHOODS
+UNITS = {"nll": "nats per token", "kl": "nats per token", "agreement": "%"}
+SCALES = {"nll": 1.0, "kl": 1.0, "agreement": 100.0}
+"""How many of a measure's unit in tables are 1 in the records."""
+AVERAGE = "average"
+"""Stands for all data sets, each counting alike."""
+
+
+class Mode(NamedTuple):
+    """How responses were routed: K/V of skipped blocks, and ``recompute`` or ``reuse``."""
+
+    kv: str
+    decode: str
+
+
+def main_mode(study: Study) -> Mode:
+    """The mode that tables show: the first of each in the study."""
+    settings = study.config.likelihood
+    return Mode(settings.kv[0], settings.decode[0])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was measured of a series at a depth in a mode.
+
+    Attributes:
+        values: by measure and data set, the value of each item, (n,), the mean over seeds.
+        texts: by data set, what the first seed's record says: which rows, how many tokens.
+        max_length: tokens that an item may have.
+        means: by measure the average over the data sets, seed by seed, in the unit of `UNITS`.
+        paths: distinct paths over all tokens, seed by seed.
+        executed: mean number of blocks that ran.
+        off_depth: whether that misses the depth asked for, with any seed.
+    """
+
+    values: Mapping[str, Mapping[str, Array]]
+    texts: Mapping[str, Texts]
+    max_length: int
+    means: Mapping[str, Sequence[float]]
+    paths: Sequence[int]
+    executed: float
+    off_depth: bool
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds behind it."""
+        return len(self.paths)
+
+    def estimate(self, measure: str, dataset: str = AVERAGE) -> Estimate:
+        """A measure's mean with its interval, in the unit of `UNITS`; of a data set, or the average of all."""
+        groups = self.values[measure]
+        scale = SCALES[measure]
+        return estimate(
+            [scale * values for name, values in groups.items() if dataset in (AVERAGE, name)], INTERVAL_RESAMPLES
+        )
+
+
+def scored(study: Study, backbone: str, series: Series, removed: int, mode: Mode) -> Scored | None:
+    """What the records have of it; None where no seed has all data sets of the study. Seeds on other items than the first
+    one's are left out."""
+    names: list[str] = [*study.config.likelihood.datasets]
+    records = [one for one in study.of(Likelihood, backbone, series.path, removed) if (one.kv, one.decode) == mode]
+    by_seed = {one.seed: one for one in records if {*names} <= one.datasets.keys()}
+    seeds = [by_seed[seed] for seed in series.seeds if seed in by_seed]
+    if not seeds:
+        return None
+    first = seeds[0]
+    seeds = [one for one in seeds if all(one.datasets[name].sha256 == first.datasets[name].sha256 for name in names)]
+    items = {
+        measure: {name: np.array([one.datasets[name].figures[measure].values for one in seeds]) for name in names}
+        for measure in MEASURES
+    }  # (seeds, n) each
+    asked = study.blocks(backbone) - removed
+    return Scored(
+        values={measure: {name: each.mean(0) for name, each in found.items()} for measure, found in items.items()},
+        texts={name: first.datasets[name] for name in names},
+        max_length=first.max_length,
+        means={
+            measure: [
+                SCALES[measure] * float(mean) for mean in np.mean([each.mean(1) for each in found.values()], axis=0)
+            ]
+            for measure, found in items.items()
+        },
+        paths=[int(one.paths) for one in seeds],
+        executed=float(np.mean([one.executed_mean for one in seeds])),
+        off_depth=any(abs(one.executed_mean - asked) > DEPTH_TOLERANCE for one in seeds),
+    )
+
+
+def difference(one: Scored | None, other: Scored | None, measure: str, dataset: str = AVERAGE) -> Difference:
+    """``one`` minus ``other`` on the same items, by a paired bootstrap over the items of each data set.
+
+    Args:
+        one, other: of the same backbone and depth; None was not measured.
+        measure: one of `MEASURES`; the difference is in the unit of `UNITS`.
+        dataset: a data set, or the average of all.
+    """
+    if one is None or other is None:
+        return Difference(note="not measured")
+    off = [found for found in (one, other) if found.off_depth]
+    if off:
+        return Difference(note=f"ran {off[0].executed:.1f} blocks")
+    if any(found.sha256 != other.texts[name].sha256 for name, found in one.texts.items()):
+        return Difference(note="not the same items")
+    groups = [
+        values - other.values[measure][name]
+        for name, values in one.values[measure].items()
+        if dataset in (AVERAGE, name)
+    ]
+    tested = measure == "nll" and dataset == AVERAGE
+    return paired(groups, RESAMPLES if tested else INTERVAL_RESAMPLES, SCALES[measure])
 
 
 @dataclass(frozen=True)
@@ -151,17 +268,14 @@ def _items(measured: Sequence[Scored]) -> str:
     if not measured:
         return "Nothing was scored yet."
     sets: dict[str, set[tuple[str, int, int]]] = {}
-    lengths: set[int] = set()
     for found in measured:
-        for name, which in found.which.items():
-            items = len(found.values["nll"][name])
-            sets.setdefault(name, set()).add((which["rows"], items, found.tokens[name]))
-            lengths.add(which["max_length"])
+        for name, texts in found.texts.items():
+            sets.setdefault(name, set()).add((texts.rows, len(found.values["nll"][name]), texts.tokens))
     told = "; ".join(
         f"{DATASETS.get(name, name)}: {' or '.join(_counted(*one) for one in sorted(found))}"
         for name, found in sets.items()
     )
-    longest = " or ".join(map(str, sorted(lengths)))
+    longest = either(found.max_length for found in measured)
     return f"Items of up to {longest} tokens, prompt included. {told}."
 
 
@@ -180,7 +294,7 @@ def _records(at: Mapping[str, Any], mode: Mode, found: Scored | None) -> list[di
         for dataset in (AVERAGE, *found.values[measure]):
             one = found.estimate(measure, dataset)
             which = (
-                {} if dataset == AVERAGE else {"rows": found.which[dataset]["rows"], "tokens": found.tokens[dataset]}
+                {} if dataset == AVERAGE else {"rows": found.texts[dataset].rows, "tokens": found.texts[dataset].tokens}
             )
             where = {**at, "dataset": dataset, "metric": measure, "unit": UNITS[measure], **which}
             rows.append({**where, "value": one.value, "low": one.low, "high": one.high, "n": one.items, **told})
@@ -327,134 +441,3 @@ def _difference_records(
             if measure == "nll" and dataset == AVERAGE:
                 rows[-1] |= {"holm_p": corrected, "comparisons": tested, "verdict": verdict(found, corrected)}
     return rows
-
-
-Array = NDArray[np.float64]
-
-MEASURES = ("nll", "kl", "agreement")
-UNITS = {"nll": "nats per token", "kl": "nats per token", "agreement": "%"}
-SCALES = {"nll": 1.0, "kl": 1.0, "agreement": 100.0}
-"""How many of a measure's unit in tables are 1 in the records."""
-AVERAGE = "average"
-"""Stands for all data sets, each counting alike."""
-
-
-class Mode(NamedTuple):
-    """How responses were routed: K/V of skipped blocks, and ``recompute`` or ``reuse``."""
-
-    kv: str
-    decode: str
-
-
-def main_mode(study: Study) -> Mode:
-    """The mode that tables show: the first of each in the study."""
-    settings = study.config.likelihood
-    return Mode(settings.kv[0], settings.decode[0])
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What was measured of a series at a depth in a mode.
-
-    Attributes:
-        values: by measure and data set, the value of each item, (n,), the mean over seeds.
-        which: by data set, the items' digest and which rows they are.
-        tokens: by data set, tokens scored.
-        means: by measure the average over the data sets, seed by seed, in the unit of `UNITS`.
-        paths: distinct paths over all tokens, seed by seed.
-        executed: mean number of blocks that ran.
-        off_depth: whether that misses the depth asked for, with any seed.
-    """
-
-    values: Mapping[str, Mapping[str, Array]]
-    which: Mapping[str, Mapping[str, Any]]
-    tokens: Mapping[str, int]
-    means: Mapping[str, Sequence[float]]
-    paths: Sequence[int]
-    executed: float
-    off_depth: bool
-
-    @property
-    def seeds(self) -> int:
-        """Number of seeds behind it."""
-        return len(self.paths)
-
-    def estimate(self, measure: str, dataset: str = AVERAGE) -> Estimate:
-        """A measure's mean with its interval, in the unit of `UNITS`; of a data set, or the average of all."""
-        groups = self.values[measure]
-        scale = SCALES[measure]
-        return estimate(
-            [scale * values for name, values in groups.items() if dataset in (AVERAGE, name)], INTERVAL_RESAMPLES
-        )
-
-
-def scored(study: Study, backbone: str, series: Series, removed: int, mode: Mode) -> Scored | None:
-    """What the records have of it; None where no seed has all data sets of the study. Seeds on other items than the first
-    one's are left out."""
-    datasets: list[str] = [*study.config.likelihood.datasets]
-    rows = study.likelihood_rows.get((backbone, series.path, removed, *mode), [])
-    seeds = [
-        found for seed in series.seeds if (found := _of_seed(rows, seed)) and {*datasets} <= {name for name, _ in found}
-    ]
-    if not seeds:
-        return None
-    which = {name: seeds[0][name, "nll"]["detail"] for name in datasets}
-    seeds = [
-        found
-        for found in seeds
-        if all(found[name, "nll"]["detail"]["sha256"] == which[name]["sha256"] for name in datasets)
-    ]
-    items = {
-        measure: {name: np.array([found[name, measure]["values"] for found in seeds]) for name in datasets}
-        for measure in MEASURES
-    }  # (seeds, n) each
-    depths = [float(found[ALL, "distinct_paths"]["executed_mean"]) for found in seeds]
-    asked = study.blocks(backbone) - removed
-    return Scored(
-        values={measure: {name: each.mean(0) for name, each in found.items()} for measure, found in items.items()},
-        which=which,
-        tokens={name: int(seeds[0][name, "nll"]["tokens"]) for name in datasets},
-        means={
-            measure: [
-                SCALES[measure] * float(mean) for mean in np.mean([each.mean(1) for each in found.values()], axis=0)
-            ]
-            for measure, found in items.items()
-        },
-        paths=[int(found[ALL, "distinct_paths"]["value"]) for found in seeds],
-        executed=float(np.mean(depths)),
-        off_depth=any(abs(mean - asked) > DEPTH_TOLERANCE for mean in depths),
-    )
-
-
-ALL = ""
-"""Data set of a row that is about all of them."""
-
-
-def _of_seed(rows: Iterable[Mapping[str, Any]], seed: int) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """The rows of one seed by data set and metric."""
-    mine = [row for row in rows if row["seed"] == seed]
-    return {(row["dataset"] if isinstance(row["dataset"], str) else ALL, row["metric"]): row for row in mine}
-
-
-def difference(one: Scored | None, other: Scored | None, measure: str, dataset: str = AVERAGE) -> Difference:
-    """``one`` minus ``other`` on the same items, by a paired bootstrap over the items of each data set.
-
-    Args:
-        one, other: of the same backbone and depth; None was not measured.
-        measure: one of `MEASURES`; the difference is in the unit of `UNITS`.
-        dataset: a data set, or the average of all.
-    """
-    if one is None or other is None:
-        return Difference(note="not measured")
-    off = [found for found in (one, other) if found.off_depth]
-    if off:
-        return Difference(note=f"ran {off[0].executed:.1f} blocks")
-    if any(found["sha256"] != other.which[name]["sha256"] for name, found in one.which.items()):
-        return Difference(note="not the same items")
-    groups = [
-        values - other.values[measure][name]
-        for name, values in one.values[measure].items()
-        if dataset in (AVERAGE, name)
-    ]
-    tested = measure == "nll" and dataset == AVERAGE
-    return paired(groups, RESAMPLES if tested else INTERVAL_RESAMPLES, SCALES[measure])

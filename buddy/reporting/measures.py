@@ -1,19 +1,17 @@
-"""From rows to figures with their uncertainty: averages over tasks and seeds, medians of timed passes."""
+"""From records to figures with their uncertainty: averages over tasks and seeds, medians of timed passes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from buddy.reporting.frame import AUTO
+from buddy.reporting.measured import Accuracy, Breakdown, Figure, Generation, Latency, Parts
 from buddy.reporting.study import Race, Series, Study
-from buddy.resampling import INTERVAL_RESAMPLES
+from buddy.resampling import plain_bootstrap
 
 NOT_MEASURED = "not measured"
 DEPTH_TOLERANCE = 0.05
@@ -62,9 +60,10 @@ def accuracy(study: Study, backbone: str, series: Series, removed: int) -> dict[
     """
     seeds = series.seeds
     per_seed: dict[int, dict[str, Measure]] = {}
-    for row in study.accuracy_rows.get((backbone, series.path, removed), []):
-        if row["seed"] in seeds:
-            per_seed.setdefault(row["seed"], {})[row["task"]] = _scored(row)
+    for one in study.of(Accuracy, backbone, series.path, removed):
+        if one.seed in seeds:
+            scores = {task: _scored(score, one, score.executed_mean) for task, score in one.scores.items()}
+            per_seed.setdefault(one.seed, {}).update(scores)
     found = {
         task: over_seeds([tasks[task] for tasks in per_seed.values() if task in tasks], len(seeds))
         for task in study.tasks
@@ -81,31 +80,29 @@ def accuracy(study: Study, backbone: str, series: Series, removed: int) -> dict[
 def answers(study: Study, backbone: str, series: Series, removed: int) -> dict[tuple[str, str], Measure]:
     """Exact matches in percent of generated answers, by task and filter; {} if not measured."""
     found: dict[tuple[str, str], list[Measure]] = {}
-    for row in study.generation_rows.get((backbone, series.path, removed), []):
-        if row["seed"] in series.seeds:
-            found.setdefault((row["task"], row["filter"]), []).append(_scored(row))
+    for one in study.of(Generation, backbone, series.path, removed):
+        for key, share in one.answers.items() if one.seed in series.seeds else ():
+            found.setdefault(key, []).append(_scored(share, one, one.executed_mean))
     return {key: over_seeds(seeds, len(series.seeds)) for key, seeds in found.items()}
 
 
-def _scored(row: Mapping[str, Any]) -> Measure:
+def _scored(figure: Figure, record: Accuracy | Generation, executed_mean: float | None) -> Measure:
     """One seed's score in percent."""
     return Measure(
-        value=100 * row["value"],
-        stderr=_percent(row["stderr"]),
-        n=int(row["n"]),
+        value=100 * figure.value,
+        stderr=None if figure.stderr is None else 100 * figure.stderr,
+        n=figure.n,
         seeds=1,
-        limit=_integer(row["limit"]),
-        **_depth(row),
+        limit=record.limit,
+        executed_mean=executed_mean,
+        off_depth=_misses(executed_mean, record.executed),
         note="",
     )
 
 
-def _depth(row: Mapping[str, Any]) -> dict[str, Any]:
-    """``executed_mean`` and ``off_depth``; a record may not say how many blocks ran, and where sequences have depths
-    of their own (mixed budgets, a predictor's) there is no one depth to miss."""
-    mean = None if pd.isna(row["executed_mean"]) else float(row["executed_mean"])
-    misses = mean is not None and abs(mean - row["executed"]) > DEPTH_TOLERANCE
-    return {"executed_mean": mean, "off_depth": misses and row["execution"] not in ("mixed", "nested", "full", AUTO)}
+def _misses(executed_mean: float | None, asked: int | None) -> bool:
+    """Whether another number of blocks ran than was asked for; a record may not say how many."""
+    return executed_mean is not None and asked is not None and abs(executed_mean - asked) > DEPTH_TOLERANCE
 
 
 def average(tasks: Sequence[Measure]) -> Measure:
@@ -177,10 +174,11 @@ def latency(
     per_seed: dict[str, list[Measure]] = {}
     for seed in study.config.study.seeds:
         timed = {
-            row["metric"]: _timed(row)
-            for row in study.race_rows(backbone, race, series)
-            if (row["execution"], int(row["removed"]), row["seed"]) == (execution, removed, seed)
-            and (execution != "varied" or _bound(row) == slack)
+            metric: _timed(figure, one.executed_mean, _misses(one.executed_mean, one.executed) and not _of_many(one))
+            for one in study.race(backbone, race, series)
+            if (one.execution, one.removed, one.seed) == (execution, removed, seed)
+            and (execution != "varied" or one.slack == slack)
+            for metric, figure in one.figures.items()
         }
         read, copied = timed.get("decode_gb_s"), timed.get("copy_gb_s")
         if read and copied and read.value is not None and copied.value:
@@ -197,46 +195,40 @@ def latency(
     return found
 
 
-def _bound(row: Mapping[str, Any]) -> int | None:
-    """The slack of a timed batch; None where its sequences chose independently."""
-    return None if row["slack"] is None or pd.isna(row["slack"]) else int(row["slack"])
+def _of_many(timed: Latency) -> bool:
+    """Whether its sequences have depths of their own, so that there is no one depth to miss."""
+    return timed.execution in ("mixed", "nested", "full")
 
 
 def bounds(study: Study, backbone: str, race: Race) -> list[int | None]:
     """Under which bounds varied routes were timed in a race; None, without one, first."""
-    found = {_bound(row) for row in study.race_rows(backbone, race) if row["execution"] == "varied"}
+    found = {one.slack for one in study.race(backbone, race) if one.execution == "varied"}
     return sorted(found, key=lambda slack: -1 if slack is None else slack)
 
 
 def mixtures(study: Study, backbone: str, race: Race, execution: str = "mixed") -> dict[int, tuple[int, ...]]:
     """Batches of mixed budgets in a race: mean number of removed blocks to that of each sequence."""
-    rows = [row for row in study.race_rows(backbone, race) if row["execution"] == execution]
-    found = {int(row["removed"]): row["removed_per_sequence"] for row in rows}
-    return {removed: depths for removed, depths in sorted(found.items()) if isinstance(depths, tuple)}
+    timed = [one for one in study.race(backbone, race) if one.execution == execution]
+    return dict(sorted((one.removed or 0, one.removed_per_sequence) for one in timed if one.removed_per_sequence))
 
 
 def breakdown(study: Study, backbone: str, removed: int) -> dict[tuple[str, str, str], Measure]:
     """What the main variant's passes spend at a depth, by phase, component and unit (``ms`` or ``percent``)."""
-    rows = [row for row in profiled(study, backbone, removed) if row["execution"] != AUTO]
-    return _components(rows)
+    return {key: part for one in profiled(study, backbone, removed) for key, part in _spent(one.parts).items()}
 
 
 def predicted_breakdown(study: Study, backbone: str) -> tuple[float, dict[tuple[str, str, str], Measure]]:
     """The same where the budget predictor chooses each sequence's depth, and the mean depth that it chose; {} if not
     measured. The records of all depths have the same, and the first one's is taken."""
     for removed in study.removed(backbone):
-        rows = [row for row in profiled(study, backbone, removed) if row["execution"] == AUTO]
-        if rows:
-            return float(rows[0]["executed_mean"]), _components(rows)
+        for one in profiled(study, backbone, removed):
+            if one.auto:
+                return one.auto_executed, _spent(one.auto, one.auto_executed)
     return 0.0, {}
 
 
-def _components(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], Measure]:
-    return {
-        (row["phase"], row["component"], row["metric"]): _timed(row)
-        for row in rows
-        if isinstance(row["component"], str)
-    }
+def _spent(parts: Parts, executed_mean: float | None = None) -> dict[tuple[str, str, str], Measure]:
+    return {key: _timed(figure, executed_mean) for key, figure in parts.items()}
 
 
 def routing_cost(study: Study, backbone: str) -> dict[int, dict[str, Measure]]:
@@ -246,24 +238,31 @@ def routing_cost(study: Study, backbone: str) -> dict[int, dict[str, Measure]]:
     """
     found: dict[int, dict[str, Measure]] = {}
     for removed in study.removed(backbone):
-        for row in profiled(study, backbone, removed):
-            if not pd.isna(row["context"]):
-                found.setdefault(int(row["context"]), {}).setdefault(row["metric"], _timed(row))
+        for one in profiled(study, backbone, removed):
+            for context, costs in one.contexts.items():
+                found.setdefault(context, {name: _timed(cost) for name, cost in costs.items()})
     return dict(sorted(found.items()))
 
 
-def profiled(study: Study, backbone: str, removed: int) -> list[dict[str, Any]]:
-    """Rows of the frame behind a breakdown at a depth, of the first seed: one run is profiled, as one is timed."""
-    rows = study.breakdown_rows.get((backbone, study.main(backbone).path, removed), [])
-    return [row for row in rows if row["seed"] == study.config.study.seeds[0]]
+def profiled(study: Study, backbone: str, removed: int) -> list[Breakdown]:
+    """Breakdowns at a depth, of the first seed: one run is profiled, as one is timed."""
+    found = study.of(Breakdown, backbone, study.main(backbone).path, removed)
+    return [one for one in found if one.seed == study.config.study.seeds[0]]
 
 
-def _timed(row: Mapping[str, Any]) -> Measure:
-    """A timed figure, with spread and standard error where the record has the single passes."""
-    measure = Measure(value=float(row["value"]), n=int(row["n"]), seeds=1, note="", **_depth(row))
-    if not isinstance(row["values"], tuple):
-        return measure
-    return replace(measure, stderr=bootstrap(row["values"]), low=float(row["low"]), high=float(row["high"]))
+def _timed(figure: Figure, executed_mean: float | None = None, off_depth: bool = False) -> Measure:
+    """A timed figure, with its standard error where the record has the single passes."""
+    return Measure(
+        value=figure.value,
+        stderr=bootstrap(figure.values),
+        low=figure.low,
+        high=figure.high,
+        n=figure.n,
+        seeds=1,
+        executed_mean=executed_mean,
+        off_depth=off_depth,
+        note="",
+    )
 
 
 @cache
@@ -271,8 +270,7 @@ def bootstrap(passes: tuple[float, ...]) -> float | None:
     """Bootstrap standard error of the median of the timed passes; None for a single pass."""
     if len(passes) < 2:
         return None
-    random = np.random.default_rng(0)
-    return float(np.median(random.choice(passes, (INTERVAL_RESAMPLES, len(passes))), axis=1).std(ddof=1))
+    return float(plain_bootstrap(passes, np.median).standard_error)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -281,11 +279,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
     if not known or any(value is None for value in known):
         return None
     return float(np.mean(np.asarray(known, dtype=float)))
-
-
-def _percent(fraction: Any) -> float | None:
-    return None if pd.isna(fraction) else 100 * float(fraction)
-
-
-def _integer(value: Any) -> int | None:
-    return None if pd.isna(value) else int(value)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from buddy.reporting import published, style
+from buddy.reporting import measured, published, style
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import (
     DATASETS,
@@ -26,6 +26,7 @@ from buddy.reporting.labels import (
     series_labels,
     trained_by,
 )
+from buddy.reporting.measured import Trace
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import empty, finish, panels, reason, removed_axis
@@ -67,24 +68,25 @@ def paths_per_generation(study: Study) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("Blocks removed")
     axes.set_ylabel("Paths")
-    prompts = {int(row["prompts"]) for row in _traced(study, backbone) if row["dataset"] in found}
+    prompts = {one.prompts for one in _traced(study, backbone) if one.dataset in found}
     return finish(figure, [axes], f"Mean over {' or '.join(map(str, sorted(prompts)))} prompts, 95 % interval")
 
 
-def _traced(study: Study, backbone: str, removed: int | None = None) -> list[dict[str, Any]]:
-    """Rows of BUDDY's traces, with its first seed."""
+def _traced(study: Study, backbone: str, removed: int | None = None) -> list[Trace]:
+    """BUDDY's traces, with its first seed."""
     main = study.main(backbone)
     depths = study.removed(backbone) if removed is None else [removed]
-    rows = [row for depth in depths for row in study.trace_rows.get((backbone, main.path, depth), [])]
-    return [row for row in rows if row["seed"] == main.seeds[0]]
+    found = [one for depth in depths for one in study.of(Trace, backbone, main.path, depth)]
+    return [one for one in found if one.seed == main.seeds[0]]
 
 
 def _paths(study: Study, backbone: str) -> dict[str, dict[int, tuple[float, float, float]]]:
     """By data set and depth: mean over prompts and its 95 % interval."""
     found: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for row in _traced(study, backbone):
-        if row["metric"] == "distinct_paths_per_generation" and row["dataset"] in _LINES:
-            found.setdefault(row["dataset"], {})[int(row["removed"])] = mean_interval(row["values"])
+    for one in _traced(study, backbone):
+        if one.dataset in _LINES:
+            paths = one.figures["distinct_paths_per_generation"]
+            found.setdefault(one.dataset, {})[one.removed or 0] = mean_interval(paths.values)
     return {name: found[name] for name in sorted(found)}
 
 
@@ -105,9 +107,9 @@ def heat_map(name: str, study: Study) -> Figure:
     ]
     for backbone in backbones:
         removed = study.removed(backbone)[place]
-        rows = [row for row in _traced(study, backbone, removed) if row["metric"] == "block_frequency"]
-        if rows:
-            return _heat_panel(study, backbone, removed, {row["dataset"]: row["values"] for row in rows})
+        found = {one.dataset: one.block_frequency for one in _traced(study, backbone, removed)}
+        if found:
+            return _heat_panel(study, backbone, removed, found)
     why = "no traces of BUDDY at this depth" if backbones else f"no traced backbone has {place + 1} depths"
     return empty("Executed blocks by task", f"not measured: {why}")
 
@@ -207,9 +209,10 @@ def _every_traced(study: Study, name: str, backbone: str, series: Series) -> dic
     cells: dict[str, list[Cell]] = {metric: [] for metric in _UNITS}
     for removed in series.depths:
         found = {
-            (row["dataset"], row["metric"]): _measure(row)
-            for row in study.trace_rows.get((backbone, series.path, removed), [])
-            if row["seed"] in series.seeds
+            (one.dataset, metric): _measure(figure, one)
+            for one in study.of(Trace, backbone, series.path, removed)
+            if one.seed in series.seeds
+            for metric, figure in one.figures.items()
         }
         at = coordinates(study, name, backbone, series, removed)
         for dataset in study.config.trace.datasets:
@@ -219,24 +222,29 @@ def _every_traced(study: Study, name: str, backbone: str, series: Series) -> dic
     return cells
 
 
-def _measure(row: Mapping[str, Any]) -> Measure:
+def _measure(figure: measured.Figure, trace: Trace) -> Measure:
     """A traced figure; what has a value for each prompt has a standard error over them."""
-    mean = float(row["executed_mean"])
-    measure = Measure(value=float(row["value"]), n=int(row["n"]), seeds=1, executed_mean=mean, note="")
-    values = row["values"]
-    if not isinstance(values, tuple):
-        return measure
+    values = figure.values
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return replace(measure, stderr=error, low=float(row["low"]), high=float(row["high"]))
+    return Measure(
+        value=figure.value,
+        stderr=error,
+        low=figure.low,
+        high=figure.high,
+        n=figure.n,
+        seeds=1,
+        executed_mean=trace.executed_mean,
+        note="",
+    )
 
 
 def _largest(cells: list[Cell], series: Series) -> Cell:
     """The cell with the largest value; its note tells how many depths it is the largest of, if not of all."""
-    measured = [cell for cell in cells if cell.measure.value is not None]
-    if not measured:
+    known = [cell for cell in cells if cell.measure.value is not None]
+    if not known:
         return Cell({**_undecided(cells[0].at), "over_depths": "largest"}, Measure())
-    largest = max(measured, key=lambda cell: cell.measure.value or 0.0)
-    missing = {cell.at["removed"] for cell in cells} - {cell.at["removed"] for cell in measured}
+    largest = max(known, key=lambda cell: cell.measure.value or 0.0)
+    missing = {cell.at["removed"] for cell in cells} - {cell.at["removed"] for cell in known}
     there = len(series.depths) - len(missing)
     note = f"{there} of {len(series.depths)} depths" if missing else ""
     return Cell({**largest.at, "over_depths": "largest"}, replace(largest.measure, note=note))
@@ -249,10 +257,9 @@ def _undecided(at: Mapping[str, Any]) -> dict[str, Any]:
 
 def _what_columns_mean(study: Study, backbone: str, depths: list[int]) -> str:
     settings = study.config.trace
-    traced = [row for key, found in study.trace_rows.items() if key[0] == backbone for row in found]
-    rows = [row for row in traced if row["dataset"] in settings.datasets]
-    prompts = either(row["prompts"] for row in rows) or str(settings.prompts)
-    tokens = either(row["new_tokens"] for row in rows) or str(settings.new_tokens)
+    traced = [one for one in study.of(Trace, backbone) if one.dataset in settings.datasets]
+    prompts = either(one.prompts for one in traced) or str(settings.prompts)
+    tokens = either(one.new_tokens for one in traced) or str(settings.new_tokens)
     sets = (
         f" of each of {', '.join(settings.datasets)}" if len(settings.datasets) > 1 else f" of {settings.datasets[0]}"
     )

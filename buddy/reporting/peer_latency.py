@@ -125,8 +125,8 @@ def _cells(study: Study, name: str, backbone: str, race: Race, line: Line, remov
 
 def _notes(study: Study, backbone: str, races: list[Race], shown: list[Line], dense: Line | None) -> list[str]:
     """How it was timed, by the records, and what may be compared."""
-    rows = [row for race in races for line in shown for row in study.race_rows(backbone, race, line.series.path)]
-    notes = [f"Rates in tokens/s. {how_timed(study, rows)}"]
+    timed = [one for race in races for line in shown for one in study.race(backbone, race, line.series.path)]
+    notes = [f"Rates in tokens/s. {how_timed(study, timed)}"]
     if dense is not None and len({line.series.path for line in shown}) > 1:
         whose = series_labels([dense.series])[dense.series.path]
         notes.append(

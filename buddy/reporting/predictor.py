@@ -4,13 +4,14 @@ input's depth (Figure 13)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from buddy.reporting import measures, published, style
 from buddy.reporting.labels import DATASETS, TASK_LABELS
+from buddy.reporting.measured import Accuracy, Points, Predicted, Score, Training
 from buddy.reporting.significance import items_of
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import empty, finish, gap, panels, reason, whole_numbers
@@ -27,8 +28,6 @@ RANDOM = "Same depths, random inputs"
 COLUMNS = 4
 """Panels side by side in Figure 13."""
 PRESETS = {"paper": "Paper's recipe", "tuned": "Tuned recipe"}
-
-Curve = Mapping[str, tuple[tuple[float, float], ...]]
 
 
 def training_curves(study: Study) -> Figure:
@@ -53,21 +52,19 @@ def training_curves(study: Study) -> Figure:
     return finish(figure, every)
 
 
-def _curves(study: Study, preset: str) -> list[Mapping[str, Any]]:
-    """Rows of the curves of a preset's predictors, one per seed, of the first backbone that has any."""
+def _curves(study: Study, preset: str) -> list[Training]:
+    """The trainings of a preset's predictors, one per seed, of the first backbone that has any."""
     for backbone in subjects(study.config, study.config.predicting_backbones()):
         main = study.main(backbone)
-        rows = study.training_rows.get((backbone, main.path), [])
-        found = [
-            row for row in rows if row["metric"] == "curve" and row["preset"] == preset and row["seed"] in main.seeds
-        ]
+        trained = study.of(Training, backbone, main.path)
+        found = [one for one in trained if one.preset == preset and one.seed in main.seeds]
         if found:
-            return sorted(found, key=lambda row: row["seed"])
+            return sorted(found, key=lambda one: one.seed)
     return []
 
 
-def _curve_panel(axes: Axes, name: str, preset: str, rows: list[Mapping[str, Any]]) -> None:
-    curves = [row["detail"].get(name, ()) for row in rows]
+def _curve_panel(axes: Axes, name: str, preset: str, trained: Sequence[Training]) -> None:
+    curves = [one.curve.get(name, ()) for one in trained]
     if not any(curves):
         reason(axes, f"not measured: no {name} of a predictor by {PRESETS[preset].lower()}")
         return
@@ -76,7 +73,7 @@ def _curve_panel(axes: Axes, name: str, preset: str, rows: list[Mapping[str, Any
         axes.plot(*zip(*curve, strict=True), color=style.mark(preset).color, linewidth=width)
     axes.ticklabel_format(useOffset=False)
     if name == "entropy":
-        uniform = rows[0]["value"]
+        uniform = trained[0].entropy_uniform
         axes.axhline(uniform, color=style.GREY, linewidth=0.9, linestyle=style.DASHED, label=UNIFORM)
         lowest = min(value for curve in curves for _, value in curve)
         # From 0, unless the curve never leaves the neighbourhood of the line.
@@ -109,7 +106,7 @@ def against_constant(study: Study) -> Figure:
             axes.set_xlabel("Mean depth (blocks)")
     if lowest is not None:
         _kept_panel(lowest, study, backbone, kept)
-    most = max(max(metrics["histogram"]) / max(1, sum(metrics["histogram"])) for metrics in found.values())
+    most = max(max(metrics.histogram) / max(1, sum(metrics.histogram)) for metrics in found.values())
     for preset, axes in zip(presets, below, strict=True):
         chosen = {dataset: found[preset, dataset] for dataset in datasets if (preset, dataset) in found}
         image = _choices_panel(axes, chosen, most)
@@ -142,45 +139,45 @@ def _layout(datasets: int, presets: int, kept: bool) -> tuple[Figure, list[Axes]
     return figure, above, below, figure.add_subplot(grid[-1, :]) if kept else None
 
 
-def _evaluated(study: Study) -> tuple[str, dict[tuple[str, str], Mapping[str, Any]]]:
-    """The first backbone that has any records, and their metrics by preset and data set, of the first seed."""
+def _evaluated(study: Study) -> tuple[str, dict[tuple[str, str], Predicted]]:
+    """The first backbone that has any records, and those of the first seed by preset and data set."""
     for backbone in subjects(study.config, study.config.predicting_backbones()):
         main = study.main(backbone)
-        rows = [row for row in study.budget_rows.get((backbone, main.path), []) if row["metric"] == "budget"]
-        found = {(row["preset"], row["dataset"]): row["detail"] for row in rows if row["seed"] == main.seeds[0]}
+        records = study.of(Predicted, backbone, main.path)
+        found = {(str(one.preset), str(one.dataset)): one for one in records if one.seed == main.seeds[0]}
         if found:
             return backbone, found
     return "", {}
 
 
-def _frontier_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+def _frontier_panel(axes: Axes, shown: Mapping[str, Predicted]) -> None:
     """Cross-entropy against mean depth: constants with their band, oracle, presets, and their depths on random inputs."""
-    _band(axes, _widest(shown)[0]["constants"])
-    _points(axes, _widest(shown)[0]["oracle"], "oracle", "Oracle")
+    _band(axes, _widest(shown)[0].constants)
+    _points(axes, _widest(shown)[0].oracle, "oracle", "Oracle")
     for preset, metrics in shown.items():
-        random = [{**point, "ce_mean": point["random"]} for point in metrics["predictor"]]
+        random = [{**point, "ce_mean": point["random"]} for point in metrics.predictor]
         _points(axes, random, "random", RANDOM)
-        _points(axes, metrics["predictor"], preset, PRESETS.get(preset, preset))
+        _points(axes, metrics.predictor, preset, PRESETS.get(preset, preset))
     _limits(axes, shown)
 
 
-def _widest(shown: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _widest(shown: Mapping[str, Predicted]) -> list[Predicted]:
     """The records, that of a preset with prices first: its table of depths is the one that its points lie on."""
-    return sorted(shown.values(), key=lambda metrics: metrics["price"] is None)
+    return sorted(shown.values(), key=lambda metrics: metrics.price is None)
 
 
-def _gain_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+def _gain_panel(axes: Axes, shown: Mapping[str, Predicted]) -> None:
     """Nats below constant depths at the same mean depth."""
     axes.axhline(0, color=style.mark("constant").color, linewidth=0.9, zorder=1)
     first = _widest(shown)[0]
-    depths, hull = (np.array([corner[of] for corner in first["hull"]]) for of in ("depth_mean", "ce_mean"))
+    depths, hull = (np.array([corner[of] for corner in first.hull]) for of in ("depth_mean", "ce_mean"))
     oracle = [
         {**point, "gain": float(np.interp(point["depth_mean"], depths, hull)) - point["ce_mean"]}
-        for point in first["oracle"]
+        for point in first.oracle
     ]
     _points(axes, oracle, "oracle", "Oracle", "gain")
     for preset, metrics in shown.items():
-        points = metrics["predictor"]
+        points = metrics.predictor
         _points(
             axes, [{**point, "gain": point["constant"] - point["random"]} for point in points], "random", RANDOM, "gain"
         )
@@ -192,20 +189,20 @@ def _gain_panel(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
     whole_numbers(axes)
 
 
-def _gain(metrics: Mapping[str, Any]) -> str:
+def _gain(metrics: Predicted) -> str:
     """How far a predictor is below constant depths, with its interval."""
-    gain = metrics["gain"]
+    gain = metrics.gain
     return f"{gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
 
 
-def _band(axes: Axes, points: list[Mapping[str, float]]) -> None:
+def _band(axes: Axes, points: Points) -> None:
     depths, means, low, high = ([point[of] for point in points] for of in ("depth_mean", "ce_mean", "low", "high"))
     mark = style.mark("constant")
     axes.fill_between(depths, low, high, color=mark.color, alpha=0.15, linewidth=0)
     axes.plot(depths, means, label="Constant depth", **mark.line())
 
 
-def _points(axes: Axes, points: list[Any], mark: str, label: str, of: str = "ce_mean") -> None:
+def _points(axes: Axes, points: Points, mark: str, label: str, of: str = "ce_mean") -> None:
     """Points in the order of their depth, a preset's with intervals; prices that lead to the same point are one."""
     once = [point for _, point in sorted({(point["depth_mean"], point[of]): point for point in points}.items())]
     ends = ("gain_low", "gain_high") if of == "gain" else ("low", "high")
@@ -218,12 +215,12 @@ def _points(axes: Axes, points: list[Any], mark: str, label: str, of: str = "ce_
     axes.errorbar(depths, values, yerr=bars, elinewidth=0.6, label=label, **style.mark(mark).line())
 
 
-def _limits(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
+def _limits(axes: Axes, shown: Mapping[str, Predicted]) -> None:
     """Show the depths that the predictors reach: constants far below them cost several times as much."""
-    blocks = max(metrics["blocks"] for metrics in shown.values())
-    points = [point for metrics in shown.values() for point in metrics["predictor"]]
+    blocks = max(metrics.blocks for metrics in shown.values())
+    points = [point for metrics in shown.values() for point in metrics.predictor]
     least = min(point["depth_mean"] for point in points)
-    lowest = min(point["ce_mean"] for metrics in shown.values() for point in metrics["oracle"])
+    lowest = min(point["ce_mean"] for metrics in shown.values() for point in metrics.oracle)
     highest = max(max(point["high"], point["random"]) for point in points)
     span = max(blocks - least, 1.0)
     axes.set_xlim(least - 0.08 * span, blocks + 0.05 * span)
@@ -231,12 +228,12 @@ def _limits(axes: Axes, shown: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
 
 
-def _choices_panel(axes: Axes, found: Mapping[str, Mapping[str, Any]], most: float) -> Any:
+def _choices_panel(axes: Axes, found: Mapping[str, Predicted], most: float) -> Any:
     """The depths chosen at a predictor's own price, a row per data set; returns the image."""
-    blocks = max(metrics["blocks"] for metrics in found.values())
+    blocks = max(metrics.blocks for metrics in found.values())
     shares = np.zeros((len(found), blocks))
     for row, metrics in zip(shares, found.values(), strict=True):
-        row[np.array(metrics["choices"]) - 1] = np.array(metrics["histogram"]) / max(1, sum(metrics["histogram"]))
+        row[np.array(metrics.choices) - 1] = np.array(metrics.histogram) / max(1, sum(metrics.histogram))
     image = axes.imshow(
         shares, cmap=style.HEAT, vmin=0, vmax=most, aspect="auto", extent=(0.5, blocks + 0.5, len(found), 0)
     )
@@ -244,7 +241,7 @@ def _choices_panel(axes: Axes, found: Mapping[str, Mapping[str, Any]], most: flo
         [place + 0.5 for place in range(len(found))],
         [TASK_LABELS.get(name, DATASETS.get(name, name)) for name in found],
     )
-    least = min(min(metrics["choices"]) for metrics in found.values())
+    least = min(min(metrics.choices) for metrics in found.values())
     axes.set_xlim(least - 0.5, blocks + 0.5)
     axes.tick_params(length=0)
     axes.set_xlabel("Depth (blocks)")
@@ -267,21 +264,21 @@ def _kept(study: Study, backbone: str) -> dict[str, dict[str, Kept]]:
     whole = _whole_model(study, backbone)
     items = {} if whole is None else items_of(study, backbone, whole, 0)
     main, found = study.main(backbone), dict[str, dict[str, Kept]]()
-    for row in study.predicted_rows.get((backbone, main.path), []):
-        full = reference.get(row["task"])
-        if row["seed"] == main.seeds[0] and full:
-            score, depth = 10_000 * row["value"] / full, 100 * row["executed_mean"] / study.blocks(backbone)
-            share = Kept(score, *_ends(row, items.get(row["task"]), score), depth)
-            found.setdefault(row["preset"], {})[row["task"]] = share
+    for one in study.of(Accuracy, backbone, main.path):
+        for task, scored in one.scores.items() if one.preset and one.seed == main.seeds[0] else ():
+            if full := reference.get(task):
+                share = 10_000 * scored.value / full
+                depth = 100 * (scored.executed_mean or 0.0) / study.blocks(backbone)
+                found.setdefault(str(one.preset), {})[task] = Kept(share, *_ends(scored, items.get(task), share), depth)
     order = [preset for preset in study.config.predictor.presets if preset in found]
     return {preset: {task: found[preset][task] for task in study.tasks if task in found[preset]} for preset in order}
 
 
-def _ends(row: Mapping[str, Any], theirs: Any, score: float) -> tuple[float, float]:
+def _ends(scored: Score, theirs: Any, share: float) -> tuple[float, float]:
     """The interval of a share, by a paired bootstrap of the ratio; the share itself where a record has no items."""
-    if theirs is None or not isinstance(row["items"], str) or len(row["items"]) != len(theirs) or not theirs.any():
-        return score, score
-    ours = (np.frombuffer(row["items"].encode(), np.uint8) - ord("0")).astype(float)
+    if theirs is None or scored.items is None or len(scored.items) != len(theirs) or not theirs.any():
+        return share, share
+    ours = (np.frombuffer(scored.items.encode(), np.uint8) - ord("0")).astype(float)
     found = ratio([ours], [theirs])
     return 100 * found.low, 100 * found.high
 

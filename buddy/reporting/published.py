@@ -6,12 +6,11 @@ backbone, method, number of removed blocks, and for ablations the same full vari
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
-
-import pandas as pd
 
 from buddy.errors import unknown
 from buddy.reporting.study import is_main_criterion
@@ -65,17 +64,30 @@ _AXES = {"start_layer": "source_block"}
 
 
 @cache
-def load(name: str) -> pd.DataFrame:
-    """One transcribed file as published, by its name without ``.csv`` (see ``FILES``).
+def load(name: str) -> list[dict[str, Any]]:
+    """One transcribed file as published, row by row, by its name without ``.csv`` (see ``FILES``); numbers as numbers.
 
     Raises:
         UserError: no such file.
     """
     if name not in FILES:
         raise unknown("published figures", name, FILES)
-    with resources.as_file(resources.files(__package__) / "published" / f"{name}.csv") as path:
-        # "none" is a value here (a prior, a kind), not a gap.
-        return pd.read_csv(path, keep_default_na=False)
+    text = (resources.files(__package__) / "published" / f"{name}.csv").read_text(encoding="utf-8")
+    return [{column: _value(cell) for column, cell in row.items()} for row in csv.DictReader(text.splitlines())]
+
+
+def _value(cell: str) -> str | int | float:
+    for number in (int, float):
+        try:
+            return number(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def _rows(name: str, **wanted: object) -> list[dict[str, Any]]:
+    """Rows of a file that have these values."""
+    return [row for row in load(name) if all(row[column] == value for column, value in wanted.items())]
 
 
 def backbone(name: str, definition: Backbone, trained: bool = True) -> str | None:
@@ -100,19 +112,11 @@ def backbone(name: str, definition: Backbone, trained: bool = True) -> str | Non
 
 def accuracy(table: int, backbone: str | None, method: str, removed: int) -> dict[str, float]:
     """Published accuracies in percent of one row of Tables 2, 3, 10 or 11: per task, and ``average``; {} if none."""
-    frame = load("accuracy")
-    found = frame[
-        (frame.table == table)
-        & (frame.backbone == backbone)
-        & (frame.method == method)
-        & (frame.removed_blocks == removed)
-    ]
-    if found.empty:
-        return {}
-    row = found.iloc[0]
     ours = {paper: study for study, paper in TASK_NAMES.items()} | {"avg": "average"}
-    first = list(frame.columns).index("removed_blocks") + 1
-    return {ours.get(column, column): float(row[column]) for column in frame.columns[first:]}
+    for row in _rows("accuracy", table=table, backbone=backbone, method=method, removed_blocks=removed):
+        scores = list(row)[list(row).index("removed_blocks") + 1 :]
+        return {ours.get(column, column): float(row[column]) for column in scores}
+    return {}
 
 
 def answers(table: int, backbone: str | None, method: str, removed: int) -> float | None:
@@ -124,16 +128,15 @@ def answers(table: int, backbone: str | None, method: str, removed: int) -> floa
         method: its name.
         removed: number of removed blocks.
     """
-    frame = load("gsm8k")
-    found = frame[(frame.table == table) & (frame.method == method) & (frame.removed_blocks == removed)]
-    return None if found.empty or backbone not in BACKBONES or backbone not in found else float(found.iloc[0][backbone])
+    found = _rows("gsm8k", table=table, method=method, removed_blocks=removed)
+    return float(found[0][backbone]) if found and backbone in BACKBONES and backbone in found[0] else None
 
 
 @cache
 def _ablations() -> dict[tuple[int, int], list[tuple[dict[str, Any], float]]]:
     """Per table and number of removed blocks: every cell's full variant and its average accuracy in percent."""
     cells: dict[tuple[int, int], list[tuple[dict[str, Any], float]]] = {}
-    for row in load("ablations").to_dict("records"):
+    for row in load("ablations"):
         axis = _AXES.get(row["axis"], row["axis"])
         value: Any = {"omega": float, "source_block": int}.get(axis, str)(row["value"])
         variant = {**MAIN_VARIANT, **_FIXED.get(row["table"], {}), axis: value}
@@ -162,17 +165,11 @@ def ablation(table: int, backbone: str | None, variant: Mapping[str, Any], remov
 
 def latency(table: int, backbone: str | None, method: str, removed: int, dataset: str) -> dict[str, float]:
     """Published prefill and decode tokens/s and speed-ups (on an A100) of one row of Table 4 or 14; {} if none."""
-    frame = load("latency")
-    found = frame[
-        (frame.table == table)
-        & (frame.method == method)
-        & (frame.removed_blocks == removed)
-        & (frame.dataset == dataset)
-    ]
-    if backbone != LATENCY_BACKBONE or found.empty:
+    found = _rows("latency", table=table, method=method, removed_blocks=removed, dataset=dataset)
+    if backbone != LATENCY_BACKBONE or not found:
         return {}
     columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
-    return {column: float(found.iloc[0][column]) for column in columns}
+    return {column: float(found[0][column]) for column in columns}
 
 
 def figure(number: int, backbone: str | None, variant: Mapping[str, Any], series: str) -> dict[int, float]:
@@ -184,11 +181,9 @@ def figure(number: int, backbone: str | None, variant: Mapping[str, Any], series
         variant: axes of the run that ours is about.
         series: the line: a data set (4), or a measure and a decode mode such as ``rouge1_reuse`` (5).
     """
-    frame = load("figures")
-    found = frame[(frame.figure == number) & (frame.series == series)]
     if backbone != FIGURE_BACKBONE or number not in (4, 5) or not has_figures_of("buddy", variant):
         return {}
-    return {int(row["x"]): float(row["value"]) for row in found.to_dict("records")}
+    return {int(row["x"]): float(row["value"]) for row in _rows("figures", figure=number, series=series)}
 
 
 def retention(backbone: str | None, variant: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -196,20 +191,19 @@ def retention(backbone: str | None, variant: Mapping[str, Any]) -> dict[str, tup
     (Figure 13); {} if none, and for a predictor of another variant than the paper's."""
     if backbone != FIGURE_BACKBONE or not has_figures_of("buddy", variant):
         return {}
-    frame = load("figures")
-    of = {name: frame[(frame.figure == 13) & (frame.series == name)] for name in ("retention", "flops_ratio")}
-    kept, used = (dict(zip(rows.x, rows.value, strict=True)) for rows in of.values())
+    kept, used = (
+        {row["x"]: float(row["value"]) for row in _rows("figures", figure=13, series=name)}
+        for name in ("retention", "flops_ratio")
+    )
     ours = {theirs: name for name, theirs in TASK_NAMES.items()}
-    return {ours.get(task, task): (float(kept[task]), float(used[task])) for task in map(str, kept)}
+    return {ours.get(task, task): (kept[task], used[task]) for task in map(str, kept)}
 
 
 def training_cost(table: int, backbone: str | None) -> dict[str, float]:
     """Published hours of training of one row of Table 9 (on an A100), ``sft`` and ``grpo``; {} if none."""
-    frame = load("training_cost")
-    found = frame[(frame.table == table) & (frame.backbone == backbone)]
-    if found.empty:
-        return {}
-    return {name: float(found.iloc[0][f"{name}_hours"]) for name in ("sft", "grpo")}
+    for row in _rows("training_cost", table=table, backbone=backbone):
+        return {name: float(row[f"{name}_hours"]) for name in ("sft", "grpo")}
+    return {}
 
 
 def breakdown(table: int, backbone: str | None, batch_size: int, tokens: int) -> dict[str, dict[str, float]]:
@@ -224,10 +218,9 @@ def breakdown(table: int, backbone: str | None, batch_size: int, tokens: int) ->
         batch_size: sequences in the pass.
         tokens: tokens of each.
     """
-    frame = load("breakdown")
     if backbone != LATENCY_BACKBONE or (batch_size, tokens) != BREAKDOWN_BATCH:
         return {}
     return {
         _COMPONENTS[row["component"]]: {"ms": float(row["latency_ms"]), "percent": float(row["percent"])}
-        for row in frame[frame.table == table].to_dict("records")
+        for row in _rows("breakdown", table=table)
     }

@@ -18,6 +18,7 @@ import numpy as np
 from buddy.reporting import measures
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import buddy_label, series_labels
+from buddy.reporting.measured import Accuracy
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
 from buddy.resampling import RESAMPLES, estimate
@@ -77,9 +78,10 @@ def _compared(
 def items_of(study: Study, backbone: str, series: Series, removed: int) -> dict[str, np.ndarray]:
     """By task the share of seeds that got each item right; tasks that any seed lacks are left out."""
     seeds: dict[str, list[np.ndarray]] = {}
-    for row in study.accuracy_rows.get((backbone, series.path, removed), []):
-        if row["seed"] in series.seeds and isinstance(row["items"], str):
-            seeds.setdefault(row["task"], []).append(np.frombuffer(row["items"].encode(), np.uint8) - ord("0"))
+    for record in study.of(Accuracy, backbone, series.path, removed):
+        for task, score in record.scores.items() if record.seed in series.seeds else ():
+            if score.items is not None:
+                seeds.setdefault(task, []).append(np.frombuffer(score.items.encode(), np.uint8) - ord("0"))
     whole = {task: found for task, found in seeds.items() if len(found) == len(series.seeds)}
     return {task: np.mean(found, axis=0) for task, found in whole.items() if len({len(one) for one in found}) == 1}
 

@@ -1,25 +1,25 @@
-"""A finished (or half-finished) study, as reporting sees it: its settings and the frame of its records."""
+"""A finished (or half-finished) study, as reporting sees it: its settings and its records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
-
-import pandas as pd
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from buddy.errors import UserError, choices
 from buddy.methods import METHODS
-from buddy.reporting import frame as frames
-from buddy.reporting.frame import series_of
+from buddy.reporting import measured
+from buddy.reporting.measured import Latency, Measured, series_of
 from buddy.settings import Engine
 from buddy.study import config
 from buddy.study.config import Config, Run
 from buddy.study.layout import records_folder
 from buddy.tasks import PAPERS, TASKS
+
+T = TypeVar("T", bound=Measured)
 
 """Order of methods in tables and legends: the paper's, BUDDY last."""
 
@@ -31,13 +31,18 @@ class Race(NamedTuple):
     batch_size: int
     engine: str
 
+    @classmethod
+    def of(cls, timed: Latency) -> Race:
+        """The race that a record is of."""
+        return cls(timed.dataset, timed.batch_size, timed.engine)
+
 
 @dataclass(frozen=True)
 class Series:
     """Runs of one method that differ in their seed only, and of a peer in their depth: a row at each depth, or a line.
 
     Attributes:
-        path: as in the frame (`buddy.reporting.frame.series_of`).
+        path: as its records name it (`buddy.reporting.measured.series_of`).
         method: its method.
         variant: its axes, without a peer's ``removed``.
         seeds: what it is averaged over.
@@ -69,7 +74,7 @@ class Study:
 
     folder: Path
     config: Config
-    frame: pd.DataFrame
+    records: Sequence[Measured]
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Records that were left out: the reason by the file's path below the folder of records."""
 
@@ -88,61 +93,25 @@ class Study:
         """Whether its average is over the paper's eight tasks."""
         return self.tasks == list(PAPERS)
 
-    @cached_property
-    def accuracy_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series and number of removed blocks."""
-        return _grouped(self.frame, "accuracy", ("backbone", "series", "removed"))
+    def of(self, kind: type[T], backbone: str, series: str | None = None, removed: int | None = None) -> list[T]:
+        """Records of a kind on a backbone, in the order of their files.
+
+        Args:
+            kind: a class of `buddy.reporting.measured`.
+            backbone: by name.
+            series: of this series only (`Series.path`).
+            removed: at this depth only.
+        """
+        found: list[T] = self._by_series.get((kind, backbone, series), [])
+        return [one for one in found if removed in (None, one.removed)]
 
     @cached_property
-    def predicted_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Rows of scores whose depth a budget predictor set, by backbone and series."""
-        scored = self.frame[self.frame.preset.notna()]
-        return _grouped(scored, "accuracy", ("backbone", "series"))
-
-    @cached_property
-    def generation_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series and number of removed blocks."""
-        return _grouped(self.frame, "generation", ("backbone", "series", "removed"))
-
-    @cached_property
-    def trace_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series and number of removed blocks."""
-        return _grouped(self.frame, "trace", ("backbone", "series", "removed"))
-
-    @cached_property
-    def latency_rows(self) -> dict[tuple[str, str, str, int, str], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series, and the fields of a `Race`."""
-        return _grouped(self.frame, "latency", ("backbone", "series", *Race._fields))
-
-    @cached_property
-    def breakdown_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series and number of removed blocks."""
-        return _grouped(self.frame, "breakdown", ("backbone", "series", "removed"))
-
-    @cached_property
-    def importance_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Rows of the frame by backbone and indicator."""
-        return _grouped(self.frame, "importance", ("backbone", "indicator"))
-
-    @cached_property
-    def rouge_rows(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series and number of removed blocks."""
-        return _grouped(self.frame, "rouge", ("backbone", "series", "removed"))
-
-    @cached_property
-    def likelihood_rows(self) -> dict[tuple[str, str, int, str, str], list[dict[str, Any]]]:
-        """Rows of the frame by backbone, series, number of removed blocks, K/V policy and decode mode."""
-        return _grouped(self.frame, "likelihood", ("backbone", "series", "removed", "kv", "decode"))
-
-    @cached_property
-    def training_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Rows of the frame by backbone and series: of runs, and of the budget predictors trained on them."""
-        return _grouped(self.frame, "training", ("backbone", "series"))
-
-    @cached_property
-    def budget_rows(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Rows of the frame by backbone and series, of evaluated budget predictors."""
-        return _grouped(self.frame, "budget", ("backbone", "series"))
+    def _by_series(self) -> dict[tuple[type[Measured], str, str | None], list[Any]]:
+        groups: dict[tuple[type[Measured], str, str | None], list[Any]] = {}
+        for one in self.records:
+            for series in (None, one.series):
+                groups.setdefault((type(one), one.backbone, series), []).append(one)
+        return groups
 
     def blocks(self, backbone: str) -> int:
         """Number of blocks L of a backbone."""
@@ -193,22 +162,24 @@ class Study:
         timed = {(race.batch_size, race.engine) for race in self._timed(backbone)}
         return "" if timed <= {(1, "eager")} else f"batch {shown.batch_size}, engine {shown.engine}"
 
-    def race_rows(self, backbone: str, race: Race, series: str | None = None) -> list[dict[str, Any]]:
-        """Rows of the frame that one race left, of a series (BUDDY's main variant by default) and what it is timed
-        against. A peer is another run at each depth: its series has a race, and a dense model, for each."""
-        return self.latency_rows.get((backbone, series or self.main(backbone).path, *race), [])
+    def race(self, backbone: str, race: Race, series: str | None = None) -> list[Latency]:
+        """What one race timed, of a series (BUDDY's main variant by default) and what it is timed against. A peer is another
+        run at each depth: its series has a race, and a dense model, for each."""
+        timed = self.of(Latency, backbone, series or self.main(backbone).path)
+        return [one for one in timed if Race.of(one) == race]
 
     def _timed(self, backbone: str, series: Collection[str] | None = None) -> set[Race]:
         """Races of the study of which there are records."""
-        mine = [(backbone, one) for one in series or [self.main(backbone).path]]
         settings = self.config.latency
+        found = {
+            Race.of(one) for path in series or [self.main(backbone).path] for one in self.of(Latency, backbone, path)
+        }
         return {
-            Race(dataset, int(size), engine)
-            for (*whose, dataset, size, engine) in self.latency_rows
-            if tuple(whose) in mine
-            and dataset in settings.datasets
-            and size in settings.batch_sizes
-            and engine in settings.engines
+            race
+            for race in found
+            if race.dataset in settings.datasets
+            and race.batch_size in settings.batch_sizes
+            and race.engine in settings.engines
         }
 
     def compared(self, backbone: str) -> list[Series]:
@@ -260,13 +231,6 @@ def _in_order(series: Iterable[Series]) -> list[Series]:
     return sorted(series, key=place)
 
 
-def _grouped(frame: pd.DataFrame, kind: str, by: tuple[str, ...]) -> dict[Any, list[dict[str, Any]]]:
-    rows: dict[Any, list[dict[str, Any]]] = {}
-    for row in frame[frame.kind == kind].to_dict("records"):
-        rows.setdefault(tuple(row[name] for name in by), []).append({str(name): value for name, value in row.items()})
-    return rows
-
-
 def load(folder: str | Path) -> Study:
     """Read a study's settings and all its records.
 
@@ -290,4 +254,4 @@ def load(folder: str | Path) -> Study:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
     parsed = config.parse(content, str(path))
-    return Study(folder, parsed, *frames.load(records_folder(parsed, folder, str(path))))
+    return Study(folder, parsed, *measured.load(records_folder(parsed, folder, str(path))))

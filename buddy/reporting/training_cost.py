@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from buddy.methods import METHODS
 from buddy.reporting import published
 from buddy.reporting.grid import Cell, Grid, Row
 from buddy.reporting.labels import coordinates, number, provenance, series_labels, trained_by
+from buddy.reporting.measured import Training
 from buddy.reporting.measures import Measure, over_seeds
 from buddy.reporting.study import Series, Study
 from buddy.study.settings import Table
@@ -53,16 +54,15 @@ def _is_trained(series: Series) -> bool:
 
 
 def _row(study: Study, name: str, backbone: str, series: Series, label: str, presets: list[Any]) -> Row:
-    records = {row["file"]: row for row in study.training_rows.get((backbone, series.path), [])}
-    mine = [row for row in records.values() if row["seed"] in series.seeds]
-    runs = [row for row in mine if not isinstance(row["preset"], str)]
+    mine = [one for one in study.of(Training, backbone, series.path) if one.seed in series.seeds]
+    runs = [one for one in mine if one.preset is None]
     found = {
-        "run": _hours([_of(row) for row in runs], series.runs * len(series.seeds)),
+        "run": _hours([_of(one) for one in runs], series.runs * len(series.seeds)),
         "runs": Measure(value=float(series.runs), seeds=len(series.seeds), note=""),
         "all": _total(runs, series),
     }
     for preset in presets if series.path == study.main(backbone).path else ():
-        hours = [_of(row) for row in mine if row["preset"] == preset]
+        hours = [_of(one) for one in mine if one.preset == preset]
         found[f"predictor_{preset}"] = _hours(hours, len(series.seeds))
     at = coordinates(study, name, backbone, series, 0)
     at = {**at, **dict.fromkeys(("removed", "executed", "fraction"))}
@@ -83,9 +83,9 @@ def _published(study: Study, name: str, backbone: str, series: Series) -> dict[s
     return {metric: theirs[column] for metric, column in _PAPERS.items() if column in theirs}
 
 
-def _of(row: Mapping[str, Any]) -> float:
+def _of(one: Training) -> float:
     """Hours of one record."""
-    return float(row["gpu_s"] or row["wall_s"]) / 3600
+    return float(one.gpu_s or one.wall_s) / 3600
 
 
 def _hours(hours: list[float], expected: int) -> Measure:
@@ -97,9 +97,9 @@ def _hours(hours: list[float], expected: int) -> Measure:
     )
 
 
-def _total(runs: list[Any], series: Series) -> Measure:
+def _total(runs: Sequence[Training], series: Series) -> Measure:
     """Hours of all runs that the depths need, mean over seeds; None before all of them are trained."""
     if len(runs) < series.runs * len(series.seeds):
         return Measure()
-    hours = sum(_of(row) for row in runs) / len(series.seeds)
+    hours = sum(map(_of, runs)) / len(series.seeds)
     return Measure(value=hours, n=len(runs), seeds=len(series.seeds), note="")

@@ -1,4 +1,4 @@
-"""The figures by name, and which of them a study plans to measure: no pandas, so that a workflow can ask."""
+"""The figures by name, and which of them a study plans to measure: light, so that a workflow can ask."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ buddy.cli.main(["generate", "--run", sys.argv[1], "--budget", "0.75", "--max-new
 def test_every_module_of_the_core_is_imported_without_the_extras() -> None:
     code = """
 rooms = ["adapters", "backbones", "baselines", "chat", "cli", "commands", "data", "hub", "importance", "policies",
-         "resampling", "routing", "runs", "settings", "storage", "study", "tracking", "training"]
+         "reporting", "resampling", "routing", "runs", "settings", "storage", "study", "tracking", "training"]
 for room in rooms:
     module = importlib.import_module(f"buddy.{room}")
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"buddy.{room}."):
@@ -103,7 +103,7 @@ print(sorted(hidden & set(sys.modules)))
 @pytest.mark.parametrize(
     ("words", "package", "extra"),
     [
-        ("report --study {0} --summary", "pandas", "report"),
+        ("report --study {0} --summary", "scipy", "report"),
         ("evaluate --run {0}/run --data {0} --tasks piqa --out {0}/records", "lm_eval", "eval"),
         ("train --backbone {0}/backbone --data {0} --most-removed 2 --out {0}/trained", "trl", "train"),
         ("data --name piqa --source hub --out {0}/piqa", "datasets", "train"),

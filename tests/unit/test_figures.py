@@ -10,7 +10,7 @@ import pytest
 from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
 
 from buddy.errors import UserError
-from buddy.reporting import figures, frame, published, study, style, write
+from buddy.reporting import figures, measured, published, study, style, write
 from buddy.reporting.importance import removal_orders
 from buddy.study import planned_figures
 from buddy.study.config import parse
@@ -407,7 +407,8 @@ def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
     assert list(arc[:, 1]) == pytest.approx([80, 80])  # no items, no interval
     assert any(list(line.get_ydata()) == pytest.approx([80, 50]) for line in axes.lines)
     # Scores without a depth enter no table.
-    assert not (study.load(small.folder).frame.query("kind == 'accuracy' and preset == 'tuned'").removed.notna()).any()
+    scored = study.load(small.folder).of(measured.Accuracy, NAME)
+    assert [one.removed for one in scored if one.preset == "tuned"] == [None]
 
 
 def test_the_papers_predictor_is_shown_beside() -> None:
@@ -437,7 +438,7 @@ def test_incomplete_records_of_figures_are_named_and_left_out(small: Maker, capl
     )
     small.record("training", run, 0, {"preset": "paper", "curve": []}).write(small.records / "training/three.json")
     small.record("rouge", run, 4, {"rouge1": {"mean": 0.2}}).write(small.records / "rouge/four.json")
-    assert frame.load(small.records)[0].empty
+    assert not measured.load(small.records)[0]
     warned = caplog.text
     assert all(f"{name}.json" in warned for name in ("one", "two", "three", "four"))
 

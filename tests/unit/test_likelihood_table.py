@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from records_factory import Maker, cells, methods
+from scipy import stats
 
 from buddy import resampling
 from buddy.commands.report import report
@@ -207,3 +208,14 @@ def test_drawing_items_is_drawing_how_often_each_occurs(monkeypatch: pytest.Monk
     assert drawn_one_by_one.value == counted.value == pytest.approx((values.mean() + values[:50].mean()) / 2)
     assert (drawn_one_by_one.low, drawn_one_by_one.high) == pytest.approx((counted.low, counted.high), abs=0.01)
     assert drawn_one_by_one.p == pytest.approx(counted.p, rel=0.5, abs=0.001)
+
+
+def test_items_of_one_data_set_have_the_interval_of_a_plain_bootstrap() -> None:
+    values = np.random.default_rng(4).normal(0.3, 1.0, 150)
+    ours = resampling.estimate([values], resamples=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    error = values.std(ddof=1) / len(values) ** 0.5
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * error)
+    # Of a second data set without spread, the mean of both is half as wide.
+    both = resampling.estimate([values, np.zeros(10)], resamples=20_000)
+    assert (both.low, both.high) == pytest.approx((theirs.low / 2, theirs.high / 2), abs=0.025 * error)

@@ -263,7 +263,7 @@ def test_latency_shows_the_engines_and_executions_that_were_timed(page: dict[str
 def test_the_verdicts_stand_at_the_top(study: Study, page: dict[str, Any]) -> None:
     texts = [block.get("content", "") for block in page["blocks"] if block["type"] == "markdown-block"]
     assert texts[0].startswith("Study **many**, made 20")
-    assert f"of {len(set(study.frame.file))} records" in texts[0]
+    assert f"of {len({one.file for one in study.records})} records" in texts[0]
     assert "beside the paper" in texts[1]
     assert ENTITY not in texts[0]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from buddy import load
 from buddy.commands.train import fit_depths
 from buddy.errors import UserError
-from buddy.reporting import ablation, figures, published, significance, study, style, tables
+from buddy.reporting import ablation, figures, measured, published, significance, study, style, tables
 from buddy.reporting.accuracy import _marks
 from buddy.reporting.labels import series_labels
 from buddy.reporting.likelihood import _variants
@@ -257,11 +257,11 @@ def test_an_older_record_is_of_the_papers_recipe(made: Maker) -> None:
     content = json.loads(path.read_text())
     del content["variant"]["recipe"]
     path.write_text(json.dumps(content))
-    frame = study.load(made.folder).frame
-    scored = frame[frame.kind == "accuracy"]
-    assert set(scored[scored.file == str(path)].recipe) == {"paper"}
-    assert set(scored[scored.series.str.contains("recipe~tuned")].recipe) == {"tuned"}
-    assert scored[scored.method == "dense"].recipe.isna().all()
+    scored = study.load(made.folder).of(measured.Accuracy, NAME)
+    recipes = {one.file: one.variant.get("recipe") for one in scored}
+    assert recipes[str(path)] == "paper"
+    assert {recipe for file, recipe in recipes.items() if "recipe~tuned" in file} == {"tuned"}
+    assert {one.variant.get("recipe") for one in scored if one.method == "dense"} == {None}
 
 
 def test_published_figures_stand_beside_the_papers_recipe_alone(tmp_path: Path) -> None:

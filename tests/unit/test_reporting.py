@@ -22,7 +22,7 @@ from records_factory import EVERY_METHOD, Maker, cell, cells, demo, methods, pap
 
 from buddy.commands.report import report
 from buddy.errors import UserError
-from buddy.reporting import figures, frame, grid, published, render, study, style, tables, write
+from buddy.reporting import figures, grid, measured, published, render, study, style, tables, write
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
@@ -42,20 +42,20 @@ def small(tmp_path: Path) -> Maker:
     return Maker(tmp_path, demo())
 
 
-# Frame
+# Records
 
 
-def test_frame_has_one_row_per_task_and_takes_the_normalised_score(small: Maker) -> None:
+def test_a_score_is_read_per_task_and_is_the_normalised_one(small: Maker) -> None:
     run = small.config.runs()[1]
     tasks = uniform(0.5) | {"piqa": {"acc": 0.6, "acc_stderr": 0.03, "acc_norm": 0.7, "acc_norm_stderr": 0.04, "n": 60}}
     small.accuracy(run, 4, tasks, limit=60)
-    found, _ = frame.load(small.records)
-    assert list(found.columns) == list(frame.COLUMNS)
-    assert sorted(found.task) == sorted(TASKS)
-    row = found[found.task == "piqa"].iloc[0]
-    assert (row.metric, row.value, row.stderr, row.n, row.limit) == ("acc_norm", 0.7, 0.04, 60, 60)
-    assert found[found.task == "boolq"].iloc[0].metric == "acc"
-    assert (row.series, row.removed, row.executed, row.feature) == (MAIN, 4, 26, "value")
+    (found,), _ = measured.load(small.records)
+    assert isinstance(found, measured.Accuracy)
+    assert sorted(found.scores) == sorted(TASKS)
+    piqa, boolq = found.scores["piqa"], found.scores["boolq"]
+    assert (piqa.value, piqa.stderr, piqa.n, found.limit) == (0.7, 0.04, 60, 60)
+    assert boolq.value == 0.5
+    assert (found.series, found.removed, found.executed, found.variant["feature"]) == (MAIN, 4, 26, "value")
 
 
 def test_damaged_and_newer_records_are_named_and_left_out(small: Maker, caplog: pytest.LogCaptureFixture) -> None:
@@ -74,24 +74,34 @@ def test_damaged_and_newer_records_are_named_and_left_out(small: Maker, caplog: 
         (good.parent / f"{name}.json").write_text(text)
     (good.parent / ".removed~4.json.tmp.json").write_text("half")
     with caplog.at_level(logging.WARNING):
-        found, _ = frame.load(small.records)
-    assert set(found.file) == {str(good)}
+        found, _ = measured.load(small.records)
+    assert [one.file for one in found] == [str(good)]
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == len(broken)
     for name in broken:
         assert sum(str(good.parent / f"{name}.json") in message for message in warned) == 1
 
 
-def test_other_kinds_give_their_scalars(small: Maker) -> None:
+def test_other_kinds_are_read_and_their_numbers_are_finite(small: Maker) -> None:
     run = small.config.runs()[1]
     metrics = {"steps": 40, "final_loss": 1.5, "curve": [{"step": 1, "loss": 2.0}], "done": True}
-    small.record("training", run, 0, metrics).write(small.records / "training" / f"{run.path}.json")
-    found, _ = frame.load(small.records)
-    assert dict(zip(found.metric, found.value, strict=True)) == {"steps": 40.0, "final_loss": 1.5}
+    for kind in ("training", "calibration"):
+        small.record(kind, run, 0, metrics, wall_s=7.0).write(small.records / kind / f"{run.path}.json")
+    found, skipped = measured.load(small.records)
+    assert not skipped
+    assert [(one.kind, type(one), one.wall_s) for one in found] == [
+        ("calibration", measured.Measured, 7.0),
+        ("training", measured.Training, 7.0),
+    ]
+    path = small.records / "training" / f"{run.path}.json"
+    path.write_text(path.read_text().replace("1.5", "1e999"))
+    found, skipped = measured.load(small.records)
+    assert [one.kind for one in found] == ["calibration"]
+    assert list(skipped.values()) == ["final_loss: inf is not a number"]
 
 
 def test_a_study_without_records_is_empty_not_an_error(small: Maker) -> None:
-    assert frame.load(small.records)[0].empty
+    assert measured.load(small.records) == ([], {})
     opened = study.load(small.folder)
     for name in tables.names(opened):
         built = tables.build(opened, name)
@@ -197,7 +207,7 @@ def test_a_study_of_fewer_tasks_says_so_and_meets_no_published_average(tmp_path:
 # Ranking
 
 
-def measured(*values: float | None) -> list[grid.Cell]:
+def valued(*values: float | None) -> list[grid.Cell]:
     return [grid.Cell({}, Measure(value=value)) for value in values]
 
 
@@ -213,7 +223,7 @@ def measured(*values: float | None) -> list[grid.Cell]:
     ],
 )
 def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int, ...]) -> None:
-    found = measured(*values)
+    found = valued(*values)
     grid.rank(found)
     assert tuple(one.rank for one in found) == ranks
 
@@ -228,7 +238,7 @@ def plain(text: str) -> str:
 
 
 def test_all_files_show_the_same_text_and_marks() -> None:
-    shown = [*measured(60.0, 60.001, 55.0), grid.Cell({}, Measure(value=59.5, stderr=0.25), near=True)]
+    shown = [*valued(60.0, 60.001, 55.0), grid.Cell({}, Measure(value=59.5, stderr=0.25), near=True)]
     grid.rank(shown[:3])
     shown[2].rank = 2
     shown += [grid.Cell({}, Measure()), grid.Cell({}, Measure(note=""), text="p < 5 %: higher")]
@@ -745,12 +755,12 @@ def test_records_of_the_old_form_are_named_and_left_out(small: Maker, caplog: py
         del content["metrics"][key]
     path.write_text(json.dumps(content))
     small.latency(run, ALPACA, "dense", 0, [7.0, 7.0], [7.0, 7.0])
-    found, _ = frame.load(small.records)
-    assert set(found.execution) == {"dense"}
+    found, _ = measured.load(small.records)
+    assert [one.execution for one in found] == ["dense"]
     assert f"skipped {path}: not a complete record" in caplog.text
     content["metrics"] |= {"engine": "eager", "decode_speedup": 1.3}
     path.write_text(json.dumps(content))
-    assert set(frame.load(small.records)[0].execution) == {"dense"}
+    assert [one.execution for one in measured.load(small.records)[0]] == ["dense"]
 
 
 def test_memory_bandwidth_and_capture_are_shown_where_there_are_some(small: Maker) -> None:
@@ -981,7 +991,7 @@ def test_the_papers_breakdown_stands_beside_its_shape_only(tmp_path: Path) -> No
     }
     assert {key[0] for key in beside} == {4, 12, 16}  # at 8 one sequence was profiled, the paper's pass has five
     assert {row["phase"] for row in built.records() if row["published"] is not None} == {"prefill"}
-    shares = published.load("breakdown").percent
+    shares = [row["percent"] for row in published.load("breakdown")]
     assert any(f"{' + '.join(f'{share:.2f}' for share in shares)} = {sum(shares):.2f}" in note for note in built.notes)
 
 
@@ -999,11 +1009,12 @@ def test_bootstrap_error_of_a_median() -> None:
 
 def test_published_files_are_complete() -> None:
     for name in published.FILES:
-        assert not published.load(name).empty
+        assert published.load(name)
     rows = published.load("accuracy")
-    tasks = rows.iloc[:, 5:13]
-    assert list(tasks.columns) == ["obqa", *list(TASKS)[1:5], "arc_easy", "arc_challenge", "winogrande"]
-    assert (tasks.mean(axis=1) - rows.avg).abs().max() < 0.011
+    for row in rows:
+        tasks = [*row][5:13]
+        assert tasks == ["obqa", *list(TASKS)[1:5], "arc_easy", "arc_challenge", "winogrande"]
+        assert sum(row[task] for task in tasks) / 8 == pytest.approx(row["avg"], abs=0.011)
     with pytest.raises(UserError, match="accuracy"):
         published.load("accurate")
 

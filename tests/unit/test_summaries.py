@@ -14,7 +14,7 @@ from buddy.commands.rouge import rouge as command
 from buddy.data import inputs, materialise
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import summaries, traces
-from buddy.reporting import frame
+from buddy.reporting import measured
 from buddy.resampling import mean_interval
 from buddy.settings import Summaries
 from buddy.study.records import Record, find
@@ -167,11 +167,12 @@ def test_what_a_record_says(arguments, capsys):
             expected = summaries.measure(model, pairs, (7 - removed) / 7, decode, settings)
             assert {name: record.metrics[name] for name in expected} == expected
     # A study reads a mean with its interval for each measure, depth and mode.
-    rows = frame.load(arguments["out"].parent.parent)[0].query("kind == 'rouge'")
-    assert len(rows) == 2 * 2 * 2
-    assert set(zip(rows.dataset, rows.decode, strict=True)) == {("samsum", "reuse"), ("samsum", "recompute")}
-    assert (rows.low <= rows.value).all()
-    assert (rows.value <= rows.high).all()
+    found = [one for one in measured.load(arguments["out"].parent.parent)[0] if isinstance(one, measured.Rouge)]
+    assert len(found) == 2 * 2
+    assert {(one.dataset, one.decode) for one in found} == {("samsum", "reuse"), ("samsum", "recompute")}
+    figures = [figure for one in found for figure in one.figures.values()]
+    assert len(figures) == 2 * 2 * 2
+    assert all(figure.low <= figure.value <= figure.high for figure in figures)
     assert "3 of 7 blocks removed, recompute: ROUGE-1 " in capsys.readouterr().out
 
 
