@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from buddy import adapters
 from buddy.errors import UserError
-from buddy.storage import folders
+from buddy.storage import folders, gpus
 from buddy.storage.files import sha256, write_json
 
 if TYPE_CHECKING:
@@ -310,6 +310,8 @@ def pick(device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
     """
     import torch
 
+    if device in ("auto", "cuda"):
+        gpus.take()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):

@@ -12,6 +12,7 @@ from buddy.data.catalogue import check_corpus
 from buddy.errors import UserError, unknown
 from buddy.methods import METHODS, of_kind
 from buddy.settings import INDICATORS, PREDICTOR_PRESETS
+from buddy.storage import gpus
 from buddy.storage.files import write_json
 from buddy.study import config as buddy_config
 from buddy.study import layout, limits, planned_figures, results
@@ -41,6 +42,11 @@ if STUDY.tracking.entity:
     ENVIRONMENT["WANDB_ENTITY"] = STUDY.tracking.entity
 if STUDY.tracking.mode != "auto" and "WANDB_MODE" not in os.environ:
     ENVIRONMENT["WANDB_MODE"] = STUDY.tracking.mode
+# On a machine with several GPUs, as many as may be in use at a time, each job takes one of them.
+GPUS = workflow.global_resources.get("gpu")
+GPUS = int(GPUS.value or 1) if GPUS is not None else 1
+if GPUS > 1 and workflow.local_exec:
+    ENVIRONMENT[gpus.VARIABLE] = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(GPUS)))
 PREFIX = "".join(f"export {name}={shlex.quote(value)}; " for name, value in ENVIRONMENT.items())
 if not workflow.deployment_settings.deployment_method:
     PREFIX += f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; '

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,12 +19,17 @@ if TYPE_CHECKING:
     from buddy.study.progress import Job, Stage
 
 SHOWN = 5
+CLEAR = "\033[H\033[2J"
+"""Takes a terminal's cursor home and empties the screen."""
 
 
 def status(
     study: arg.GivenStudy,
     results: arg.Results = Path("results"),
     all_: Annotated[bool, typer.Option("--all", help="name every job that is not done")] = False,
+    watch: Annotated[
+        float | None, typer.Option(help="look again every N seconds until all is done, or Ctrl-C", min=1)
+    ] = None,
 ) -> None:
     """Show how far a study has come: jobs done, running, failed and missing, and hours spent, stage by stage.
 
@@ -33,12 +40,19 @@ def status(
     Examples:
       buddy status --study demo
       buddy status --study /data/results/paper --all
+      buddy status --study demo --watch 30
     """
 
     folder = study_folder(study, results)
-    stages = progress.read(config.read(folder / "study.json"), folder)
-    for line in _lines(stages, folder, all_):
-        typer.echo(line)
+    while True:
+        stages = progress.read(config.read(folder / "study.json"), folder)
+        if watch and sys.stdout.isatty():
+            typer.echo(CLEAR, nl=False)
+        for line in _lines(stages, folder, all_):
+            typer.echo(line)
+        if not watch or all(stage.count("done") == len(stage.jobs) for stage in stages):
+            return
+        time.sleep(watch)
 
 
 def _lines(stages: list[Stage], folder: Path, everything: bool) -> Iterator[str]:

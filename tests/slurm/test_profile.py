@@ -26,7 +26,9 @@ def dry_run(profile: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("profile", ["slurm", "workflow/profiles/slurm", "workflow/profiles/local"])
+@pytest.mark.parametrize(
+    "profile", ["slurm", "workflow/profiles/slurm", "workflow/profiles/local", "workflow/profiles/workstation"]
+)
 def test_a_profile_loads_from_the_clone(profile: str) -> None:
     assert watch.jobs_in(dry_run(profile))
 

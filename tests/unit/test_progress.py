@@ -139,3 +139,29 @@ def test_a_study_that_is_not_there(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds no study" in done.stderr
+
+
+def test_watching_looks_again_until_all_is_done(folder: Path, plan: Config) -> None:
+    wanted = [folder / output for output in progress.outputs(plan)]
+    wanted += [folder / job.outputs[0] for job in progress.jobs(plan) if job.stage in ("table", "figure")]
+    command = [
+        sys.executable,
+        "-m",
+        "buddy",
+        "status",
+        "--study",
+        "small",
+        "--results",
+        str(folder.parent),
+        "--watch",
+        "1",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        first = next(line.split() for line in watching.stdout if line.startswith("all "))
+        assert first[1:5] == ["-", "-", "-", str(len(progress.jobs(plan)))]
+        for path in wanted:
+            write(path / "removed~0.json" if path.suffix == "" else path)
+        told = [line.split() for line in watching.stdout if line.startswith("all ")]
+    assert watching.returncode == 0
+    assert told[-1][1:5] == [str(len(progress.jobs(plan))), "-", "-", "-"]

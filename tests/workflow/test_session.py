@@ -227,3 +227,27 @@ def _noted(folder, output):
     """The file in which Snakemake notes how an output was made."""
     found = sessions.notes("metadata", folder / ".snakemake")
     return found[next(path for path in found if path.as_posix() == output)]
+
+
+# Several GPUs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible", "named"),
+    [
+        (("--cores", "1"), "", "-"),
+        (("--cores", "1", "--resources", "gpu=1"), "", "-"),
+        (("--profile", "workflow/profiles/workstation"), "", "0,1,2,3"),
+        (("--cores", "1", "--resources", "gpu=2"), "5,7", "5,7"),
+    ],
+)
+def test_where_jobs_share_several_gpus_they_are_named_to_each(folder, arguments, visible, named):
+    main = "import os\nfrom pathlib import Path\nfrom buddy import cli\n"
+    told = 'Path("told").write_text(os.environ.get("BUDDY_GPUS", "-"))\ncli.main()\n'
+    (folder / "buddy/__main__.py").write_text(main + told)
+    (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, "data": {"source": "embedded"}}))
+    data = "results/small/data/piqa/data.json"
+    (folder / data).unlink()
+    ran = snakemake(folder, data, *arguments, *STUDY, CUDA_VISIBLE_DEVICES=visible)
+    assert ran.returncode == 0, ran.stderr
+    assert (folder / "told").read_text() == named
