@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from buddy.commands._common import check_auto, keep_off_the_hub
 from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Evaluation
+from buddy.storage.checkpoints import FOLDER, Checkpoints
 from buddy.study.records import Budget
 from buddy.tasks import percents
 from buddy.tracking import Tracker
@@ -37,6 +39,8 @@ def evaluate(
 ) -> None:
     """Measure accuracy with lm-evaluation-harness at several budgets; the backbone is loaded once.
 
+    Killed, it goes on from the last task that it had scored when run again.
+
     \b
     Examples:
       buddy evaluate --run results/demo/runs/.../seed~0 --data results/demo/data --removed 4,8 --out records
@@ -49,6 +53,7 @@ def evaluate(
     from buddy.data.tasks import check_examples
     from buddy.evaluation import accuracy
     from buddy.evaluation.harness import BuddyLM
+    from buddy.training import fingerprints
 
     check_examples(data, settings.tasks, settings.few_shot)
     measured = open_run(run, None if budget else removed, out, settings.kv, device, dtype, study, name)
@@ -58,8 +63,16 @@ def evaluate(
     if budget:
         check_auto(model, budget)
 
+    # Beside the folder of the records, which Snakemake removes when a job fails.
+    made_by = {
+        "backbone": fingerprints.of_weights(model.backbone),
+        "policy": [model.policy.settings(), fingerprints.of_weights(model.policy)],
+        **{"kv": settings.kv, "dtype": str(model.dtype)},
+    }
+    kept = Checkpoints(out.with_name(f".{out.name}.{FOLDER}"), made_by)
+
     def measure(depth: Budget) -> tuple[dict[str, Any], int]:
-        metrics = accuracy.measure(lm, depth.fraction, settings, data)
+        metrics = accuracy.measure(lm, depth.fraction, settings, data, kept)
         return metrics, accuracy.items(metrics)
 
     reads = [data / task for task in settings.tasks]
@@ -67,7 +80,7 @@ def evaluate(
     with measured.tracked(stage, measured.config(settings), [out], reads=reads) as tracker:
         if budget:
             watch = measured.watch()
-            metrics = accuracy.predicted(lm, budget, settings, data)
+            metrics = accuracy.predicted(lm, budget, settings, data, kept)
             path = out / f"{budget.replace(':', '~')}.json"
             measured.write("accuracy", path, None, metrics, accuracy.items(metrics), watch)
             typer.echo(f"{metrics['executed_mean']:.2f} of {model.blocks} blocks on average: {_line(metrics)}")
@@ -75,6 +88,7 @@ def evaluate(
             tracker.summary({**predicted, **_numbers(metrics)})
         for count, metrics in measured.records("accuracy", out, measure, _line):
             show(tracker, measured.budget(count), metrics)
+    shutil.rmtree(kept.folder, ignore_errors=True)
 
 
 def show(tracker: Tracker, budget: Budget, metrics: dict[str, Any]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from buddy.data.choices import Tokens, shared
@@ -14,50 +18,88 @@ from buddy.evaluation.distance import distances
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.questions import Question, differing
 from buddy.settings import Evaluation, Generation
+from buddy.storage.checkpoints import Checkpoints
+from buddy.storage.files import sha256
+
+log = logging.getLogger(__name__)
 
 KEPT = ("acc", "acc_norm", "exact_match")
 
 
-def measure(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path) -> dict[str, Any]:
-    """Score the answers of multiple-choice tasks at one budget.
+def measure(
+    lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path, kept: Checkpoints | None = None
+) -> dict[str, Any]:
+    """Score the answers of multiple-choice tasks at one budget, task after task.
 
     Args:
         lm: the model; its budget is set here.
         budget: fraction of blocks; or ``auto``, ``auto:PRICE``.
         settings: the section `evaluation` of the study.
         data: folder of materialised data sets.
+        kept: where a task's scores are kept, and taken from instead of being measured; what made them are the model's own
+            facts, the task's are added here.
 
     Returns:
         ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item, the
         mean number of blocks executed, `_routes` and `_distance`; the mean number of blocks of all; few_shot, limit and the
         harness version.
     """
+    parts = {task: _scored(lm, budget, settings, data, task, kept) for task in settings.tasks}
+    blocks, passes = (sum(part[name] for part in parts.values()) for name in ("blocks", "passes"))
+    return {
+        "tasks": {task: part["scores"] for task, part in parts.items()},
+        "executed_mean": blocks / max(passes, 1),
+        **_facts(settings),
+        **{"few_shot": settings.few_shot, "routing": settings.routing},
+    }
+
+
+def _scored(
+    lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path, task: str, kept: Checkpoints | None
+) -> dict[str, Any]:
+    """One task's scores, and the blocks and passes behind them; of a killed job's, if they are there."""
+    if kept is None:
+        return _score(lm, budget, settings.model_copy(update={"tasks": [task]}), data, task)
+    facts = {"budget": budget, "settings": settings.model_dump(exclude={"tasks", "batch_size"}), **_facts(settings)}
+    own = replace(kept, made_by={**kept.made_by, **facts, "data": sha256(data / task / "data.json")})
+    name = f"{budget}-{task}"
+    if (done := own.read(name)) is not None:
+        log.info("%s at %s: scored before", task, budget)
+        found: dict[str, Any] = json.loads(done)
+        return found
+    found = _score(lm, budget, settings.model_copy(update={"tasks": [task]}), data, task)
+    own.write(name, json.dumps(found).encode())
+    return found
+
+
+def _score(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path, task: str) -> dict[str, Any]:
     results = _run(lm, budget, settings, data)
-    facts = {"few_shot": settings.few_shot, "routing": settings.routing}
-    metrics = _metrics(lm, settings, results, _task_metrics) | facts
-    for name, scores in metrics["tasks"].items():
-        tally = lm.tallies[PREFIX + name]
-        scores["executed_mean"] = tally.executed_mean
-        contexts = _contexts(lm, results["samples"][PREFIX + name])
-        scores["routes"] = _routes(lm, contexts, tally.differing)
-        scores["distance"] = _distance(lm, contexts)
-    return metrics
+    name = PREFIX + task
+    scores = _task_metrics(results["results"][name], results["samples"][name])
+    tally = lm.tallies[name]
+    contexts = _contexts(lm, results["samples"][name])
+    scores["executed_mean"] = tally.executed_mean
+    blocks, passes = lm.all.blocks, lm.all.passes  # before contexts are read once more
+    scores["routes"] = _routes(lm, contexts, tally.differing)
+    scores["distance"] = _distance(lm, contexts)
+    return {"scores": scores, "blocks": blocks, "passes": passes}
 
 
-def predicted(lm: BuddyLM, budget: str, settings: Evaluation, data: Path) -> dict[str, Any]:
+def predicted(
+    lm: BuddyLM, budget: str, settings: Evaluation, data: Path, kept: Checkpoints | None = None
+) -> dict[str, Any]:
     """Score the answers of multiple-choice tasks where the budget predictor sets the depth of each input.
 
     Args:
-        lm, settings, data: as for `measure`.
+        lm, settings, data, kept: as for `measure`.
         budget: ``auto`` or ``auto:PRICE``.
 
     Returns:
-        The same as `measure`, and ``budget``; each task has its own ``executed_mean``.
+        The same as `measure`, and ``budget``; each task has its own ``executed_mean``, and all have their mean.
     """
-    found = [measure(lm, budget, settings.model_copy(update={"tasks": [task]}), data) for task in settings.tasks]
-    tasks = {task: scores for metrics in found for task, scores in metrics["tasks"].items()}
-    mean = sum(scores["executed_mean"] for scores in tasks.values()) / len(tasks)
-    return {**found[0], "tasks": tasks, "executed_mean": mean, "budget": budget}
+    found = measure(lm, budget, settings, data, kept)
+    mean = fmean(scores["executed_mean"] for scores in found["tasks"].values())
+    return {**found, "executed_mean": mean, "budget": budget}
 
 
 def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[str, Any]:
@@ -88,7 +130,17 @@ def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[
         "decode": settings.decode,
         "slack": settings.slack,
     }
-    return _metrics(lm, settings, results, _answer_metrics) | facts | {"new_tokens": settings.new_tokens}
+    found = {
+        name: _answer_metrics(results["results"][PREFIX + name], results["samples"][PREFIX + name])
+        for name in settings.tasks
+    }
+    return {
+        "tasks": found,
+        "executed_mean": lm.executed_mean,
+        **_facts(settings),
+        **facts,
+        "new_tokens": settings.new_tokens,
+    }
 
 
 def _contexts(lm: BuddyLM, samples: Sequence[Mapping[str, Any]]) -> list[list[Tokens]]:
@@ -164,22 +216,9 @@ def _run(
     return results
 
 
-def _metrics(
-    lm: BuddyLM,
-    settings: Evaluation | Generation,
-    results: Mapping[str, Any],
-    of_task: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], dict[str, Any]],
-) -> dict[str, Any]:
-    """What both kinds of records say."""
-    return {
-        "tasks": {
-            name: of_task(results["results"][PREFIX + name], results["samples"][PREFIX + name])
-            for name in settings.tasks
-        },
-        "executed_mean": lm.executed_mean,
-        "limit": settings.limit,
-        "lm_eval": metadata.version("lm_eval"),
-    }
+def _facts(settings: Evaluation | Generation) -> dict[str, Any]:
+    """What both kinds of records say of how they were measured."""
+    return {"limit": settings.limit, "lm_eval": metadata.version("lm_eval")}
 
 
 def _task_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,11 @@
 """Scores through lm-eval against the harness's own Hugging Face model and against scoring one request at a time."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -19,6 +25,7 @@ from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
 from buddy.settings import Evaluation
+from buddy.storage.checkpoints import Checkpoints
 
 NAMES = ["piqa", "boolq", "openbookqa", "winogrande"]
 
@@ -300,3 +307,85 @@ def test_a_tokenizer_without_a_token_to_begin_with_is_refused(backbone):
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="prefix_token_id"):
         BuddyLM(RoutedModel(backbone, StaticPolicy(7), tokenizer=tokenizer))
+
+
+def test_a_task_that_was_scored_is_not_scored_again(backbone, data, tmp_path):
+    model = RoutedModel(backbone, StaticPolicy(7, [2, 4]), tokenizer=byte_tokenizer())
+    lm = BuddyLM(model, batch_size=8, max_length=512)
+    passes = []
+    hook = backbone.get_decoder().layers[0].register_forward_hook(lambda *_: passes.append(1))
+
+    def measure(limit=6, made_by="a run"):
+        passes.clear()
+        kept = Checkpoints(tmp_path / "kept", {"run": made_by})
+        found = accuracy.measure(lm, 5 / 7, Evaluation(tasks=NAMES, limit=limit), data, kept)
+        return found, len(passes)
+
+    try:
+        plain = accuracy.measure(lm, 5 / 7, Evaluation(tasks=NAMES, limit=6), data)
+        first, all_passes = measure()
+        again, none = measure()
+        assert first == again == plain
+        assert (all_passes > 0, none) == (True, 0)
+        (lost,) = tmp_path.glob(f"kept/*-{NAMES[0]}")
+        lost.unlink()
+        rest, some = measure()
+        assert rest == plain
+        assert 0 < some < all_passes
+        assert measure(limit=4)[1] > 0  # of other settings
+        assert measure(limit=4, made_by="another run")[1] > 0
+    finally:
+        hook.remove()
+
+
+def test_a_killed_evaluation_goes_on_after_its_last_task(tmp_path, data):
+    def buddy(*words):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "buddy", *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    made = buddy(
+        "backbone",
+        "--random",
+        "tiny-llama",
+        "--layers",
+        "6",
+        "--blocks",
+        "6",
+        "--dtype",
+        "float32",
+        "--out",
+        tmp_path / "tiny",
+    )
+    assert made.communicate()
+    assert made.returncode == 0
+    words = (
+        "evaluate",
+        "--run",
+        tmp_path / "tiny",
+        "--data",
+        data,
+        "--tasks",
+        ",".join(NAMES),
+        "--limit",
+        "8",
+        "--out",
+    )
+    whole = buddy(*words, tmp_path / "whole")
+    assert whole.communicate()
+    assert whole.returncode == 0
+    killed = buddy(*words, tmp_path / "killed")
+    while killed.poll() is None and not list(tmp_path.glob(f".killed.checkpoints/*-{NAMES[0]}")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "killed/removed~0.json").exists()
+    again = buddy(*words, tmp_path / "killed")
+    _, told = again.communicate()
+    assert again.returncode == 0, told
+    assert f"{NAMES[0]} at 1.0: scored before" in told
+    assert f"{NAMES[-1]} at 1.0: scored before" not in told
+    records = [json.loads((tmp_path / name / "removed~0.json").read_text()) for name in ("whole", "killed")]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert not list(tmp_path.glob(".*.checkpoints"))
