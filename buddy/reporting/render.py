@@ -98,11 +98,18 @@ _MARKDOWN = Markup(str, {1: "**{}**", 2: "<u>{}</u>"})
 
 
 def to_latex(grid: Grid) -> str:
-    r"""``table`` environments that need ``\usepackage{booktabs}`` and nothing else; a long table takes several."""
+    r"""Floats that need ``booktabs`` and ``graphicx``; a long table takes several.
+
+    TeX measures each: what is wider than a column goes over both, and what is wider still is scaled to the page.
+    """
     pages = _pages(grid.rows)
     parts = [_latex_page(grid, rows, continued=place > 0) for place, rows in enumerate(pages)]
     below = [to_latex(grid.below)] if grid.below else []
-    return "\n".join([r"% Needs \usepackage{booktabs}.", *parts, *below])
+    return "\n".join([_PREAMBLE, *parts, *below])
+
+
+_PREAMBLE = r"""% Needs \usepackage{booktabs} and \usepackage{graphicx}.
+\ifdefined\buddytable\else\newsavebox{\buddytable}\fi"""
 
 
 def _pages(rows: Sequence[Row]) -> list[list[Row]]:
@@ -121,31 +128,32 @@ def _pages(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _latex_page(grid: Grid, rows: Sequence[Row], continued: bool) -> str:
-    """One ``table`` environment; the first has the label that the text refers to, and the notes."""
+    """One float; the first has the label that the text refers to, and the notes."""
     left, columns = len(grid.label_headers), len(grid.headers)
-    # The widest table has five labels and eleven figures a row: smaller type keeps it on the paper.
+    # Smaller type where there are many columns, before anything is scaled.
     size, space = (r"\scriptsize", 2) if left + columns > 12 or left > 4 else (r"\footnotesize", 3)
-    environment = "table*" if columns > 6 else "table"
     told = " ".join([*grid.notes, *([grid.error_note] if grid.latex_errors else [])])
     caption = escape(grid.caption) + (" (Continued.)" if continued else "")
     label = rf"\label{{tab:{grid.name}}}"
     below = rf"\par\vspace{{2pt}}\parbox{{0.95\linewidth}}{{\footnotesize {escape(told)}}}"
     return "\n".join(
         [
-            rf"\begin{{{environment}}}[{'p' if continued else 't'}]",
-            rf"\centering{size}\setlength{{\tabcolsep}}{{{space}pt}}",
-            rf"\caption{{{caption}}}",
-            *([] if continued else [label]),
-            # The box centres a table that is wider than the text, instead of letting it run off to the right.
-            rf"\makebox[\linewidth]{{\begin{{tabular}}{{@{{}}{'l' * left}{'r' * columns}@{{}}}}",
+            rf"\sbox{{\buddytable}}{{{size}\setlength{{\tabcolsep}}{{{space}pt}}"
+            rf"\begin{{tabular}}{{@{{}}{'l' * left}{'r' * columns}@{{}}}}",
             r"\toprule",
             " & ".join(escape(header) for header in [*grid.label_headers, *grid.headers]) + r" \\",
             r"\midrule",
             *_latex_rows(grid, rows),
             r"\bottomrule",
             r"\end{tabular}}",
+            r"\edef\buddyfloat{\ifdim\wd\buddytable>\columnwidth table*\else table\fi}",
+            rf"\begin{{\buddyfloat}}[{'p' if continued else 't'}]",
+            rf"\centering{size}",
+            rf"\caption{{{caption}}}",
+            *([] if continued else [label]),
+            r"\ifdim\wd\buddytable>\linewidth\resizebox{\linewidth}{!}{\usebox{\buddytable}}\else\usebox{\buddytable}\fi",
             *([] if continued else [below]),
-            rf"\end{{{environment}}}",
+            r"\end{\buddyfloat}",
             "",
         ]
     )
