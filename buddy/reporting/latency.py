@@ -52,6 +52,7 @@ def latency(study: Study, name: str, table: Table) -> Grid:
         label_headers=tuple(compress(("Data set", "Batch", "Engine", "Removed", "Execution"), labels)),
         headers=tuple(_LATENCY_HEADERS[metric] for metric in columns),
         rows=rows,
+        latex_errors=frozenset(place for place, metric in enumerate(columns) if metric in ALWAYS),
         error_note=PASSES_NOTE,
         notes=[
             *_latency_notes(study, backbone, shown),

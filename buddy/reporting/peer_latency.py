@@ -81,6 +81,7 @@ def peer_latency(study: Study, name: str, table: Table) -> Grid:
             for header in (f"{dataset} prefill", "Speed-up", f"{dataset} decode", "Speed-up")
         ),
         rows=rows,
+        latex_errors=frozenset(range(4 * len(datasets))),
         error_note=PASSES_NOTE,
         notes=[
             *_notes(study, backbone, races, shown, dense),

@@ -1132,6 +1132,16 @@ def test_latex_is_booktabs_with_equal_columns(papers: Maker) -> None:
 @pytest.mark.skipif(
     shutil.which("pdflatex") is None and not os.environ.get("BUDDY_REQUIRE_LATEX"), reason="pdflatex is not installed"
 )
+@pytest.mark.parametrize("name", ["table4", "table14"])
+def test_latex_says_how_sure_a_speed_up_is(papers: Maker, name: str) -> None:
+    built = tables.build(study.load(papers.folder), name)
+    text = render.to_latex(built)
+    errors = [
+        cell.measure.stderr for row in built.rows for cell in row.cells if cell and "speedup" in cell.at["metric"]
+    ]
+    assert text.count(r"{\scriptsize$\pm$") >= sum(error is not None for error in errors) > 0
+
+
 @pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
 def test_latex_compiles_and_nothing_is_wider_than_its_place(papers: Maker, tmp_path: Path, columns: str) -> None:
     paths = sorted((papers.folder / "tables").glob("*.tex"))
