@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ FIGURES = (
 
 
 NEAR = "inside the noise of the best"
+WIDE = 0.2
+"""Share of a speed-up above which its standard error leaves little of it: a timed pass has stalled."""
+BEYOND = 1.05
+"""Times the ideal, a whole model's blocks over those that run, above which a speed-up is not depth's alone."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Cell:
         decimals: shown digits after the point.
         rank: 1 best (bold), 2 second (underlined), 0 neither.
         near: whether its difference from the best is inside the noise.
+        doubt: why its figure is not to be relied on; "" where nothing speaks against it.
         text: shown in place of the number.
     """
 
@@ -41,7 +46,16 @@ class Cell:
     decimals: int = 2
     rank: int = 0
     near: bool = False
+    doubt: str = ""
     text: str = ""
+
+    def doubted(self, ideal: float) -> Cell:
+        """The cell of a speed-up, with what its own error or the ideal speak against it."""
+        value, error = self.measure.value, self.measure.stderr
+        wide = value is not None and error is not None and error > WIDE * abs(value)
+        beyond = value is not None and value > BEYOND * ideal
+        told = [f"its error is above {WIDE:.0%} of it" if wide else "", "it is above the ideal" if beyond else ""]
+        return replace(self, doubt=" and ".join(filter(None, told)))
 
     def record(self) -> dict[str, Any]:
         """The cell as one row of the CSV; the difference is ours minus the paper's."""
@@ -57,7 +71,7 @@ class Cell:
             "p90": measure.high,
             "published": self.published,
             "difference": difference,
-            "note": "; ".join(filter(None, [measure.note, limited, NEAR if self.near else "", self.text])),
+            "note": "; ".join(filter(None, [measure.note, limited, NEAR if self.near else "", self.doubt, self.text])),
         }
 
 
@@ -162,6 +176,16 @@ def rank_note(rows: Iterable[Row], series: Iterable[Series]) -> list[str]:
     pruned = {one.lora for one in series if one.depths != (0,)}
     apart = ", with LoRA and without it apart" if len(pruned) > 1 else ""
     return [f"At each depth the best method is bold, the second underlined{apart}."]
+
+
+def doubt_note(rows: Iterable[Row]) -> list[str]:
+    """What the mark of a doubtful speed-up means, if any has it."""
+    if not any(cell is not None and cell.doubt for row in rows for cell in row.cells):
+        return []
+    return [
+        f"\N{DOUBLE DAGGER}: not to be relied on: its error is above {WIDE:.0%} of it (a timed pass stalled), or it is more than "
+        f"{BEYOND - 1:.0%} above the ideal, the model's blocks over those that run."
+    ]
 
 
 OFF_DEPTH_NOTE = (

@@ -7,7 +7,7 @@ from itertools import compress
 from typing import TYPE_CHECKING
 
 from buddy.reporting import measures, published, style
-from buddy.reporting.grid import Cell, Grid, Row
+from buddy.reporting.grid import Cell, Grid, Row, doubt_note
 from buddy.reporting.labels import (
     DATASETS,
     EXECUTIONS,
@@ -56,6 +56,7 @@ def latency(study: Study, name: str, table: Table) -> Grid:
         error_note=PASSES_NOTE,
         notes=[
             *_latency_notes(study, backbone, shown),
+            *doubt_note(rows),
             *one_path(study, backbone, [study.main(backbone)]),
             *provenance(study, "latency", backbone),
         ],
@@ -135,7 +136,8 @@ def _latency_row(
                 **({"removed_per_sequence": " ".join(map(str, depths))} if depths else {}),
                 **({} if slack is None else {"slack": slack}),
             }
-            cells.append(Cell(at, found.get(metric, Measure()), beside.get(metric), DECIMALS[unit]))
+            cell = Cell(at, found.get(metric, Measure()), beside.get(metric), DECIMALS[unit])
+            cells.append(cell.doubted(blocks / (blocks - removed)) if metric.endswith("speedup") else cell)
     span = f"{min(depths)}\N{EN DASH}{max(depths)}" if depths else str(removed)
     dataset = DATASETS.get(race.dataset, race.dataset)
     label = EXECUTIONS[execution] + ("" if slack is None else f", slack {slack}")

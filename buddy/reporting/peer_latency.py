@@ -7,7 +7,7 @@ from itertools import compress
 from typing import NamedTuple
 
 from buddy.reporting import measures, published
-from buddy.reporting.grid import Cell, Grid, Row, ran
+from buddy.reporting.grid import Cell, Grid, Row, doubt_note, ran
 from buddy.reporting.labels import DATASETS, method_label, number, one_path, provenance, series_labels
 from buddy.reporting.latency import ALWAYS, DECIMALS, PASSES_NOTE, how_timed
 from buddy.reporting.measures import LATENCY_METRICS, Measure
@@ -85,6 +85,7 @@ def peer_latency(study: Study, name: str, table: Table) -> Grid:
         error_note=PASSES_NOTE,
         notes=[
             *_notes(study, backbone, races, shown, dense),
+            *doubt_note(rows),
             *one_path(study, backbone, study.timed(backbone)),
             *provenance(study, "latency", backbone),
         ],
@@ -113,15 +114,13 @@ def _cells(study: Study, name: str, backbone: str, race: Race, line: Line, remov
         **{"execution": line.execution, "removed": removed, "executed": blocks - removed},
         "fraction": round((blocks - removed) / blocks, 6),
     }
-    return [
-        Cell(
-            {**at, "metric": metric, "unit": LATENCY_METRICS[metric]},
-            found.get(metric, Measure()),
-            beside.get(metric),
-            DECIMALS[LATENCY_METRICS[metric]],
-        )
-        for metric in ALWAYS
-    ]
+    cells = []
+    for metric in ALWAYS:
+        unit = LATENCY_METRICS[metric]
+        told = {**at, "metric": metric, "unit": unit}
+        cell = Cell(told, found.get(metric, Measure()), beside.get(metric), DECIMALS[unit])
+        cells.append(cell.doubted(blocks / (blocks - removed)) if metric.endswith("speedup") else cell)
+    return cells
 
 
 def _notes(study: Study, backbone: str, races: list[Race], shown: list[Line], dense: Line | None) -> list[str]:

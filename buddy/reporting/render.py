@@ -14,6 +14,7 @@ from buddy.reporting.grid import FIGURES, Cell, Grid, Row
 MISSING = "\N{EN DASH}"
 DAGGER = "†"
 NEAR_SIGN = "\N{ALMOST EQUAL TO}"
+DOUBT_SIGN = "\N{DOUBLE DAGGER}"
 PAGE_ROWS = 48
 """Rows of a LaTeX table that fit on a page under its caption and above its notes."""
 
@@ -43,6 +44,8 @@ class Markup:
         parts = [self.ranks.get(cell.rank, "{}").format(self.escape(number))]
         if with_error and measure.value is not None and measure.stderr is not None:
             parts.append(self.small.format(self.escape(f"± {measure.stderr:.{digits}f}")))
+        if cell.doubt:
+            parts.append(self.escape(DOUBT_SIGN))
         if cell.near:
             parts.append(self.escape(NEAR_SIGN))
         if with_published and cell.published is not None:
@@ -193,7 +196,14 @@ _CHARACTERS = {
     **{character: "\\" + character for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
     NEAR_SIGN: r"$\approx$",
-    **{MISSING: "--", "±": r"$\pm$", "†": r"$^\dagger$", "<": r"\textless{}", ">": r"\textgreater{}"},
+    **{
+        MISSING: "--",
+        "±": r"$\pm$",
+        "†": r"$^\dagger$",
+        DOUBT_SIGN: r"$^\ddagger$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    },
 }
 
 

@@ -1334,3 +1334,27 @@ def test_a_router_on_one_path_says_so_under_the_tables_that_show_it(tmp_path: Pa
     assert notes["table7"] == [both.replace("BUDDY", "BUDDY (omega 0.1)")]
     assert summary(maker.folder).count(both) == 1
     assert summary(maker.folder).count(first) >= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "ideal", "doubt"),
+    [
+        (1.2, 0.1, 1.25, ""),
+        (1.3, 0.1, 1.25, ""),  # four percent above the ideal may be chance
+        (1.41, 0.05, 1.15, "it is above the ideal"),
+        (1.14, 2.81, 1.2, "its error is above 20% of it"),
+        (1.5, 0.4, 1.2, "its error is above 20% of it and it is above the ideal"),
+        (1.2, None, 1.25, ""),
+        (None, None, 1.25, ""),
+    ],
+)
+def test_a_speed_up_that_its_error_or_the_ideal_speaks_against_is_marked(
+    value: float | None, stderr: float | None, ideal: float, doubt: str
+) -> None:
+    cell = grid.Cell({}, Measure(value, stderr)).doubted(ideal)
+    assert cell.doubt == doubt
+    built = grid.Grid("table4", "Speed.", ("Row",), ("Speed-up",), [grid.Row(("a",), [cell])])
+    built.notes = grid.doubt_note(built.rows)
+    for text in (render.to_markdown(built), render.to_html(built)):
+        assert ("‡" in text) == bool(doubt)
+    assert (r"\ddagger" in render.to_latex(built)) == bool(doubt)
