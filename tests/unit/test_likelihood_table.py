@@ -92,7 +92,7 @@ def test_cells_are_means_over_data_sets_with_half_of_the_interval(scored: Any) -
     assert "GSM8K: 40 of the evaluation split (400 tokens scored); PTB: 60 of the evaluation split (600 tokens" in text
     assert "K/V of skipped blocks: zero" in text
     assert "–" in text  # Dense (LoRA) was not scored
-    assert (maker.folder / "tables/likelihood.tex").read_text().count(r"\begin{table") == 3
+    assert (maker.folder / "tables/likelihood.tex").read_text().count(r"\begin{tabular}") == 3
 
 
 def test_methods_are_held_against_the_best_static_one(scored: Any) -> None:

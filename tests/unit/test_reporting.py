@@ -936,7 +936,7 @@ def test_breakdown_shows_every_component_with_its_share(small: Maker) -> None:
     below = text[text.index("**Routing cost.**") :]
     assert re.findall(r"^\| (\d+) \| ([0-9.]+) ± .*\|", below, re.M) == [("128", "0.200"), ("512", "0.200")]
     assert "88.45" not in text  # the paper profiled another backbone
-    assert (small.folder / "tables/table8.tex").read_text().count(r"\begin{table}") == 2
+    assert (small.folder / "tables/table8.tex").read_text().count(r"\begin{tabular}") == 2
 
 
 def test_breakdown_shows_what_the_predictor_costs(small: Maker) -> None:
