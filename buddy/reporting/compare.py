@@ -116,7 +116,7 @@ def _verdict(cell: Cell, low: float | None, high: float | None, other_hardware: 
 
 def _of_figure_4(study: Study) -> Iterator[Overlap]:
     """Distinct paths per generation."""
-    for backbone in study.config.traced_backbones() if "buddy" in study.config.study.methods else ():
+    for backbone in (run.backbone for run in study.config.traced_runs()):
         main = study.main(backbone)
         paper = published.backbone(backbone, study.config.backbones[backbone])
         for removed in study.removed(backbone):

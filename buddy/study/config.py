@@ -282,6 +282,10 @@ class Config(Settings):
         """Backbones of the study whose paths are traced."""
         return self._of_study(self.trace.backbones)
 
+    def traced_runs(self) -> list[Run]:
+        """The runs whose paths figures show: BUDDY's main variant with the first seed."""
+        return [self.main_run(backbone) for backbone in self._routed(self.trace.backbones)]
+
     def predictors(self) -> list[str]:
         """Paths of the budget predictors: the run that each is trained on, and its preset."""
         return [f"{run.path}/preset~{preset}" for run in self.predicting_runs() for preset in self.predictor.presets]

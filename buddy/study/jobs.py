@@ -448,40 +448,35 @@ def predictor(job: Job, routed: str, preset: str) -> Work:
     return Work({"run": model, "data": sets}, told, run.backbone)
 
 
+def _predicting(job: Job, sets: Sequence[Job], **told: Any) -> Work:
+    """A predictor's run measured on data sets."""
+    made = job.jobs("predictor", **job.wildcards)
+    told = {"run": made.parent, **told, "out": job.parent}
+    return Work({"run": made, "data": sets}, told, job.jobs.runs[job.wildcards["routed"]].backbone)
+
+
 @stage(_PREDICTOR, "records/predicted/{place}/auto.json", command="evaluate", share=0.25, retries=2)
 def evaluate_auto(job: Job, routed: str, preset: str) -> Work:
     """Accuracy at the depths that a predictor chooses."""
-    settings = job.study.predictor
-    made, tasks = job.jobs("predictor", routed=routed, preset=preset), job.jobs.data(settings.tasks)
-    told = {
-        **{"run": made.parent, "data": _folder_of(tasks), "budget": "auto", "tasks": settings.tasks},
-        **job.study.evaluation.model_dump(exclude={"tasks"}),
-        "out": job.parent,
-    }
-    return Work({"run": made, "data": tasks}, told, job.jobs.runs[routed].backbone)
-
-
-def held_out(study: Config) -> list[str]:
-    """What a budget predictor is held against every constant budget on; several data sets have a record together, too."""
-    sets = study.predictor.datasets
-    return [*sets, *(["all"] if len(sets) > 1 else [])]
+    tasks = job.jobs.data(job.study.predictor.tasks)
+    told = {**job.study.evaluation.model_dump(), "tasks": job.study.predictor.tasks}
+    return _predicting(job, tasks, data=_folder_of(tasks), budget="auto", **told)
 
 
 def _held_out(study: Config) -> list[str]:
-    return [f"records/budget/{_PREDICTOR}/dataset~{name}.json" for name in held_out(study)]
+    """A record for each data set; several have one together, too."""
+    sets = study.predictor.datasets
+    names = [*sets, *(["all"] if len(sets) > 1 else [])]
+    return [f"records/budget/{_PREDICTOR}/dataset~{name}.json" for name in names]
 
 
 @stage(_PREDICTOR, _held_out, share=0.5)
 def budget_eval(job: Job, routed: str, preset: str) -> Work:
     """A predictor held against every constant budget."""
     settings = job.study.predictor
-    made, sets = job.jobs("predictor", routed=routed, preset=preset), job.jobs.data(settings.datasets)
-    told = {
-        **{"run": made.parent, "data": tuple(one.parent for one in sets)},
-        **settings.model_dump(include={"max_length", "table_batch", "limit"}),
-        "out": job.parent,
-    }
-    return Work({"run": made, "data": sets}, told, job.jobs.runs[routed].backbone)
+    sets = job.jobs.data(settings.datasets)
+    told = settings.model_dump(include={"max_length", "table_batch", "limit"})
+    return _predicting(job, sets, data=tuple(one.parent for one in sets), **told)
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -495,24 +490,24 @@ def _measuring(job: Job, path: str, data: Job | Sequence[Job], model: Job | None
         path: of the run.
         data: the tasks, or the one data set, that it is measured on.
         model: what is measured in place of the run itself.
-        told: the settings of the measurement.
+        told: the settings of the measurement. A dense model has no run folder that could say which study and backbone it
+            is: that is told, too.
     """
     run = job.jobs.runs[path]
     model = model or job.jobs.model(run)
+    if not METHODS[run.method].trained:
+        told |= {"study": job.study.study.name, "name": run.backbone}
     given = {"run": model.parent, "data": data.parent if isinstance(data, Job) else _folder_of(data)}
     told = {**given, "removed": job.study.depths(run), **told, "out": job.path}
     return Work({"model": model, "data": data}, told, run.backbone)
 
 
 def _read_of(job: Job, path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that apply to a run, and which study and backbone it is; a dense model has no run folder that could say
-    so, and skips no block."""
-    run = job.jobs.runs[path]
-    read = {name: value for name, value in settings.items() if name != "slack" or run.method == "buddy"}
-    if run.method == "dense":
-        read = {name: value for name, value in read.items() if name not in ("kv", "routing", "decode")}
-        read |= {"study": job.study.study.name, "name": run.backbone}
-    return read
+    """The settings that apply to a run: a dense model skips no block, and peers do not score single ones."""
+    method = METHODS[job.jobs.runs[path].method]
+    unread = [] if method.kind == "routed" else ["slack"]
+    unread += [] if method.trained else ["kv", "routing", "decode"]
+    return {name: value for name, value in settings.items() if name not in unread}
 
 
 @stage("{run}", "records/accuracy/{place}", share=0.5, retries=2, folder=True)
@@ -558,8 +553,6 @@ def score(job: Job, run: str) -> Work:
     told = settings.model_dump(exclude={"backbones", "datasets"})
     if one not in job.study.compared_runs(one.backbone):
         told |= {"kv": settings.kv[:1], "decode": settings.decode[:1]}
-    if not METHODS[one.method].trained:
-        told |= {"study": job.study.study.name, "name": one.backbone}
     work = _measuring(job, run, sets, **told)
     return replace(work, told={**work.told, "data": tuple(one.parent for one in sets)})
 

@@ -21,7 +21,7 @@ HEAT_MAPS = {"figure9": 0, "figure10": 1, "figure6": 2, "figure11": 3}
 
 def planned(config: Config) -> list[str]:
     """The figures whose records a study plans to measure, in the order of ``NAMES``; any of ``NAMES`` can be drawn."""
-    traces = "buddy" in config.study.methods and bool(config.traced_backbones())
+    traces = bool(config.traced_runs())
     depths = max((len(config.removed(name)) for name in config.traced_backbones()), default=0)
     wanted = {
         "accuracy_vs_budget": True,

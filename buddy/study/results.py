@@ -90,8 +90,7 @@ def of_figure(jobs: Jobs, name: str) -> list[Job]:
         return list(dict.fromkeys(_order(jobs, file) for file in planned_figures.orders(study, name)))
     if name == "figure4" or name in planned_figures.HEAT_MAPS:
         tasks = study.trace.tasks if name in planned_figures.HEAT_MAPS else []
-        traced = study.traced_backbones() if "buddy" in study.study.methods else []
-        return _of_runs(jobs, "trace", [study.main_run(one) for one in traced], [*study.trace.datasets, *tasks])
+        return _of_runs(jobs, "trace", study.traced_runs(), [*study.trace.datasets, *tasks])
     if name == "figure5":
         return [jobs("rouge", routed=run.path, dataset="samsum") for run in study.summarising_runs()]
     if name == "figure12":
