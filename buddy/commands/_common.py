@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from buddy.errors import BudgetError, UserError, choices
 from buddy.runs import RunInfo
 from buddy.storage import locks
+from buddy.storage.files import read_json
 from buddy.study import manifest
 from buddy.study.config import UNSAID, Config, Run, parse
 from buddy.study.records import Budget, Record, Stopwatch, commit, environment
@@ -51,8 +51,8 @@ def roles(run: Run) -> list[str]:
         return []
     file = Path(os.environ.get("WANDB_DIR", ".")).parent / "study.json"
     try:
-        plan = parse(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, UserError):
+        plan = parse(read_json(file))
+    except UserError:
         return []
     same = replace(run, seed=plan.study.seeds[0]).path
     main = ["main"] if run.backbone in plan.study.backbones and same == plan.main_run(run.backbone).path else []

@@ -7,12 +7,12 @@ logs and Snakemake's own markers what became of the others. Nothing is imported 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from buddy.storage.files import read_json
 from buddy.study import manifest, results, sessions
 from buddy.study.config import Config
 from buddy.study.jobs import Job, Jobs
@@ -92,11 +92,7 @@ def spent(job: Job, folder: Path) -> tuple[float, float]:
 def _records(job: Job, folder: Path) -> Iterator[Mapping[str, Any]]:
     for made in (folder / output for output in job.outputs if output.startswith("records/")):
         for path in [made] if made.is_file() else find(made):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            if isinstance(content, dict):
+            if content := read_json(path):
                 yield content
 
 

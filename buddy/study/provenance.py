@@ -7,14 +7,12 @@ today's is noted as made by today's rule.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from buddy.storage.files import write_json
+from buddy.storage.files import read_json, write_json
 from buddy.study import sessions
 from buddy.study.jobs import Job
 
@@ -33,19 +31,11 @@ def keep(jobs: Iterable[Job], rule: str) -> list[str]:
     kept = []
     for job in jobs:
         for output in job.paths:
-            content = _read(notes[output]) if output in notes else {}
+            content = read_json(notes[output]) if output in notes else {}
             if content.get("code") not in (None, rule) and _same(content.get("shellcmd"), job.shell()):
                 write_json(notes[output], {**content, "code": rule, "params": [repr(job.shell())]})
                 kept.append(output)
     return kept
-
-
-def _read(note: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _same(noted: Any, command: str) -> bool:
