@@ -192,13 +192,7 @@ instead() { # OUT: this engine beside what a user would pick, float and int8, on
     say "instead"
     within_limit "$PYTHON" "$ROOT/benchmarks/instead.py" "$run" --data "$data" --out "$1/instead" ${INSTEAD:-} \
         >> "$1/logs/instead.log" 2>&1 < /dev/null || status=$?
-    if ((status == AGAIN)); then
-        say "$LIMIT_S s are up in the middle of it: run the same again to go on"
-        exit $AGAIN
-    elif ((status)); then
-        tail -n 30 "$1/logs/instead.log" >&2
-        fail "instead: failed, log: $1/logs/instead.log"
-    fi
+    ended $status instead "$1/logs/instead.log"
 }
 
 study() {
@@ -266,13 +260,7 @@ print(study.study.name, *[name for name, table in study.measured_tables().items(
     cat "$out/logs/snakemake.log.new" >> "$out/logs/snakemake.log"
     say "$out: $(grep -E '^Nothing to be done|steps .* done$' "$out/logs/snakemake.log.new" | tail -n 1)"
     rm "$out/logs/snakemake.log.new"
-    if ((status == AGAIN)); then
-        say "$LIMIT_S s are up in the middle of it: run the same again to go on"
-        exit $AGAIN
-    elif ((status)); then
-        tail -n 30 "$out/logs/snakemake.log" >&2
-        fail "the workflow failed, log: $out/logs/snakemake.log"
-    fi
+    ended $status "the workflow" "$out/logs/snakemake.log"
     "$PYTHON" -m buddy report --study "$out" --all --summary 2> "$out/logs/report.log" ||
         {
             tail -n 5 "$out/logs/report.log" >&2
@@ -294,6 +282,16 @@ within_limit() { # COMMAND: run it for what is left of LIMIT_S; AGAIN if that is
     timeout --signal TERM --kill-after 10 "$left" "$@" || status=$?
     if ((status == 124 || status == 137)); then return $AGAIN; fi
     return $status
+}
+
+ended() { # STATUS WHAT LOG: go on if that went well, else say why not and stop
+    if (($1 == AGAIN)); then
+        say "$LIMIT_S s are up in the middle of it: run the same again to go on"
+        exit $AGAIN
+    elif (($1)); then
+        tr '\r' '\n' < "$3" | tail -n 30 >&2
+        fail "$2: failed, log: $3"
+    fi
 }
 
 pack_records() { # OUT: what is worth taking home, in one file
