@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from records_factory import Maker, demo
+from wandb_files import no_settings
 from wandb_server import KEY, Fault, WandbServer
 
 from buddy import tracking
@@ -46,10 +47,7 @@ print("waited", waited + time.monotonic() - begun)
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
+    no_settings(monkeypatch, tmp_path / "home")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import wandb
-from wandb_files import history, only, read_back, read_file
+from wandb_files import history, no_settings, only, read_back, read_file
 from wandb_server import KEY, WandbServer
 
 from buddy import tracking
@@ -44,10 +44,7 @@ JOB: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting, key or warning of this machine or of another test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
+    no_settings(monkeypatch, tmp_path / "home")
     monkeypatch.setattr(modes, "_warned", set())
     monkeypatch.setattr(jobs, "_unreachable", set())
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))

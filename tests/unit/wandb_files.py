@@ -1,4 +1,4 @@
-"""What the real W&B client has written down: its files, read without it."""
+"""The real W&B client without this machine's settings, and what it has written down: its files, read without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import wandb
+
+
+def no_settings(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """No setting, key or proxy of this machine: only what a test says itself."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("NETRC", raising=False)
 
 
 def read_back(folder: Path) -> list[list[Any]]:
