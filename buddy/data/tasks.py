@@ -103,14 +103,28 @@ def config(name: str, splits: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _splits(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+def check_rows(folder: Path, name: str) -> None:
+    """Refuse a task whose items are not there.
+
+    Args:
+        folder: of its data set.
+        name: a key of ``STOCK``.
+
+    Raises:
+        UserError: there is no such task, or no such data.
+    """
     if name not in STOCK:
         raise unknown("task", name, STOCK)
-    data = entry(name)
-    if not (folder / f"{data.evaluation}.jsonl").exists():
+    split = entry(name).evaluation
+    if not (folder / f"{split}.jsonl").exists():
         raise UserError(
-            f"task {name}: no {folder / data.evaluation}.jsonl; fetch it with `buddy data --name {name} --out {folder}`"
+            f"task {name}: no {folder / split}.jsonl; fetch it with `buddy data --name {name} --out {folder}`"
         )
+
+
+def _splits(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    check_rows(folder, name)
+    data = entry(name)
     splits = {split: read(folder, split) for split in data.splits if (folder / f"{split}.jsonl").exists()}
     if name == "gsm8k" and data.train not in splits:  # its stock definition shows five solved examples
         raise UserError(f"task {name}: no {folder}/{data.train}.jsonl, from which its solved examples are drawn")

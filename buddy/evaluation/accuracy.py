@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from buddy.data.choices import Tokens, shared
-from buddy.data.tasks import PREFIX, tasks
+from buddy.data.tasks import PREFIX, check_rows, tasks
 from buddy.errors import UserError
 from buddy.evaluation.distance import distances
 from buddy.evaluation.harness import BuddyLM
@@ -43,7 +43,12 @@ def measure(
         ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item, the
         mean number of blocks executed, `_routes` and `_distance`; the mean number of blocks of all; few_shot, limit and the
         harness version.
+
+    Raises:
+        UserError: a task's items are not there.
     """
+    for task in settings.tasks:  # before the first of them is scored
+        check_rows(data / task, task)
     parts = {task: _scored(lm, budget, settings, data, task, kept) for task in settings.tasks}
     blocks, passes = (sum(part[name] for part in parts.values()) for name in ("blocks", "passes"))
     return {

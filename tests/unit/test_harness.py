@@ -338,6 +338,15 @@ def test_a_task_that_was_scored_is_not_scored_again(backbone, data, tmp_path):
         hook.remove()
 
 
+def test_a_task_that_is_not_there_is_told_before_the_first_is_scored(backbone, data, tmp_path):
+    model = RoutedModel(backbone, StaticPolicy(7, [2, 4]), tokenizer=byte_tokenizer())
+    lm = BuddyLM(model, batch_size=8, max_length=512)
+    kept = Checkpoints(tmp_path / "kept", {})
+    with pytest.raises(UserError, match=r"task hellaswag: no .*hellaswag/validation\.jsonl; fetch it with"):
+        accuracy.measure(lm, 5 / 7, Evaluation(tasks=[NAMES[0], "hellaswag"], limit=2), data, kept)
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_killed_evaluation_goes_on_after_its_last_task(tmp_path, data):
     def buddy(*words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
