@@ -6,6 +6,7 @@ tables and keeps the page's address, which a file beside the study's runs rememb
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def save(study: Study, entity: str | None, project: str) -> str:
     wr = _package()
     import wandb
 
+    os.environ["WANDB_SILENT"] = "true"  # what it would say of its login is no part of our answer
     page = study.folder / "wandb" / PAGE
     shared = {"study": study.name, "study_id": study_id(study.folder)}
     try:

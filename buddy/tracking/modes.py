@@ -9,7 +9,7 @@ import re
 import socket
 import urllib.request
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from buddy.errors import UserError, lacking, needs
@@ -57,8 +57,13 @@ def choose_mode(settings: Tracking) -> Mode:
 
 def has_key() -> bool:
     """Whether the environment or what ``wandb login`` wrote holds a key for the server."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _key())
+
+
+def _key() -> str:
+    """The key for the server, "" if there is none; for use at once."""
+    if given := os.environ.get("WANDB_API_KEY"):
+        return given
     named = os.environ.get("NETRC")
     for file in [named] if named else ["~/.netrc", "~/_netrc"]:
         try:
@@ -66,8 +71,8 @@ def has_key() -> bool:
         except (OSError, ValueError, netrc.NetrcParseError):  # absent, not text, not understood
             continue
         if found and found[2]:
-            return True
-    return False
+            return found[2]
+    return ""
 
 
 def server() -> str:
@@ -132,25 +137,52 @@ PATIENCE = {
     for limit, value in (("RETRY_MAX", "4"), ("RETRY_WAIT_MAX_SECONDS", "4"), ("TIMEOUT_SECONDS", "30"))
 }
 """Settings of the client, which would try a server that does not answer for an hour; the next call tries again."""
-ASK_TIMEOUT_S = 15
+ASK_TIMEOUT_S = 15.0
+"""For the server's word on a key."""
+ASK_AGAIN = 3
+"""Times that a server with an error of its own, or with too much to do, is asked again."""
+ASK_WAIT_S = 0.5
+"""Before it is asked again; twice as long each time."""
 
 
 def _check_key() -> None:
     """Ask the server whose the key is: a key that it does not know is told apart from a server that fails.
 
+    The client would ask through a process of its own, which a server that does not answer can keep alive for minutes.
+
     Raises:
         UserError: it does not know the key, or does not answer.
     """
-    import wandb
+    import requests
+    from requests.adapters import HTTPAdapter, Retry
 
-    os.environ["WANDB_SILENT"] = "true"
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
+    key = _key()
+    if not key:  # an identity token, which the client itself turns into one
+        return
+    again = Retry(
+        connect=0,
+        read=0,
+        status=ASK_AGAIN,
+        backoff_factor=ASK_WAIT_S,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=None,
+        raise_on_status=False,
+    )
+    question: dict[str, Any] = {"query": "query Viewer { viewer { entity } }", "variables": {}}
     try:
-        owner = wandb.Api(timeout=ASK_TIMEOUT_S).default_entity
-    except Exception as error:  # of many kinds
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=again))
+            answer = session.post(
+                f"{server()}/graphql", json=question, auth=("api", key), timeout=(CONNECT_TIMEOUT_S, ASK_TIMEOUT_S)
+            )
+            answer.raise_for_status()
+            viewer = (answer.json().get("data") or {}).get("viewer")
+    except (requests.RequestException, ValueError, AttributeError) as error:
         raise UserError(f"W&B: {explain(error)}") from None
-    if not owner:
+    if not viewer:
         raise UserError(f"W&B: {explain('401')}")
 
 
@@ -163,7 +195,7 @@ def explain(error: Exception | str) -> str:
         return f"{server()} has an error of its own ({_short(text)}); try again later, nothing is lost"
     if re.search(r"did not respond|[Tt]imed? ?out|deadline", text):
         return f"{server()} does not answer; try again later, nothing is lost"
-    if "429" in text:
+    if re.search(r"\b429\b", text):
         return f"{server()} takes no more requests for now (429); try again later, nothing is lost"
     return f"{server()} failed ({_short(text)}); try again later, nothing is lost"
 

@@ -207,7 +207,9 @@ def _run_client(wave: Sequence[Kept], target: Target, workers: int) -> dict[str,
     command = [sys.executable, "-m", "wandb", "sync", "--include-synced", "-n", str(workers), *options]
     folders = [str(one.folder) for one in wave]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*command, *folders], env={**os.environ, **modes.PATIENCE}, **pipes) as process:
+    # Silent it would not say why it failed.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SILENT"} | modes.PATIENCE
+    with subprocess.Popen([*command, *folders], env=environment, **pipes) as process:
         said = list(_shown(process.stdout or ()))
     return {one.run: _problem(one, said) for one in wave}
 

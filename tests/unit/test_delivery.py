@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import buddy
 from records_factory import Maker, demo
 from wandb_files import no_settings
 from wandb_server import KEY, Fault, WandbServer
 
 from buddy import tracking
-from buddy.tracking import sync
+from buddy.tracking import modes, sync
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "backbone~tiny/method~buddy/seed~0"
@@ -27,6 +28,9 @@ from pathlib import Path
 import pandas as pd
 from buddy import tracking
 from buddy.study.settings import Tracking
+from buddy.tracking import client
+if sys.argv[5] != "as they are":
+    client.JOB = client.Waits(*map(float, sys.argv[5].split()))
 logging.basicConfig(level="WARNING", format="%(message)s")
 study, first, last, pause = Path(sys.argv[1]), *map(float, sys.argv[2:5])
 told = dict(study=study.name, run_path="backbone~tiny/method~buddy/seed~0", group="g", config={"rate": 0.1})
@@ -44,11 +48,19 @@ with tracking.track("train", **told, **places, folder=study / "wandb", settings=
 print("waited", waited + time.monotonic() - begun)
 """
 
+SHORT = "8 2 3"
+"""A job's waits for opening a run, its artifacts and its end, where only what comes after them matters."""
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_settings(monkeypatch, tmp_path / "home")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, value in modes.PATIENCE.items():
+        monkeypatch.setenv(name, value)  # as commands do, which outlives them in this process
+    monkeypatch.setattr(modes, "ASK_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(modes, "ASK_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -70,13 +82,15 @@ def study_at(folder: Path) -> Path:
     return folder
 
 
-def command(study: Path, first: int = 0, last: int = 20, pause: float = 0.0) -> list[str]:
-    return [sys.executable, "-c", JOB, str(study), str(first), str(last), str(pause)]
+def command(study: Path, first: int = 0, last: int = 20, pause: float = 0.0, waits: str = SHORT) -> list[str]:
+    return [sys.executable, "-c", JOB, str(study), str(first), str(last), str(pause), waits]
 
 
-def job(study: Path, first: int = 0, last: int = 20) -> subprocess.CompletedProcess[str]:
+def job(study: Path, first: int = 0, last: int = 20, waits: str = SHORT) -> subprocess.CompletedProcess[str]:
     """A job that logs these steps."""
-    done = subprocess.run(command(study, first, last), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        command(study, first, last, waits=waits), capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -159,7 +173,7 @@ def test_a_connection_lost_in_the_middle_is_healed_by_sync(server: WandbServer, 
 )
 def test_a_server_that_fails_in_mid_job(server: WandbServer, study: Path, what: str, fault: Fault) -> None:
     server.fault = lambda asked: fault if asked == what else None
-    done = job(study)
+    done = job(study, waits="as they are" if (what, fault) == ("file_stream", "hang") else SHORT)
     said = only_line(done.stderr)
     assert f"`buddy wandb-sync --study {study}` sends what is missing" in said
     assert float(done.stdout.split()[-1]) < 30
@@ -172,7 +186,7 @@ def test_a_server_that_fails_in_mid_job(server: WandbServer, study: Path, what: 
 @pytest.mark.parametrize("fault", [500, "hang", 401])
 def test_a_server_that_fails_from_the_start(server: WandbServer, study: Path, fault: Fault) -> None:
     server.fault = lambda asked: fault
-    done = job(study)
+    done = job(study, waits="as they are")
     assert "kept offline" in only_line(done.stderr)
     assert float(done.stdout.split()[-1]) < 30
     server.fault = lambda asked: None
@@ -199,10 +213,9 @@ def test_a_deleted_run_that_was_kept_offline_is_sent_under_another_id(
     job(study)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     server.deleted.add(tracking.run_id(tracking.study_id(study), "train", PATH))
-    outcome = sync.send(study / "wandb")
-    assert (outcome.sent, outcome.failed) == (1, {})
+    assert buddy("wandb-sync", "--study", study).out.startswith("1 sent, 0 sent before")
     check_whole(server)
-    assert sync.send(study / "wandb").already == 1
+    assert buddy("wandb-sync", "--study", study).out.startswith("0 sent, 1 sent before")
 
 
 def test_two_people_s_studies_of_one_name_are_two(server: WandbServer, tmp_path: Path) -> None:
@@ -226,11 +239,6 @@ def test_jobs_that_begin_together_agree_on_the_study(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "demo").iterdir()] == ["study_id"]
 
 
-def buddy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "buddy", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
-
-
 @pytest.mark.parametrize("asked", ["wandb-sync", "wandb-report"])
 @pytest.mark.parametrize(
     ("fault", "said"),
@@ -242,9 +250,11 @@ def test_what_is_wrong_with_a_server_is_one_line(
     (study / "wandb").mkdir()
     Maker(study.parent, demo())
     server.fault = lambda what: fault
-    done = buddy(asked, "--study", str(study))
-    line = only_line(done.stderr)
-    assert (done.returncode, done.stdout) == (2, "")
+    begun = time.monotonic()
+    done = buddy(asked, "--study", study)
+    assert time.monotonic() - begun < 10
+    line = only_line(done.err)
+    assert (done.status, done.out) == (2, "")
     assert said in line
     assert "are its runs there" not in line
     assert ("WANDB_API_KEY" in line) == (fault == 401)
@@ -254,6 +264,6 @@ def test_a_server_without_reports_is_told(server: WandbServer, study: Path) -> N
     Maker(study.parent, demo())
     server.projects.add("buddy")
     server.without.add("upsertView")
-    done = buddy("wandb-report", "--study", str(study))
-    assert done.returncode == 2
-    assert "has no reports" in only_line(done.stderr)
+    done = buddy("wandb-report", "--study", study)
+    assert done.status == 2
+    assert "has no reports" in only_line(done.err)
