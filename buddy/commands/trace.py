@@ -27,7 +27,8 @@ def trace(
     device: arg.Device = "auto",
     dtype: arg.Dtype = "auto",
 ) -> None:
-    """Record which blocks ran: how exactly a budget is kept, and how paths differ by prompt and by step.
+    """Record which blocks ran: how exactly a budget is kept, how paths differ by prompt and by step, and the first prompt's
+    generation token by token.
 
     \b
     Examples:
@@ -43,10 +44,14 @@ def trace(
     model = measured.model
 
     def measure(budget: Budget) -> tuple[dict[str, Any], int]:
-        routes = traces.collect(model, prompts, budget.fraction, settings)
+        found = traces.answers(
+            model, prompts, budget.fraction, settings.decode, settings.new_tokens, settings.batch_size
+        )
         facts = {"dataset": data.name, "prompts": len(prompts)}
         said = settings.model_dump(include={"new_tokens", "decode"})
-        return {**facts, **said, **traces.summary(routes, budget.executed)}, len(prompts)
+        summed = traces.summary([answer.routes for answer in found], budget.executed)
+        shown = traces.example(model.tokenizer, prompts[0], found[0])
+        return {**facts, **said, **summed, "example": shown}, len(prompts)
 
     with measured.tracked("trace", measured.config(settings, dataset=data.name), [out], data.name) as tracker:
         for count, metrics in measured.records("trace", out, measure, _line):

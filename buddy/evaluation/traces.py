@@ -1,7 +1,7 @@
 """Which blocks ran, prompt by prompt and step by step: the measured properties of a policy.
 
 The paper's Table 1 (is the budget kept, do paths follow the input, do they change while decoding), Figure 4 (distinct
-paths per generation) and Figures 6 and 9 to 11 (how often each block runs, task by task).
+paths per generation), Figures 6 and 9 to 11 (how often each block runs, task by task), and one generation to look at.
 """
 
 from __future__ import annotations
@@ -201,6 +201,22 @@ def summary(routes: Sequence[Tensor], requested: int) -> dict[str, Any]:
         "block_frequency": every.double().mean(0).tolist(),
         "block_frequency_prefill": prefills.double().mean(0).tolist(),
         "changed_steps_mean": changed.double().mean().item() if len(changed) else None,
+    }
+
+
+def example(tokenizer: Any, prompt: str, answer: Answer) -> dict[str, Any]:
+    """One generation as a trace record has it, to be looked at.
+
+    Returns:
+        - ``prompt``: its text;
+        - ``tokens``: the text of each new token;
+        - ``routes``: of the pass that gave each of them, a string of L digits, 1 where the block ran. The first pass read
+          the prompt.
+    """
+    return {
+        "prompt": prompt,
+        "tokens": [tokenizer.decode([token]) for token in answer.tokens],
+        "routes": ["".join("1" if ran else "0" for ran in route) for route in answer.routes.tolist()],
     }
 
 

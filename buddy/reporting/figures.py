@@ -1,4 +1,4 @@
-"""The figures of a study by name, drawn from its records: the paper's by their numbers, and three it does not have.
+"""The figures of a study by name, drawn from its records: the paper's by their numbers, and those it does not have.
 
 Any of them can be drawn for any study; what was not measured is a panel with the reason in it.
 """
@@ -19,6 +19,7 @@ from buddy.reporting.latency import speed_ups
 from buddy.reporting.measured import Importance, Rouge
 from buddy.reporting.paths import heat_map, paths_per_generation
 from buddy.reporting.predictor import against_constant, training_curves
+from buddy.reporting.ribbon import ribbon
 from buddy.reporting.study import Study
 from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DRAW: dict[str, Callable[[Study], Figure]] = {
     "accuracy_vs_budget": accuracy_vs_budget,
     "latency": speed_ups,
+    "route_ribbon": ribbon,
     "figure1": own_corpus,
     "figure2": by_length,
     "figure4": paths_per_generation,

@@ -142,6 +142,13 @@ def provenance(study: Study, kind: str, *backbones: str) -> list[str]:
     return notes + left_out(study, kind, *backbones)
 
 
+def setting(study: Study, kind: str, *backbones: str) -> str:
+    """``smollm2-135m on cpu (AMD EPYC)``: the backbones of a figure, and where its records of a kind were measured."""
+    measured = [one for backbone in backbones for one in study.of(KINDS[kind], backbone)]
+    devices = sorted({one.device for one in measured if one.device})
+    return " on ".join(filter(None, [" and ".join(backbones), " and ".join(devices)]))
+
+
 def left_out(study: Study, kind: str, *backbones: str) -> list[str]:
     """One note that names the records of a kind that could not be used; none where all could."""
     of = [f"backbone~{backbone}" for backbone in backbones]

@@ -201,9 +201,18 @@ class Generation(Measured):
         return {**told, "answers": answers}
 
 
+class Example(NamedTuple):
+    """One generation: its prompt, the text of each new token, and the route (L,) of the pass that gave it."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    routes: tuple[tuple[bool, ...], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace(Measured):
-    """What sums up the paths of all prompts; ``block_frequency`` is the share of passes in which each block ran."""
+    """What sums up the paths of all prompts; ``block_frequency`` is the share of passes in which each block ran;
+    ``example`` is the first prompt's generation, None in records that were written without one."""
 
     dataset: str
     executed_mean: float
@@ -211,6 +220,7 @@ class Trace(Measured):
     new_tokens: int
     figures: Mapping[str, Figure]
     block_frequency: tuple[float, ...]
+    example: Example | None
 
     @classmethod
     def _fields(cls, record: Record, levels: Mapping[str, str]) -> dict[str, Any]:
@@ -228,7 +238,17 @@ class Trace(Measured):
             **{name: int(metrics[name]) for name in ("prompts", "new_tokens")},
             **{"dataset": metrics["dataset"], "executed_mean": float(metrics["executed_mean"])},
             **{"figures": figures, "block_frequency": frequency},
+            "example": _example(metrics.get("example"), len(frequency)),
         }
+
+
+def _example(told: Mapping[str, Any] | None, blocks: int) -> Example | None:
+    if told is None:
+        return None
+    routes = tuple(tuple(digit == "1" for digit in route) for route in told["routes"])
+    if len(routes) != len(told["tokens"]) or {len(route) for route in routes} != {blocks}:
+        raise ValueError(f"example: not a route of {blocks} blocks for each of its tokens")
+    return Example(str(told["prompt"]), tuple(map(str, told["tokens"])), routes)
 
 
 _TRACED = (

@@ -79,8 +79,9 @@ def mark(name: str, variant: int = 0) -> Mark:
     return replace(MARKS[name], fill=FILLS[variant % len(FILLS)])
 
 
+FAMILY = "STIXGeneral"
 _RC: dict[str, Any] = {
-    "font.family": "STIXGeneral",
+    "font.family": FAMILY,
     "mathtext.fontset": "stix",
     "font.size": 8,
     "text.hinting": "none",
@@ -165,6 +166,15 @@ def reason(axes: Axes, text: str) -> None:
     inches = axes.get_window_extent().width / axes.figure.dpi
     told = textwrap.fill(text, max(16, int(15 * inches)))
     axes.text(0.5, 0.5, told, transform=axes.transAxes, ha="center", va="center", color=GREY, style="italic")
+
+
+def wrapped(text: str, width: float) -> str:
+    """Text below a figure in lines of its width, inches."""
+    return "\n".join(textwrap.wrap(text, int(LETTERS_PER_IN * width)))
+
+
+LETTERS_PER_IN = 19
+"""Letters of a note per inch."""
 
 
 def empty(title: str, text: str) -> Figure:

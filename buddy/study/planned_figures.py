@@ -5,7 +5,13 @@ from __future__ import annotations
 from buddy.settings import corpus_name
 from buddy.study.config import Config
 
-NAMES = ("accuracy_vs_budget", "latency", *(f"figure{number}" for number in (1, 2, *range(4, 14))), "ablation")
+NAMES = (
+    "accuracy_vs_budget",
+    "latency",
+    "route_ribbon",
+    *(f"figure{number}" for number in (1, 2, *range(4, 14))),
+    "ablation",
+)
 """Every figure. Those with a number are the paper's (its Figure 3 is a drawing of the method); 14 is not among them."""
 ORDERS = {
     "figure1": ("delta_ppl", "taylor"),
@@ -27,7 +33,7 @@ def planned(config: Config) -> list[str]:
         "accuracy_vs_budget": True,
         "latency": bool(config.timed_backbones()),
         **{name: bool(orders(config, name)) for name in ORDERS},
-        "figure4": traces,
+        **dict.fromkeys(("route_ribbon", "figure4"), traces),
         "figure5": bool(config.summarising_runs()),
         **{name: traces and place < depths for name, place in HEAT_MAPS.items()},
         "figure12": bool(config.predicting_runs()),

@@ -88,8 +88,8 @@ def of_figure(jobs: Jobs, name: str) -> list[Job]:
         return _of_runs(jobs, "latency", timed, study.latency.datasets)
     if name in planned_figures.ORDERS:
         return list(dict.fromkeys(_order(jobs, file) for file in planned_figures.orders(study, name)))
-    if name == "figure4" or name in planned_figures.HEAT_MAPS:
-        tasks = study.trace.tasks if name in planned_figures.HEAT_MAPS else []
+    if name in ("figure4", "route_ribbon") or name in planned_figures.HEAT_MAPS:
+        tasks = study.trace.tasks if name != "figure4" else []
         return _of_runs(jobs, "trace", study.traced_runs(), [*study.trace.datasets, *tasks])
     if name == "figure5":
         return [jobs("rouge", routed=run.path, dataset="samsum") for run in study.summarising_runs()]
@@ -207,7 +207,7 @@ def _measurements(jobs: Jobs, kind: str) -> Any:
         "generation": study.generation.model_dump(),
         "likelihood": [study.likelihood.model_dump(), study.study.model_dump(include={"main", "recipes", "ablations"})],
         **dict.fromkeys(("properties", "figure4"), study.trace.model_dump(exclude={"backbones", "tasks"})),
-        **dict.fromkeys(planned_figures.HEAT_MAPS, study.trace.model_dump(exclude={"backbones"})),
+        **dict.fromkeys(("route_ribbon", *planned_figures.HEAT_MAPS), study.trace.model_dump(exclude={"backbones"})),
         "figure5": study.summaries.model_dump(exclude={"backbones"}),
         "figure12": study.predictor.presets,
         "figure13": [study.predictor.presets, study.predictor.datasets, study.predictor.tasks],
@@ -218,7 +218,7 @@ def _measurements(jobs: Jobs, kind: str) -> Any:
 # ---- their place in the report ---------------------------------------------------------------------------------------
 
 SECTIONS = {
-    "1 Properties of the method": ["properties", "figure4", "figure5", *planned_figures.HEAT_MAPS],
+    "1 Properties of the method": ["properties", "route_ribbon", "figure4", "figure5", *planned_figures.HEAT_MAPS],
     "2 Accuracy and likelihood against budget": ["accuracy", "generation", "accuracy_vs_budget", "likelihood"],
     "3 Speed": ["latency", "peer_latency", "breakdown"],
     "4 Ablations": ["ablation", "figure1", "figure2", "figure7", "figure8"],

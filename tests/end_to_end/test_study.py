@@ -46,7 +46,13 @@ def test_tables_and_figures_are_there(finished):
         for kind in ("csv", "md", "tex"):
             assert (study / "tables" / f"{table}.{kind}").stat().st_size > 100
     shown = (1, 2, 4, 5, 7, 9, 10, 12, 13)
-    for figure in ("accuracy_vs_budget", "latency", "ablation", *(f"figure{number}" for number in shown)):
+    for figure in (
+        "accuracy_vs_budget",
+        "latency",
+        "route_ribbon",
+        "ablation",
+        *(f"figure{number}" for number in shown),
+    ):
         assert (study / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
         assert (study / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -178,9 +178,11 @@ class Maker:
         executed: tuple[int, int, float] | None = None,
         dataset: str = "alpaca",
         frequency: list[float] | None = None,
+        example: dict[str, Any] | None = None,
     ) -> Path:
         """Write a trace record: distinct prefill paths, distinct paths of each generation; ``executed`` is the least,
-        the most and the mean number of blocks that ran, if not those asked for."""
+        the most and the mean number of blocks that ran, if not those asked for; without an ``example`` it is one of the
+        form that had none."""
         blocks = self.config.backbones[run.backbone].blocks
         asked = blocks - removed
         low, high, mean = executed or (asked, asked, float(asked))
@@ -196,6 +198,7 @@ class Maker:
             **{"block_frequency": frequency or [mean / blocks] * blocks},
             "block_frequency_prefill": [mean / blocks] * blocks,
             "changed_steps_mean": 0.25,
+            **({} if example is None else {"example": example}),
         }
         path = self.records / "trace" / run.path / f"dataset~{dataset}" / f"removed~{removed}.json"
         return self.record("trace", run, removed, metrics, n=len(per_generation)).write(path)

@@ -132,7 +132,8 @@ def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str
 
 
 def test_planned_figures_need_what_they_show() -> None:
-    everything = {"accuracy_vs_budget", "latency", *(f"figure{n}" for n in (1, 4, 5, 6, 9, 10, 11, 12, 13)), "ablation"}
+    everything = {*(f"figure{n}" for n in (1, 4, 5, 6, 9, 10, 11, 12, 13)), "ablation"}
+    everything |= {"accuracy_vs_budget", "latency", "route_ribbon"}
     assert set(planned_figures.planned(parse(paper(methods=EVERY_METHOD)))) == everything
     orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb"], "lengths": [256, 272]}
     assert set(planned_figures.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
@@ -314,6 +315,54 @@ def test_tasks_stand_above_what_is_generated_and_stay_out_of_figure_4(small: Mak
     assert names == ["BoolQ", "WinoGrande", "Alpaca"]
     (axes,) = drawn(small, "figure4").axes
     assert len(axes.containers) == 1
+
+
+def example(tokens: list[str], *routes: str, prompt: str = "A question?") -> dict[str, object]:
+    """As a trace record has it; a route names the blocks that it leaves out, counted from 1."""
+    digits = ["".join("0" if str(block) in route.split() else "1" for block in range(1, 31)) for route in routes]
+    return {"prompt": prompt, "tokens": tokens, "routes": digits}
+
+
+def test_the_ribbon_has_a_column_per_token_and_a_row_per_budget(small: Maker) -> None:
+    run = small.main_run(NAME)
+    for removed, (first, second) in {4: ("3 4 5 6", "3 4 5 7"), 8: ("2 3 4 5 6 7 8 9", "3 4 5 6 7 8 9 10")}.items():
+        shown = example(["$5", " and\n"], first, second, prompt="Tell me how this one ends.")
+        small.trace(run, removed, 2, [2, 2], example=shown)
+        small.trace(run, removed, 2, [1, 1], dataset="piqa", example=example(["Yes"], first))
+    figure = drawn(small, "route_ribbon")
+    figure.draw_without_rendering()
+    upper, task, lower, _ = figure.axes
+    # 0 skipped, 1 ran, 2 ran but not at every token of the row; a column is a token.
+    states = upper.collections[0].get_array().reshape(30, 2).T.tolist()
+    ran = [1] * 30
+    ran[2:5] = [0, 0, 0]
+    assert states == [[*ran[:5], 0, 2, *ran[7:]], [*ran[:5], 2, 0, *ran[7:]]]
+    assert task.collections[0].get_array().reshape(30, 1)[:, 0].tolist() == states[0]
+    assert [label.get_text() for label in upper.get_xticklabels()] == ["$5", "and\\n"]
+    assert [label.get_text() for label in task.get_xticklabels()] == ["PIQA"]
+    assert lower.get_ylabel() == "22 of 30 blocks\nbudget 0.73"
+    assert upper.get_title().startswith("Alpaca\n")
+    assert upper.get_title().endswith("this one ends.")
+    assert f"{NAME} on cpu (Synthetic)" in figure.legends[0].get_title().get_text().replace("\n", " ")
+
+
+def test_traces_without_an_example_are_read_and_have_no_ribbon(small: Maker) -> None:
+    run = small.main_run(NAME)
+    small.trace(run, 4, 1, [1, 2])
+    assert [one.example for one in study.load(small.folder).of(measured.Trace, NAME)] == [None]
+    assert "no traces of BUDDY that have an example" in words(drawn(small, "route_ribbon")).replace("\n", " ")
+    small.trace(run, 8, 1, [1, 2], example=example(["Yes", " no"], "3 4"))  # a route less than tokens
+    assert [one.removed for one in study.load(small.folder).of(measured.Trace, NAME)] == [4]
+
+
+def test_a_ribbon_shows_at_most_three_budgets(tmp_path: Path) -> None:
+    content = demo()
+    content["backbones"][NAME]["removed"] = [2, 3, 4, 5, 6]
+    maker = Maker(tmp_path, content)
+    for removed in (2, 3, 4, 5, 6):
+        left_out = " ".join(map(str, range(3, 3 + removed)))
+        maker.trace(maker.main_run(NAME), removed, 1, [1], example=example(["a", "b"], left_out, left_out))
+    assert [axes.get_ylabel().split()[0] for axes in drawn(maker, "route_ribbon").axes] == ["28", "26", "24"]
 
 
 def test_rouge_shows_both_modes_with_their_intervals(small: Maker) -> None:

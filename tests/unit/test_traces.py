@@ -202,6 +202,19 @@ def test_what_a_record_says(arguments, model):
         assert math.isclose(sum(record.metrics["block_frequency"]), 7 - removed)
 
 
+def test_a_record_shows_the_first_prompts_generation(arguments, model, ran):
+    command(**arguments)
+    prompt = traces.prompts(arguments["data"])[0]
+    ids = model.tokenizer(prompt, return_tensors="pt").input_ids
+    for removed in (1, 3):
+        shown = Record.read(arguments["out"] / f"removed~{removed}.json").metrics["example"]
+        ran.clear()
+        new = model.generate(ids, budget=(7 - removed) / 7, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert shown["prompt"] == prompt
+        assert shown["tokens"] == [model.tokenizer.decode([token]) for token in new.tolist()]
+        assert shown["routes"] == ["".join("01"[index in blocks] for index in range(7)) for blocks in ran]
+
+
 def test_a_backbone_traces_as_the_dense_model(arguments, tmp_path):
     command(**arguments | {"run": tmp_path / "backbones/tiny", "removed": "0", "name": "mine", "study": "s"})
     record = Record.read(arguments["out"] / "removed~0.json")
