@@ -61,7 +61,12 @@ class Task:
         harness: the file that defines it, below ``lm_eval/tasks`` or with its whole path.
         repository, config: where its rows are published on the Hugging Face Hub; no repository for rows of one's own.
         columns: of its rows.
-        evaluation: the split that is scored; the other one is ``train``.
+        evaluation: the split that is scored.
+        train: the other one: for training and for solved examples in prompts, or for these alone (MMLU's ``dev``).
+        group: of a task of many subjects the column that names a row's: its solved examples are the subject's own, the first
+            N items are spread over all of them, and records have the scores of each.
+        description: what stands before the prompt, a template of the row's columns, where the file that defines the task
+            leaves that to one file per subject.
     """
 
     name: str
@@ -73,6 +78,9 @@ class Task:
     columns: tuple[str, ...]
     evaluation: str = "validation"
     config: str | None = None
+    train: str = "train"
+    group: str | None = None
+    description: str | None = None
 
 
 T = TypeVar("T", Method, Task)

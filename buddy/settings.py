@@ -49,15 +49,20 @@ ROUTER_RECIPES: tuple[RouterRecipe, ...] = get_args(RouterRecipe)
 KV_POLICIES: tuple[KV, ...] = get_args(KV)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
+TRAINED = [name for name, task in TASKS.items() if task.train == "train"]
+"""Tasks that have a split to train on."""
+
 # Names out of tables that other packages extend: no type checker can know them, every reader of settings can.
 if TYPE_CHECKING:
     Task: TypeAlias = str
+    TrainedTask: TypeAlias = str
     StaticPeer: TypeAlias = str
     DynamicMethod: TypeAlias = str
     Criterion: TypeAlias = str
     DataName: TypeAlias = str
 else:
     Task = Literal[tuple(TASKS)]
+    TrainedTask = Literal[tuple(TRAINED)]
     StaticPeer = Literal[of_kind("static")]
     DynamicMethod = Literal[of_kind("routed", "dynamic")]
     Criterion = Literal[tuple(dict.fromkeys(one for method in METHODS.values() for one in method.criteria))]
@@ -199,7 +204,7 @@ def corpus_name(corpus: str) -> str:
 class Pudding(Settings):
     """PuDDing: a pool of omission sets, and a router that picks one per prompt."""
 
-    tasks: list[Task] = Field(
+    tasks: list[TrainedTask] = Field(
         ["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"],
         description="tasks whose training splits make the pool and train the router",
         min_length=1,
@@ -240,8 +245,8 @@ class First(Settings):
         ge=0,
         le=1,
     )
-    tasks: list[Task] = Field(
-        [*TASKS],
+    tasks: list[TrainedTask] = Field(
+        TRAINED,
         description="tasks whose training questions, without their answers, the threshold is chosen on, since depth follows "
         "the text; []: prompts of the instruction data",
     )

@@ -1,5 +1,8 @@
 """The multiple-choice tasks of the paper, as lm-evaluation-harness defines them: what each is called, published and scored by.
 
+Eight of them are its suite; MMLU is asked of the budget predictor alone (Figure 13). Its 57 subjects are one task here: the
+score is over items, as the harness's own weighs subjects by their size.
+
 A task is an entry here; another package brings its own (`buddy.extensions`).
 """
 
@@ -14,7 +17,7 @@ __all__ = ["PAPERS", "TASKS", "Task", "headline", "percents"]
 
 
 _ARC = ("allenai/ai2_arc", ("question", "choices", "answerKey"), "test")
-_OWN = (
+_SUITE = (
     Task(
         *("openbookqa", "OBQA", "acc_norm", 4, "openbookqa/openbookqa.yaml"),
         *("allenai/openbookqa", ("question_stem", "choices", "answerKey"), "test", "main"),
@@ -39,11 +42,18 @@ _OWN = (
         *("allenai/winogrande", ("sentence", "option1", "option2", "answer"), "validation", "winogrande_xl"),
     ),
 )
+_MMLU = Task(
+    *("mmlu", "MMLU", "acc", 4, "mmlu/default/_default_template_yaml"),
+    *("cais/mmlu", ("question", "subject", "choices", "answer"), "test", "all"),
+    train="dev",
+    group="subject",
+    description="The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n",
+)
 
-TASKS: dict[str, Task] = table("buddy.tasks", _OWN)
+TASKS: dict[str, Task] = table("buddy.tasks", (*_SUITE, _MMLU))
 """Every task by name, in the order of the paper's columns."""
-PAPERS = tuple(task.name for task in _OWN)
-"""The paper's, over which its averages are."""
+PAPERS = tuple(task.name for task in _SUITE)
+"""The paper's suite, over which its averages are."""
 
 
 def headline(task: str, scores: Mapping[str, Any]) -> str:

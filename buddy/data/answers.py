@@ -24,6 +24,13 @@ def _endings(row: Row) -> list[str]:
     return [str(number) for number in range(len(row["endings"]))]
 
 
+def _listed(row: Row) -> list[str]:
+    """Places of choices given as a list of texts."""
+    if not isinstance(row["choices"], list) or len(row["choices"]) < 2:
+        raise TypeError
+    return [str(number) for number in range(len(row["choices"]))]
+
+
 def _of(*allowed: str) -> Callable[[Row], Sequence[str]]:
     return lambda row: allowed
 
@@ -37,6 +44,7 @@ _RIGHT: dict[str, tuple[str, Callable[[Row], Sequence[str]]]] = {
     "siqa": ("label", _of("1", "2", "3")),
     "hellaswag": ("label", _endings),
     "winogrande": ("answer", _of("1", "2")),
+    "mmlu": ("answer", _listed),
 }
 """Per task the column that says which choice is right, and what may stand there."""
 
@@ -58,7 +66,8 @@ def check(name: str, rows: Sequence[Row], columns: Sequence[str], origin: str) -
     Raises:
         UserError: names the first such row, counted from 1, and what is allowed.
     """
-    texts = [column for column in columns if column not in _NOT_TEXT]
+    right = _RIGHT[name][0] if name in _RIGHT else None
+    texts = [column for column in columns if column not in (*_NOT_TEXT, right)]
     for number, row in enumerate(rows, 1):
         for column in texts:
             if not isinstance(row[column], str):

@@ -63,7 +63,7 @@ class DataSet:
 
 _SETS = (
     *(
-        DataSet(task.name, CHOICE, task.repository, task.columns, evaluation=task.evaluation, config=task.config)
+        DataSet(task.name, CHOICE, task.repository, task.columns, task.evaluation, task.train, task.config)
         for task in TASKS.values()
     ),
     DataSet(

@@ -72,7 +72,7 @@ def training_items(
         if task.OUTPUT_TYPE != "multiple_choice":
             raise UserError(f"task {name}: its answers are generated; a pool of omission sets needs multiple choice")
         if not task.has_training_docs():
-            raise UserError(f"task {name}: no {Path(root) / name / str(entry(name).train)}.jsonl to train on")
+            raise UserError(_untrained(root, name, "to train on"))
         documents = list(task.training_docs())
         if count is not None and len(documents) < count:
             raise UserError(f"task {name}: {count} training items asked for, the split has {len(documents)}")
@@ -94,11 +94,19 @@ def training_contexts(root: str | Path, names: Sequence[str], tokenizer: Any, co
     found = []
     for name, task in zip(names, tasks(root, names)[1], strict=True):
         if not task.has_training_docs():
-            raise UserError(f"task {name}: no {Path(root) / name / str(entry(name).train)}.jsonl for its contexts")
+            raise UserError(_untrained(root, name, "for its contexts"))
         documents = list(task.training_docs())[:each]
         found.append([list(item_of(task, document, tokenizer, 2048).shared) for document in documents])
     turns = [contexts for turn in zip_longest(*found) for contexts in turn if contexts]
     return turns[:count]
+
+
+def _untrained(root: str | Path, name: str, for_what: str) -> str:
+    """What is missing of a task that has no training split."""
+    path = Path(root) / name / f"{entry(name).train}.jsonl"
+    if path.exists():
+        return f"task {name}: {path} holds solved examples for prompts; nothing is trained on it"
+    return f"task {name}: no {path} {for_what}"
 
 
 def item_of(task: Any, document: dict[str, Any], tokenizer: Any, max_length: int) -> Item:

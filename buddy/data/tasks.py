@@ -7,6 +7,8 @@ and metrics are read from the YAML file that lm-eval ships, so published and emb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +56,22 @@ def check_examples(root: str | Path, names: Sequence[str], count: int | None) ->
         count: examples asked for; None is the harness's own number.
 
     Raises:
-        UserError: a task has no training split there.
+        UserError: a task has no split of solved examples there, or of some subject too few.
     """
     for name in names if count else ():
-        folder = Path(root) / name
-        if folder.is_dir() and not (folder / f"{entry(name).train}.jsonl").exists():
+        folder, split = Path(root) / name, str(entry(name).train)
+        if folder.is_dir() and not (folder / f"{split}.jsonl").exists():
             raise UserError(
-                f"--few-shot: {count} solved examples asked for, but {folder} has no {entry(name).train}.jsonl to draw "
+                f"--few-shot: {count} solved examples asked for, but {folder} has no {split}.jsonl to draw "
                 "them from; give 0, or a source of data that has it"
             )
+        if folder.is_dir() and name in TASKS and (group := TASKS[name].group):
+            subject, solved = min(_groups(read(folder, split), group).items(), key=lambda one: len(one[1]))
+            if len(solved) < (count or 0):
+                raise UserError(
+                    f"--few-shot: {count} solved examples asked for, but {folder}/{split}.jsonl has {len(solved)} of "
+                    f"{subject}; give at most {len(solved)}"
+                )
 
 
 def _task(folder: Path, name: str) -> ConfigurableTask:
@@ -70,6 +79,7 @@ def _task(folder: Path, name: str) -> ConfigurableTask:
     from lm_eval.api.task import ConfigurableTask
 
     splits = _splits(folder, name)
+    group = TASKS[name].group if name in TASKS else None
 
     class LocalTask(ConfigurableTask):
         """A stock task whose documents are the rows of a local folder, held in memory.
@@ -81,11 +91,22 @@ def _task(folder: Path, name: str) -> ConfigurableTask:
         def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
             self.dataset = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
 
+        @cached_property
+        def solved(self) -> dict[Any, list[dict[str, Any]]]:
+            """Solved examples by subject."""
+            return _groups(list(self.fewshot_docs()), str(group))
+
+        def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
+            """As it is there; of a task of many subjects the solved examples are those of the question's own."""
+            if group and num_fewshot:
+                self.sampler.replace_df(self.solved[doc[group]])
+            return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
+
     return LocalTask(config=config(name, splits))
 
 
 def config(name: str, splits: dict[str, Any]) -> dict[str, Any]:
-    """The stock configuration of a task with only its source of documents replaced.
+    """The stock configuration of a task with only its source of documents replaced, and its description where it has one.
 
     Args:
         name: a key of ``STOCK``.
@@ -97,9 +118,11 @@ def config(name: str, splits: dict[str, Any]) -> dict[str, Any]:
     content = load_yaml(Path(lm_eval.tasks.__file__).parent / STOCK[name])
     content.pop("tag", None)
     content.update(task=PREFIX + name, dataset_path="json", dataset_name=None, dataset_kwargs=None)
-    for key in ("training_split", "validation_split", "test_split"):
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         if key in content and content[key] not in splits:
             content[key] = None
+    if name in TASKS and TASKS[name].description is not None:
+        content["description"] = TASKS[name].description
     return content
 
 
@@ -126,6 +149,21 @@ def _splits(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     check_rows(folder, name)
     data = entry(name)
     splits = {split: read(folder, split) for split in data.splits if (folder / f"{split}.jsonl").exists()}
+    if name in TASKS and (group := TASKS[name].group):
+        splits = {split: _in_turn(rows, group) for split, rows in splits.items()}
     if name == "gsm8k" and data.train not in splits:  # its stock definition shows five solved examples
         raise UserError(f"task {name}: no {folder}/{data.train}.jsonl, from which its solved examples are drawn")
     return splits
+
+
+def _in_turn(rows: list[dict[str, Any]], group: str) -> list[dict[str, Any]]:
+    """Rows of every group in turn, so that the first of them are a sample of all: published sets have one after the other."""
+    return [row for turn in zip_longest(*_groups(rows, group).values()) for row in turn if row is not None]
+
+
+def _groups(rows: list[dict[str, Any]], group: str) -> dict[Any, list[dict[str, Any]]]:
+    """Rows by what stands in this column."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row[group], []).append(row)
+    return found

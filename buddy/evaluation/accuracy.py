@@ -20,6 +20,7 @@ from buddy.evaluation.questions import Question, differing
 from buddy.settings import Evaluation, Generation
 from buddy.storage.checkpoints import Checkpoints
 from buddy.storage.files import sha256
+from buddy.tasks import TASKS, headline
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ def measure(
 
     Returns:
         ``metrics`` of an accuracy record: per task acc, acc_norm, their standard errors, n and one digit per item, the
-        mean number of blocks executed, `_routes` and `_distance`; the mean number of blocks of all; few_shot, limit and the
-        harness version.
+        mean number of blocks executed, `_routes` and `_distance`, of a task of many subjects the scores of each in
+        ``groups``; the mean number of blocks of all; few_shot, limit and the harness version.
 
     Raises:
         UserError: a task's items are not there.
@@ -81,6 +82,8 @@ def _score(lm: BuddyLM, budget: float | str, settings: Evaluation, data: Path, t
     results = _run(lm, budget, settings, data)
     name = PREFIX + task
     scores = _task_metrics(results["results"][name], results["samples"][name])
+    if group := TASKS[task].group:
+        scores["groups"] = _by_group(results["samples"][name], group, headline(task, scores))
     tally = lm.tallies[name]
     contexts = _contexts(lm, results["samples"][name])
     scores["executed_mean"] = tally.executed_mean
@@ -237,6 +240,14 @@ def _task_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
         if ordered and metric in ordered[0]:
             kept["items"][metric] = "".join(str(int(sample[metric])) for sample in ordered)
     return kept
+
+
+def _by_group(samples: Sequence[Mapping[str, Any]], group: str, metric: str) -> dict[str, dict[str, float]]:
+    """Of each subject of a task its number of items, and the metric's mean over them."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        found.setdefault(str(sample["doc"][group]), []).append(float(sample[metric]))
+    return {subject: {"n": len(scores), metric: fmean(scores)} for subject, scores in sorted(found.items())}
 
 
 def _answer_metrics(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 from buddy.storage.files import write_json
 from buddy.study.config import Config, Run, parse
 from buddy.study.records import Budget, Record
-from buddy.tasks import TASKS
+from buddy.tasks import PAPERS, TASKS
 
 FOUR = ("openbookqa", "hellaswag", "arc_easy", "arc_challenge")
-CHANCE = {task: 1 / 4 if task in FOUR else 1 / 2 for task in TASKS} | {"siqa": 1 / 3}
+CHANCE = {task: 1 / 4 if task in FOUR else 1 / 2 for task in PAPERS} | {"siqa": 1 / 3}
 NORMALISED = ("openbookqa", "piqa", "hellaswag", "arc_easy", "arc_challenge")
 ENVIRONMENT = {
     "device": "cpu (Synthetic)",
@@ -455,7 +455,7 @@ class Maker:
         for removed in depths:
             kept = max(0.0, 1 - (removed / blocks) ** 1.15 * 1.5 - lag.get(run.method, 0.0))
             tasks = {}
-            for task in TASKS:
+            for task in PAPERS:
                 probability = CHANCE[task] + (0.78 - CHANCE[task]) * kept + self.random.gauss(0, 0.008)
                 tasks[task] = scores(probability, items, task)
                 metric = TASKS[task].headline
@@ -584,7 +584,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def uniform(value: float, error: float = 0.02, n: int = 60) -> dict[str, dict[str, object]]:
     """The same score on every task."""
-    return {task: {"acc": value, "acc_stderr": error, "n": n} for task in TASKS}
+    return {task: {"acc": value, "acc_stderr": error, "n": n} for task in PAPERS}
 
 
 def cells(path: Path, **wanted: object) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from records_factory import ENVIRONMENT, EVERY_METHOD, Maker, cell, cells, demo,
 from buddy.commands.report import report
 from buddy.reporting import compare, render, significance, study, tables, write
 from buddy.reporting.measures import Measure
-from buddy.tasks import TASKS
+from buddy.tasks import PAPERS
 
 
 def digits(share: float, items: int, seed: int) -> str:
@@ -83,7 +83,7 @@ def raced(tmp_path: Path) -> Maker:
     content["study"]["methods"] = ["dense", "buddy", "shortgpt", "sleb", "pudding", "first"]
     maker = Maker(tmp_path, content)
     buddy = maker.main_run("smollm2-135m")
-    texts = {task: digits(0.6, 200, place) for place, task in enumerate(TASKS)}
+    texts = {task: digits(0.6, 200, place) for place, task in enumerate(PAPERS)}
     answered(maker, buddy, 4, texts)
     flipped = {task: text[:20].translate({48: 49, 49: 48}) + text[20:] for task, text in texts.items()}
     answered(maker, maker.peer("shortgpt", 4), 4, flipped)
@@ -118,7 +118,7 @@ def test_verdicts_need_the_corrected_p(raced: Maker) -> None:
 
 def test_a_method_of_another_depth_is_met_there(raced: Maker) -> None:
     """FiRST ran 24 of the 26 blocks asked for: halfway between BUDDY's 26 and 22."""
-    texts = {task: digits(0.6, 200, place) for place, task in enumerate(TASKS)}
+    texts = {task: digits(0.6, 200, place) for place, task in enumerate(PAPERS)}
     deep = {task: text[:150] + "0" * 50 for task, text in texts.items()}
     answered(raced, raced.main_run("smollm2-135m"), 8, deep)
     write.comparison(study.load(raced.folder))
@@ -134,7 +134,7 @@ def test_a_method_of_another_depth_is_met_there(raced: Maker) -> None:
     assert float(row["executed_mean"]) == 24
     gaps = [
         [(int(a) + int(b)) / 2 - int(c) for a, b, c in zip(texts[task], deep[task], theirs[task], strict=True)]
-        for task in TASKS
+        for task in PAPERS
     ]
     rng = np.random.default_rng(2)
     means = [100 * np.mean([rng.choice(gap, 200).mean() for gap in gaps]) for _ in range(2000)]
@@ -155,7 +155,7 @@ def test_an_items_mean_over_seeds_is_compared(tmp_path: Path) -> None:
     for run in maker.config.runs():
         if 4 in maker.config.depths(run):
             texts[run.method, run.seed] = digits(0.5 + 0.1 * run.seed, 60, len(texts))
-            answered(maker, run, 4, dict.fromkeys(TASKS, texts[run.method, run.seed]))
+            answered(maker, run, 4, dict.fromkeys(PAPERS, texts[run.method, run.seed]))
     (made,) = [one for one in significance.comparisons(study.load(maker.folder)) if one.removed == 4]
     share = {key: text.count("1") / 60 for key, text in texts.items()}
     expected = (share["buddy", 0] + share["buddy", 1] - share["sleb", 0] - share["sleb", 1]) / 2
@@ -171,7 +171,7 @@ def test_ablation_marks_what_is_inside_the_noise(tmp_path: Path) -> None:
     content["study"]["ablations"][0]["prior"] = ["none", "cosine", "taylor"]
     maker = Maker(tmp_path, content)
     runs = {run.variant["prior"]: run for run in maker.config.ablation_runs(maker.config.ablation("prior"))}
-    best = {task: digits(0.7, 300, place) for place, task in enumerate(TASKS)}
+    best = {task: digits(0.7, 300, place) for place, task in enumerate(PAPERS)}
     answered(maker, runs["taylor"], 4, best)
     answered(maker, runs["none"], 4, {task: text[:-4] + "0000" for task, text in best.items()})
     swapped = {task: ("0" if text[0] == "1" else "1") * 2 + text[2:] for task, text in best.items()}
@@ -186,7 +186,7 @@ def test_ablation_marks_what_is_inside_the_noise(tmp_path: Path) -> None:
         # The same bootstrap, item by item.
         texts = {"taylor": best, "none": {t: x[:-4] + "0000" for t, x in best.items()}, "cosine": swapped}
         gaps = [
-            np.array([int(a) - int(b) for a, b in zip(texts[first][t], texts[prior][t], strict=True)]) for t in TASKS
+            np.array([int(a) - int(b) for a, b in zip(texts[first][t], texts[prior][t], strict=True)]) for t in PAPERS
         ]
         rng = np.random.default_rng(9)
         means = [np.mean([rng.choice(gap, len(gap)).mean() for gap in gaps]) for _ in range(1500)]

@@ -29,6 +29,7 @@ COLUMNS = {
     "arc_easy": {"question", "choices", "answerKey"},
     "arc_challenge": {"question", "choices", "answerKey"},
     "winogrande": {"sentence", "option1", "option2", "answer"},
+    "mmlu": {"question", "subject", "choices", "answer"},
     "gsm8k": {"question", "answer"},
     "alpaca": {"instruction", "input", "output"},
     "samsum": {"dialogue", "summary"},
@@ -59,6 +60,8 @@ def options(name, row):
         return [row["answerA"], row["answerB"], row["answerC"]], int(row["label"]) - 1
     if name == "hellaswag":
         return row["endings"], int(row["label"])
+    if name == "mmlu":
+        return row["choices"], row["answer"]
     return [row["option1"], row["option2"]], int(row["answer"]) - 1
 
 
@@ -202,6 +205,20 @@ def test_embedded_corpora_are_long_and_of_two_kinds():
         assert len(set(grams[name])) > 0.995 * len(grams[name])
     quoted = {name: data.text_of(rows_of(name)).count('"') for name in PROSE}
     assert quoted["ptb"] > 5 * max(quoted["wikitext2"], 1) or quoted["wikitext2"] > 5 * max(quoted["ptb"], 1)
+
+
+def test_embedded_mmlu_has_the_harness_subjects_each_as_often():
+    """Its 57 subjects, three questions of each, one of each grade, and one solved example."""
+    import lm_eval.tasks
+
+    stock = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    subjects = {path.stem.removeprefix("mmlu_") for path in stock.glob("mmlu_*.yaml")}
+    assert len(subjects) == 57
+    test, dev = rows_of("mmlu"), rows_of("mmlu", "dev")
+    grades = Counter((row["subject"], row["id"].split("-")[1]) for row in test)
+    assert grades == {(subject, grade): 1 for subject in subjects for grade in ("easy", "medium", "hard")}
+    assert Counter(row["subject"] for row in dev) == dict.fromkeys(subjects, 1)
+    assert {row["subject"] for row in test[:57]} == subjects
 
 
 def test_every_embedded_file_is_in_the_catalogue():
@@ -378,12 +395,11 @@ def test_catalogue_names_the_repositories_of_the_harness():
         if "include" in stock:
             stock = {**yaml.load(((root / file).parent / stock["include"]).read_text(), Loader), **stock}
         entry = data.CATALOGUE[name]
-        assert (entry.repository, entry.config) == (
-            stock["dataset_path"],
-            stock.get("dataset_name"),
-        )
+        # MMLU has a file, and a configuration on the Hub, per subject, and one of all.
+        config = "all" if name == "mmlu" else stock.get("dataset_name")
+        assert (entry.repository, entry.config) == (stock["dataset_path"], config)
         assert entry.evaluation == (stock.get("test_split") or stock["validation_split"])
-        assert entry.train == stock["training_split"]
+        assert entry.train == (stock.get("training_split") or stock["fewshot_split"])
     assert set(TASKS) < set(STOCK)
 
 

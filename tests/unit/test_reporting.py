@@ -26,7 +26,7 @@ from buddy.reporting import figures, grid, measured, published, render, study, s
 from buddy.reporting.labels import TASK_LABELS, fraction
 from buddy.reporting.measures import Measure, bootstrap
 from buddy.reporting.summary import summary
-from buddy.tasks import TASKS
+from buddy.tasks import PAPERS
 
 MAIN = "method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1"
 
@@ -51,7 +51,7 @@ def test_a_score_is_read_per_task_and_is_the_normalised_one(small: Maker) -> Non
     small.accuracy(run, 4, tasks, limit=60)
     (found,), _ = measured.load(small.records)
     assert isinstance(found, measured.Accuracy)
-    assert sorted(found.scores) == sorted(TASKS)
+    assert sorted(found.scores) == sorted(PAPERS)
     piqa, boolq = found.scores["piqa"], found.scores["boolq"]
     assert (piqa.value, piqa.stderr, piqa.n, found.limit) == (0.7, 0.04, 60, 60)
     assert boolq.value == 0.5
@@ -120,16 +120,16 @@ def test_accuracy_average_and_error_over_tasks_and_seeds(tmp_path: Path) -> None
     content["study"]["seeds"] = [0, 3]
     maker = Maker(tmp_path, content)
     right = {0: [30, 31, 32, 33, 34, 35, 36, 37], 3: [20, 28, 30, 40, 24, 50, 33, 41]}
-    items = dict(zip(TASKS, (60, 61, 62, 63, 64, 65, 66, 67), strict=True))
+    items = dict(zip(PAPERS, (60, 61, 62, 63, 64, 65, 66, 67), strict=True))
     for seed, counts in right.items():
         run = maker.config.buddy_run("smollm2-135m", maker.config.study.main.model_dump(), seed)
         maker.accuracy(
-            run, 8, {task: scores(k / items[task], items[task], task) for task, k in zip(TASKS, counts, strict=True)}
+            run, 8, {task: scores(k / items[task], items[task], task) for task, k in zip(PAPERS, counts, strict=True)}
         )
     write.table(study.load(maker.folder), "table2")
     path = maker.folder / "tables/table2.csv"
 
-    shares = {seed: [k / items[task] for task, k in zip(TASKS, counts, strict=True)] for seed, counts in right.items()}
+    shares = {seed: [k / items[task] for task, k in zip(PAPERS, counts, strict=True)] for seed, counts in right.items()}
     errors = {
         seed: [math.sqrt(p * (1 - p) / (n - 1)) for p, n in zip(values, items.values(), strict=True)]
         for seed, values in shares.items()
@@ -142,7 +142,7 @@ def test_accuracy_average_and_error_over_tasks_and_seeds(tmp_path: Path) -> None
     assert float(row["stderr"]) == pytest.approx((whole[0] + whole[3]) / 2, abs=1e-5)
     assert float(row["seed_sd"]) == pytest.approx(abs(means[0] - means[3]) / math.sqrt(2), abs=1e-5)
     assert (row["n"], row["seeds"], row["note"], row["published"]) == (str(sum(items.values())), "2", "", "")
-    for place, task in enumerate(TASKS):
+    for place, task in enumerate(PAPERS):
         row = cell(path, removed=8, method="buddy", task=task)
         assert float(row["value"]) == pytest.approx(50 * (shares[0][place] + shares[3][place]), abs=1e-5)
         assert row["n"] == str(items[task])
@@ -191,7 +191,7 @@ def test_columns_are_in_the_papers_order(small: Maker) -> None:
     built = tables.build(study.load(small.folder), "table2")
     order = ("OBQA", "PIQA", "BoolQ", "SIQA", "HellaSwag", "ARC-e", "ARC-c", "WinoGrande", "Avg.")
     assert built.headers == order
-    assert tuple(TASK_LABELS[task] for task in TASKS) == order[:-1]
+    assert tuple(TASK_LABELS[task] for task in PAPERS) == order[:-1]
 
 
 def test_a_study_of_fewer_tasks_says_so_and_meets_no_published_average(tmp_path: Path) -> None:
@@ -1013,7 +1013,7 @@ def test_published_files_are_complete() -> None:
     rows = published.load("accuracy")
     for row in rows:
         tasks = [*row][5:13]
-        assert tasks == ["obqa", *list(TASKS)[1:5], "arc_easy", "arc_challenge", "winogrande"]
+        assert tasks == ["obqa", *list(PAPERS)[1:5], "arc_easy", "arc_challenge", "winogrande"]
         assert sum(row[task] for task in tasks) / 8 == pytest.approx(row["avg"], abs=0.011)
     with pytest.raises(UserError, match="accuracy"):
         published.load("accurate")

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 
 from buddy import data
 from buddy.data.rows import write_file
-from buddy.data.tasks import PREFIX, STOCK, config, tasks
+from buddy.data.tasks import PREFIX, STOCK, check_examples, config, tasks
 from buddy.errors import UserError
 from buddy.tasks import TASKS, headline
 
@@ -36,6 +36,9 @@ AWKWARD = {
         {"question": "Q?", "choices": {"text": list("vwxyz"), "label": list("ABCDE")}, "answerKey": "E"},
     ],
     "winogrande": [{"sentence": "The _ fell, said _x.", "option1": "cup", "option2": "jar", "answer": "2"}],
+    "mmlu": [
+        {"question": " Q {{x}}? ", "subject": "high_school_us_history", "choices": ["1", "b.", "C", "d"], "answer": 3}
+    ],
     "gsm8k": [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}],
 }
 
@@ -67,6 +70,9 @@ def expected(name, row):
     if name == "hellaswag":
         prompt = tidy(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
         return [prompt] * 4, [tidy(ending) for ending in row["endings"]], int(row["label"])
+    if name == "mmlu":
+        lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
+        return ["\n".join([row["question"].strip(), *lettered, "Answer:"])] * 4, list("ABCD"), row["answer"]
     before, _, after = row["sentence"].partition("_")
     return [before + row["option1"], before + row["option2"]], [after.strip()] * 2, int(row["answer"]) - 1
 
@@ -172,8 +178,10 @@ def test_only_the_source_of_documents_differs_from_the_stock_file(name):
     stock = yaml.load((root / STOCK[name]).read_text(), Loader)
     if "include" in stock:
         stock = {**yaml.load(((root / STOCK[name]).parent / stock.pop("include")).read_text(), Loader), **stock}
-    ours = config(name, {"train": [], "validation": [], "test": []})
+    ours = config(name, {"train": [], "validation": [], "test": [], "dev": []})
     about_data = {"task", "tag", "dataset_path", "dataset_name", "dataset_kwargs"}
+    if name == "mmlu":  # its other files, one per subject, add a description: below
+        stock["description"] = ours["description"]
     assert set(ours) - about_data == set(stock) - about_data
     for key in set(stock) - about_data:
         if callable(ours[key]):
@@ -182,6 +190,50 @@ def test_only_the_source_of_documents_differs_from_the_stock_file(name):
         else:
             assert ours[key] == stock[key]
     assert ours["task"] == PREFIX + name
+
+
+def test_every_subject_of_mmlu_is_asked_as_by_its_stock_file(root):
+    """All of a subject's requests, without and with a solved example, by lm-eval's own task of it over the same rows."""
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+
+    rows = {split: data.read(root / "mmlu", split) for split in ("test", "dev")}
+
+    class Stock(ConfigurableTask):
+        def download(self, dataset_kwargs=None, **_):
+            own = {split: [one for one in found if one["subject"] == self.subject] for split, found in rows.items()}
+            self.dataset = DatasetDict({split: Dataset.from_list(found) for split, found in own.items()})
+
+    _, (task,) = tasks(root, ["mmlu"])
+    documents = {document["id"]: document for document in task.eval_docs}
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    template = yaml.load((folder / "_default_template_yaml").read_text(), Loader)
+    for file in sorted(folder.glob("mmlu_*.yaml")):
+        own = yaml.load(file.read_text(), Loader)
+        Stock.subject = own["dataset_name"]
+        about = {key: own[key] for key in ("task", "description")}
+        stock = Stock(config={**template, **about, "dataset_path": "json", "dataset_name": None})
+        for document in stock.eval_docs:
+            for solved in (0, 1):
+                theirs = stock.fewshot_context(document, solved)
+                assert task.fewshot_context(documents[document["id"]], solved) == theirs
+                assert theirs.startswith(own["description"])
+            args = {"ctx": theirs, "metadata": (None, None, None)}
+            ours = task.construct_requests(documents[document["id"]], **args)
+            assert [one.args for one in ours] == [one.args for one in stock.construct_requests(document, **args)]
+
+
+def test_the_first_questions_of_mmlu_are_of_all_subjects(tmp_path):
+    """Published rows stand subject after subject; a limit takes the first ones."""
+    order = sorted(data.load("mmlu", "embedded"), key=lambda row: row["subject"])
+    (tmp_path / "in").mkdir()
+    write_file(tmp_path / "in" / "mmlu.test.jsonl", order)
+    data.materialise("mmlu", str(tmp_path / "in"), tmp_path / "mmlu")
+    _, (task,) = tasks(tmp_path, ["mmlu"])
+    first = list(task.eval_docs)[:57]
+    assert len({document["subject"] for document in first}) == 57
+    by_subject = sorted(task.eval_docs, key=lambda document: document["subject"])
+    assert [document["id"] for document in by_subject] == [row["id"] for row in order]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -237,6 +289,10 @@ def test_a_folder_with_no_train_split_still_evaluates(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"task: 'pica' is not one of .* \(did you mean piqa\?\)"):
         tasks(tmp_path, ["pica"])
+    data.materialise("mmlu", "embedded", tmp_path / "mmlu")
+    check_examples(tmp_path, ["mmlu"], 1)
+    with pytest.raises(UserError, match=r"--few-shot: 5 .*dev.jsonl has 1 of .*; give at most 1"):
+        check_examples(tmp_path, ["mmlu"], 5)
     with pytest.raises(UserError, match=r"task piqa: no .*validation.jsonl; fetch it with `buddy data --name piqa"):
         tasks(tmp_path, ["piqa"])
     (tmp_path / "gsm8k").mkdir()
