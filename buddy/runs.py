@@ -172,6 +172,30 @@ def load(
     return RoutedModel(model, policy.to(model.device), kv or info.kv, tokenizer, origin).eval()
 
 
+def take_router(policy: Policy, path: str | Path, backbone: str | Path) -> None:
+    """Fill a policy with the router of a finished run.
+
+    Args:
+        policy: built, not trained.
+        path: folder of the run.
+        backbone: folder of the backbone that the policy is for.
+
+    Raises:
+        UserError: no run there, one of another backbone or of another policy, or a damaged one.
+    """
+    from buddy.storage import tensors
+
+    path = Path(path)
+    info = RunInfo.read(path)
+    check(path, info)
+    check_backbone(Path(backbone), info.digests.get("backbone"), str(path))
+    ours, theirs = policy.settings(), _policy(path, info).settings()
+    if differing := [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]:
+        told = ", ".join(f"{name} {theirs.get(name)} and not {ours.get(name)}" for name in differing)
+        raise UserError(f"{path}: its router is of another variant: {told}")
+    tensors.fill(policy, path / ROUTER_FILE)
+
+
 def untouched(model: RoutedModel) -> CausalLM:
     """The backbone of a loaded run as it was before training, in evaluation mode: the very model where the run has no
     adapter; else loaded afresh beside it, on the same device and in the same dtype, because LoRA is in its weights.

@@ -308,6 +308,11 @@ class Training(Settings):
 class Router(Settings):
     """The tuned recipe of BUDDY's router: removal orders searched on the training data, and one chosen by the input."""
 
+    start: str | None = Field(
+        None,
+        description="folder of a finished run of the same backbone and variant, whose router is taken as it is: nothing is "
+        "searched or measured, only LoRA is trained here",
+    )
     examples: int = Field(512, description="training examples whose losses along the pool's routes are measured", ge=8)
     held_out: int = Field(
         128, description="further training examples, kept apart, by whose losses the router to keep is chosen", ge=4

@@ -121,11 +121,15 @@ def train(
     )
     with making("train", model, info, out, record, [backbone, data, prior]) as job:
         facts: dict[str, Any] = {}
-        if recipe == "tuned":
+        if recipe == "tuned" and router.start:
+            runs.take_router(policy, router.start, backbone)
+            facts["router"] = {"start": router.start}
+        elif recipe == "tuned":
             fit = routers.fit(
                 model, tokenizer, policy, pairs, router, settings, depths=measured_at, seed=seed, folder=out
             )
             facts["router"] = fit.facts()
+        if recipe == "tuned":
             settings = settings.model_copy(update={"pool_over": router.pool_over})
         how = Recipe(
             drawn(most_removed, blocks),
@@ -177,4 +181,4 @@ def _read(recipe: str, settings: Training, router: Router, depths: list[int]) ->
     if recipe == "paper":
         return settings.model_dump()
     training = settings.model_dump(exclude=set(unread_by_tuned(settings.lora_rank)))
-    return {**training, "router": {**router.model_dump(), "depths": depths}}
+    return {**training, "router": {**router.model_dump(exclude_none=True), "depths": depths}}

@@ -3,7 +3,7 @@ the notes on where its records come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from buddy.methods import METHODS
@@ -172,7 +172,7 @@ LOSSES: dict[Loss, str] = {
 """What `training.loss` is called in tables."""
 
 
-def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
+def trained_by(study: Study, series: Collection[Series]) -> list[str]:
     """One note on what the methods that are compared were trained to minimise; none where none was trained."""
     trained = any(
         one.lora == "trained" or (METHODS[one.method].trained and METHODS[one.method].kind != "static")
@@ -181,7 +181,10 @@ def trained_by(study: Study, series: Iterable[Series]) -> list[str]:
     text = LOSSES[study.config.training.loss]
     if study.config.data.answers == "backbone":
         text += ", on prompts that the backbone answered itself"
-    return [f"Trained by {text}."] if trained else []
+    start = study.config.router.start
+    taken = [f"BUDDY's router is that of {start}; here LoRA alone was trained, along its routes."] if start else []
+    tuned = any(one.recipe == "tuned" for one in series)
+    return [f"Trained by {text}.", *(taken if tuned else [])] if trained else []
 
 
 def one_path(study: Study, backbone: str, series: Iterable[Series]) -> list[str]:

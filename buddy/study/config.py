@@ -116,6 +116,7 @@ class Config(Settings):
         for where, names in (
             ("study.backbones", self.study.backbones),
             ("study.removed", self.study.removed),
+            ("study.peers_removed", self.study.peers_removed),
             ("orders.backbones", self.orders.backbones or []),
             ("generation.backbones", self.generation.backbones or []),
             ("trace.backbones", self.trace.backbones or []),
@@ -145,6 +146,9 @@ class Config(Settings):
                     raise ValueError(f"study.tables.{name}: " + str(unknown(key, given, known)))
         for name, removed in self.study.removed.items():
             Backbone.model_validate({**self.backbones[name].model_dump(), "removed": removed})
+        for name, removed in self.study.peers_removed.items():
+            if not removed or not set(removed) <= set(self.removed(name)):
+                raise ValueError(f"study.peers_removed: {removed} is not among the {self.removed(name)} of {name}")
         for run in self.runs():
             last = self.backbones[run.backbone].blocks - max(self.removed(run.backbone)) - 1
             if run.variant.get("source_block", 1) > last:
@@ -188,7 +192,7 @@ class Config(Settings):
         return [
             Run(backbone, method, peer_axes(criterion, removed, lora), seed)
             for criterion in criteria
-            for removed in self.removed(backbone)
+            for removed in self.study.peers_removed.get(backbone, self.removed(backbone))
             for lora in loras
             for seed in (seeds if lora == "trained" or criterion is None else seeds[:1])
         ]

@@ -157,6 +157,11 @@ class StudyPlan(Settings):
     removed: dict[str, list[int]] = Field(
         {}, description="per backbone, numbers of removed blocks in place of the definition's"
     )
+    peers_removed: dict[str, list[int]] = Field(
+        {},
+        description="per backbone, those of its numbers of removed blocks at which peers are compared, each of them a "
+        "training of its own; by default all",
+    )
     seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field([0], description="training seeds", min_length=1)
     main: Variant = Field(Variant(), description="BUDDY's main variant")
     recipes: list[RouterRecipe] | None = Field(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import buddy
 from records_factory import Maker, demo, paper
 from safetensors.torch import load_file
@@ -177,6 +178,33 @@ def test_the_tuned_recipe_fits_the_router_and_trains_lora_alone(tmp_path: Path, 
     assert metrics["trainable_parameters"] == trainable
     assert not (out / "checkpoints").exists()
     assert load(out).policy.prompts_noted
+    if not rank:
+        return
+
+    # Another run may take the router as it is, and no other variant's.
+    words = ("train", "--backbone", tmp_path / "backbone", "--data", tmp_path / "alpaca", "--out", tmp_path / "next")
+    words += (
+        "--record",
+        tmp_path / "next.json",
+        "--recipe",
+        "tuned",
+        "--most-removed",
+        2,
+        "--examples",
+        4,
+        "--epochs",
+        1,
+    )
+    words += ("--lora-rank", 1, "--max-length", 512, "--warmup-steps", 0, "--router-start", out, "--seed", 7)
+    assert "feature value and not key" in buddy(*words, "--feature", "key").mistake
+    run(*words)
+    assert Record.read(tmp_path / "next.json").metrics["router"] == {"start": str(out)}
+    first, second = (load_file(folder / "router.safetensors") for folder in (out, tmp_path / "next"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first if not name.startswith("prompts_"))
+    assert all(
+        tensor.abs().max() > 0 for tensor in load_file(tmp_path / "next/adapter/adapter_model.safetensors").values()
+    )
 
 
 # How they are shown

@@ -53,6 +53,21 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert seconds < 10
 
 
+def test_peers_may_be_compared_at_fewer_depths(checkout):
+    some = {"study": {"peers_removed": {"llama2-7b": [8, 16], "qwen2.5-7b": [12]}}}
+    (checkout / "some.yaml").write_text(yaml.safe_dump(some))
+    jobs, all_depths = planned(checkout, "--configfile", "some.yaml"), planned(checkout)
+    fewer = 5 * (2 + 3)  # of five peers on two backbones
+    assert jobs["train"] == all_depths["train"]
+    for stage in ("adapt", "evaluate"):
+        assert jobs[stage] == all_depths[stage] - fewer
+    assert jobs["score"] == all_depths["score"] - 5 * 2
+    assert jobs["latency"] == all_depths["latency"] - 2 * 2 * 2
+    (checkout / "some.yaml").write_text(yaml.safe_dump({"study": {"peers_removed": {"llama2-7b": [5]}}}))
+    said = snakemake(checkout, "-n", "--configfile", "some.yaml")
+    assert "peers_removed: [5] is not among the [4, 8, 12, 16] of llama2-7b" in said.stdout + said.stderr
+
+
 @pytest.mark.parametrize("name", ["tabel2", "table99", "figure3"])
 def test_a_result_that_there_is_not_is_told_with_those_that_there_are(checkout, name):
     said = snakemake(checkout, "-n", name)
