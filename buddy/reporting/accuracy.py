@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from buddy.reporting import measures, published, style
 from buddy.reporting.grid import Cell, Grid, Row, limit_text, ran, rank_columns, rank_note
-from buddy.reporting.labels import TASK_LABELS, coordinates, number, one_path, provenance, series_labels, trained_by
+from buddy.reporting.labels import (
+    TASK_LABELS,
+    coordinates,
+    number,
+    one_path,
+    provenance,
+    series_labels,
+    setting,
+    trained_by,
+)
 from buddy.reporting.measured import Accuracy
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
@@ -104,13 +113,20 @@ def accuracy_vs_budget(study: Study) -> Figure:
         if len(backbones) > 1:
             axes.set_title(f"{backbone} ({study.blocks(backbone)} blocks)")
         if place % columns == 0:
-            axes.set_ylabel(f"Average accuracy of {len(study.tasks)} tasks (%)")
+            axes.set_ylabel(task_average(study))
     for spare in every[len(backbones) :]:
         spare.remove()
     limits = {measure.limit for measure in drawn if measure.limit is not None}
-    told = [limit_text(limits)] if limits else []
+    told = [setting(study, "accuracy", *backbones)] if len(backbones) == 1 else []
+    told += [f"bars and band: {style.ONE_ERROR}"]
+    told += [limit_text(limits)] if limits else []
     told += ["points at the mean depth that ran"] if any(measure.off_depth for measure in drawn) else []
-    return finish(figure, every[: len(backbones)], "; ".join(told).capitalize() or None)
+    return finish(figure, every[: len(backbones)], "; ".join(told))
+
+
+def task_average(study: Study) -> str:
+    """The label of an axis of average accuracies."""
+    return f"Average accuracy of {len(study.tasks)} tasks (%)"
 
 
 def _any_accuracy(study: Study, backbone: str) -> bool:
@@ -126,7 +142,7 @@ def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
     lines = [one.path for one in compared if one.depths != (0,)]
     shift = dict(zip(lines, shifts(len(lines), depths[-1]), strict=True))
     shown: list[Measure] = []
-    for one, mark in zip(compared, _marks(compared), strict=True):
+    for one, mark in zip(compared, marks(compared), strict=True):
         found = [(removed, measures.accuracy(study, backbone, one, removed)["average"]) for removed in one.depths]
         points = [
             (_removed(removed, blocks, point) + shift.get(one.path, 0.0), point)
@@ -144,7 +160,7 @@ def _accuracy_panel(study: Study, backbone: str, axes: Axes) -> list[Measure]:
     return shown
 
 
-def _marks(series: Sequence[Series]) -> list[style.Mark]:
+def marks(series: Sequence[Series]) -> list[style.Mark]:
     """The mark of each: that of its method and recipe, the marker filled otherwise where there are several of them."""
     names = ["buddy_tuned" if one.recipe == "tuned" else one.method for one in series]
     return [style.mark(name, names[:place].count(name)) for place, name in enumerate(names)]

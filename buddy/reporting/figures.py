@@ -20,7 +20,9 @@ from buddy.reporting.measured import Importance, Rouge
 from buddy.reporting.paths import heat_map, paths_per_generation
 from buddy.reporting.predictor import against_constant, training_curves
 from buddy.reporting.ribbon import ribbon
+from buddy.reporting.savings import savings
 from buddy.reporting.study import Study
+from buddy.reporting.tradeoff import accuracy_vs_speed
 from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 DRAW: dict[str, Callable[[Study], Figure]] = {
     "accuracy_vs_budget": accuracy_vs_budget,
+    "accuracy_vs_speed": accuracy_vs_speed,
     "latency": speed_ups,
+    "savings": savings,
     "route_ribbon": ribbon,
     "figure1": own_corpus,
     "figure2": by_length,

@@ -17,6 +17,7 @@ from buddy.reporting.labels import (
     one_path,
     provenance,
     series_labels,
+    setting,
     trained_by,
 )
 from buddy.reporting.measured import Generation, Rouge
@@ -152,7 +153,7 @@ def rouge(study: Study) -> Figure:
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.set_xlabel("Blocks removed")
     every[0].set_ylabel(f"{backbone} on {DATASETS.get(dataset, dataset)}")
-    return finish(figure, every, "95 % intervals over the prompts")
+    return finish(figure, every, f"{setting(study, 'rouge', backbone)}; {style.INTERVAL} over the prompts")
 
 
 def _summaries(study: Study, backbone: str) -> list[Rouge]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from buddy.reporting import style
-from buddy.reporting.labels import INDICATORS
+from buddy.reporting.labels import INDICATORS, setting
 from buddy.reporting.measured import Importance
 from buddy.reporting.study import Study
-from buddy.reporting.style import empty, panels, reason
+from buddy.reporting.style import empty, finish, panels, reason
 from buddy.settings import corpus_name
 from buddy.study.planned_figures import ORDERS, subjects
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PTB = "ptb"
 COLOURS = {"delta_ppl": "#0072B2", "taylor": "#D55E00", "cosine": "#009E73", "block_influence": "#CC79A7"}
+
+
+BOXES = "boxes: quartiles over the windows, with the median; whiskers: 5th to 95th percentile"
 
 
 def removal_orders(windows: Sequence[Sequence[float]]) -> np.ndarray:
@@ -87,7 +90,7 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
         else:
             axes.set_title(title)
             reason(axes, f"not measured: no importance record of {indicator} on {corpus or 'the calibration corpus'}")
-    return figure
+    return finish(figure, every, f"{setting(study, 'importance', backbone)}; {BOXES}" if found else None)
 
 
 def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Importance | None:
@@ -157,4 +160,4 @@ def _length_maps(study: Study, backbone: str, found: Mapping[str, Mapping[int, n
         _block_axis(axes, blocks, range(blocks))
     every[-1].set_xlabel("Block")
     figure.colorbar(image, ax=every, label="Removed as number,\nmean over windows", shrink=0.9)
-    return figure
+    return finish(figure, every, setting(study, "importance", backbone))

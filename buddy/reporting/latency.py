@@ -15,6 +15,7 @@ from buddy.reporting.labels import (
     number,
     one_path,
     provenance,
+    setting,
 )
 from buddy.reporting.measured import Latency
 from buddy.reporting.measures import LATENCY_METRICS, Measure
@@ -215,21 +216,30 @@ def speed_ups(study: Study) -> Figure:
     columns, width = (2, style.COLUMN_IN) if len(backbones) == 1 else (2 * len(datasets), style.PAGE_IN)
     rows = len(wanted) // columns
     figure, every = panels(rows, columns, width, 1.35 if rows > 1 else 1.8)  # a single row bears the whole legend
+    drawn = []
     for place, ((backbone, race, phase), axes) in enumerate(zip(wanted, every, strict=True)):
-        _speed_panel(study, backbone, race, phase, axes)
+        drawn.append(_speed_panel(study, backbone, race, phase, axes))
         if place < columns or len(backbones) == 1:
             axes.set_title(f"{DATASETS.get(race.dataset, race.dataset)}, {phase}")
         if place >= len(wanted) - columns:
             axes.set_xlabel("Blocks removed")
         if place % columns == 0:
             axes.set_ylabel("Speed-up over dense" if len(backbones) == 1 else f"{backbone}\nspeed-up over dense")
+    ideals = [study.blocks(one) / (study.blocks(one) - study.removed(one)[-1]) for one in backbones]
+    # All panels share one axis, which medians and ideals set: one stalled pass leaves the lines apart.
+    style.span(every[0].set_ylim, [1.0, *ideals, *(point.value for points in drawn for _, point in points)])
+    for points, axes in zip(drawn, every, strict=True):
+        style.cut_bars(axes, points)
     told = {backbone: study.race_text(backbone) for backbone in backbones}
     alike = len(set(told.values())) == 1
-    note = told[backbones[0]] if alike else "; ".join(f"{name}: {text}" for name, text in told.items() if text)
-    return finish(figure, every, note[:1].upper() + note[1:] or None)
+    races_told = [told[backbones[0]]] if alike else [f"{name}: {text}" for name, text in told.items() if text]
+    of_one = [setting(study, "latency", *backbones)] if len(backbones) == 1 else []
+    return finish(figure, every, "; ".join(filter(None, [*of_one, *races_told, f"bars: {style.PASSES}"])))
 
 
-def _speed_panel(study: Study, backbone: str, race: Race, phase: str, axes: Axes) -> None:
+def _speed_panel(study: Study, backbone: str, race: Race, phase: str, axes: Axes) -> list[tuple[float, Measure]]:
+    """Draw one phase of a race; returns its points."""
+    drawn: list[tuple[float, Measure]] = []
     depths = [0, *study.removed(backbone)]
     blocks = study.blocks(backbone)
     curve = [depths[-1] * step / 50 for step in range(51)]
@@ -246,4 +256,6 @@ def _speed_panel(study: Study, backbone: str, race: Race, phase: str, axes: Axes
         below = [gap(point.value, point.low) for _, point in points]
         above = [gap(point.high, point.value) for _, point in points]
         line(axes, points, [below, above], style.mark(execution), EXECUTIONS[execution])
+        drawn += points
     removed_axis(axes, depths)
+    return drawn

@@ -24,6 +24,7 @@ from buddy.reporting.labels import (
     one_path,
     provenance,
     series_labels,
+    setting,
     trained_by,
 )
 from buddy.reporting.measured import Trace
@@ -69,7 +70,8 @@ def paths_per_generation(study: Study) -> Figure:
     axes.set_xlabel("Blocks removed")
     axes.set_ylabel("Paths")
     prompts = {one.prompts for one in _traced(study, backbone) if one.dataset in found}
-    return finish(figure, [axes], f"Mean over {' or '.join(map(str, sorted(prompts)))} prompts, 95 % interval")
+    told = f"mean over {either(prompts)} prompts, {style.INTERVAL}"
+    return finish(figure, [axes], f"{setting(study, 'trace', backbone)}; {told}")
 
 
 def _traced(study: Study, backbone: str, removed: int | None = None) -> list[Trace]:
@@ -141,7 +143,7 @@ def _heat_panel(study: Study, backbone: str, removed: int, found: Mapping[str, t
     axes.set_xlabel("Block")
     axes.set_title(f"{backbone}, {removed} of {blocks} blocks removed")
     figure.colorbar(image, ax=axes, label="Share of passes", pad=0.02)
-    return figure
+    return finish(figure, [axes], setting(study, "trace", backbone))
 
 
 _UNITS = {

@@ -121,7 +121,7 @@ def _legend(figure: Figure, study: Study, backbone: str, generated: bool) -> Non
         loc="outside lower center",
         ncols=3 if width == style.PAGE_IN else 1,
         title=style.wrapped(" ".join(notes[: 2 + generated]), width),
-        title_fontsize=7,
+        title_fontsize=style.NOTE_SIZE,
     )
     legend.get_title().set_multialignment("center")
 

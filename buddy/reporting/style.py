@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -147,6 +147,10 @@ def rendered(figure: Figure) -> dict[str, bytes]:
 
 LEGEND_IN = 0.6
 """Height of a legend that the heights of `panels` allow for, inches."""
+ONE_ERROR = "\N{PLUS-MINUS SIGN} one standard error"
+PASSES = "10th to 90th percentile of the timed passes"
+INTERVAL = "95 % intervals"
+"""What bars of figures are, the one or the other."""
 PUBLISHED = "ublished"
 REFERENCES = ("Uniform policy", "Chance", "Ideal: blocks / executed")
 """Entries of legends that come after what was measured, like those whose label ends with ``PUBLISHED``."""
@@ -173,8 +177,11 @@ def wrapped(text: str, width: float) -> str:
     return "\n".join(textwrap.wrap(text, int(LETTERS_PER_IN * width)))
 
 
-LETTERS_PER_IN = 19
+LETTERS_PER_IN = 24
 """Letters of a note per inch."""
+NOTE_SIZE = 7
+LINE_IN = 0.13
+"""Size of its letters, and height of a line."""
 
 
 def empty(title: str, text: str) -> Figure:
@@ -217,6 +224,25 @@ def removed_axis(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xticks(depths)
 
 
+def span(set_limits: Callable[[float, float], Any], values: Iterable[float | None], margin: float = 0.06) -> None:
+    """Let an axis reach over these values and a little more, whatever bars stick out."""
+    known = [value for value in values if value is not None]
+    low, high = min(known), max(known)
+    room = margin * ((high - low) or 1.0)
+    set_limits(low - room, high + room)
+
+
+def cut_bars(axes: Axes, points: Iterable[tuple[float, Measure]]) -> None:
+    """An arrow at the edge of the panel where the bar of a point goes on beyond it."""
+    bottom, top = axes.get_ylim()
+    options: dict[str, Any] = {"color": INK, "markersize": 3, "linestyle": "none", "zorder": 5, "clip_on": False}
+    for x, point in points:
+        if point.high is not None and point.high > top:
+            axes.plot([x], [top], marker="^", **options)
+        if point.low is not None and point.low < bottom:
+            axes.plot([x], [bottom], marker="v", **options)
+
+
 def shifts(lines: int, deepest: int, step: float = 0.014) -> list[float]:
     """Sideways shifts, in blocks, that keep the error bars of neighbouring lines apart: at most 3 % of the axis."""
     step = min(step, 0.06 / max(1, lines - 1)) * deepest
@@ -229,7 +255,8 @@ def gap(upper: float | None, lower: float | None) -> float:
 
 
 def finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> Figure:
-    """Add one legend below all panels, each entry once, in as few rows as fit, and return the figure."""
+    """Add one legend below all panels, each entry once, in as few rows as fit, under a note on the figure, which is wrapped
+    to its width; and return the figure."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -239,6 +266,23 @@ def finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> F
         label: entries[label]
         for label in sorted(entries, key=lambda label: label in REFERENCES or label.endswith(PUBLISHED))
     }
+    if entries:
+        _legend(figure, entries, note)
+    elif note:
+        footnote(figure, note)
+    return figure
+
+
+def footnote(figure: Figure, note: str) -> None:
+    """What a figure without a legend has to say of itself, below its panels, which keep their size."""
+    told = wrapped(note, figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + LINE_IN * (1 + told.count("\n")))
+    figure.supxlabel(told, fontsize=NOTE_SIZE)
+
+
+def _legend(figure: Figure, entries: Mapping[str, Any], note: str | None) -> None:
+    """A legend in as few rows as fit under its note."""
+    told = wrapped(note, figure.get_figwidth()) if note else None
     height = figure.get_figheight()
     figure.set_figheight(height + len(entries))  # room for any legend while they are tried
     for rows in range(1, len(entries) + 1):
@@ -246,13 +290,12 @@ def finish(figure: Figure, panels: Sequence[Axes], note: str | None = None) -> F
         # matplotlib fills a legend column by column; people read row by row.
         labels = [label for start in range(columns) for label in list(entries)[start::columns]]
         handles = [entries[label] for label in labels]
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, title=note, title_fontsize=7.5
-        )
+        options: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+        legend = figure.legend(handles, labels, title=told, title_fontsize=NOTE_SIZE, **options)
+        legend.get_title().set_multialignment("center")
         figure.draw_without_rendering()
         if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
             # Panels keep their size under a legend of many methods.
             figure.set_figheight(height + max(0.0, legend.get_window_extent().height / figure.dpi - LEGEND_IN))
             break
         legend.remove()
-    return figure

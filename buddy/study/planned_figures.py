@@ -7,7 +7,9 @@ from buddy.study.config import Config
 
 NAMES = (
     "accuracy_vs_budget",
+    "accuracy_vs_speed",
     "latency",
+    "savings",
     "route_ribbon",
     *(f"figure{number}" for number in (1, 2, *range(4, 14))),
     "ablation",
@@ -31,7 +33,7 @@ def planned(config: Config) -> list[str]:
     depths = max((len(config.removed(name)) for name in config.traced_backbones()), default=0)
     wanted = {
         "accuracy_vs_budget": True,
-        "latency": bool(config.timed_backbones()),
+        **dict.fromkeys(("accuracy_vs_speed", "latency", "savings"), bool(config.timed_backbones())),
         **{name: bool(orders(config, name)) for name in ORDERS},
         **dict.fromkeys(("route_ribbon", "figure4"), traces),
         "figure5": bool(config.summarising_runs()),

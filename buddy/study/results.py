@@ -83,9 +83,13 @@ def shown_runs(jobs: Jobs, table: Table) -> list[Run]:
 def of_figure(jobs: Jobs, name: str) -> list[Job]:
     """The jobs whose records a figure shows."""
     study = jobs.study
-    if name == "latency":
+    if name in ("latency", "savings"):
         timed = [study.main_run(backbone) for backbone in study.timed_backbones()]
         return _of_runs(jobs, "latency", timed, study.latency.datasets)
+    if name == "accuracy_vs_speed":
+        timed = [run for backbone in study.timed_backbones() for run in study.timed_runs(backbone)]
+        compared = [run for backbone in study.timed_backbones() for run in study.compared_runs(backbone)]
+        return [*_of_runs(jobs, "evaluate", compared), *_of_runs(jobs, "latency", timed, study.latency.datasets)]
     if name in planned_figures.ORDERS:
         return list(dict.fromkeys(_order(jobs, file) for file in planned_figures.orders(study, name)))
     if name in ("figure4", "route_ribbon") or name in planned_figures.HEAT_MAPS:
@@ -158,8 +162,12 @@ def table_records(jobs: Jobs, name: str, folder: str | Path) -> list[str]:
 
 
 def figure_records(jobs: Jobs, name: str, folder: str | Path) -> list[str]:
-    """The records that a figure shows; where the study plans none, those of the kind that were measured all the same."""
+    """The records that a figure shows; where the study plans none, those of the kind that were measured all the same. Of
+    records given, none where one of two kinds that it needs is absent."""
     shown = of_figure(jobs, name)
+    if name == "accuracy_vs_speed" and jobs.study.study.records is not None:
+        kinds = [[job for job in shown if (job.stage == "latency") is timed] for timed in (True, False)]
+        return records(jobs, shown, folder) if all(records(jobs, kind, folder) for kind in kinds) else []
     kind = {"figure5": "rouge", **dict.fromkeys(planned_figures.ORDERS, "importance")}.get(name)
     if kind and not shown:
         return [str(file) for file in find(f"{folder}/{kind}")]
@@ -202,7 +210,8 @@ def _measurements(jobs: Jobs, kind: str) -> Any:
     """The settings that say which records of a kind enter, and how they are shown."""
     study = jobs.study
     return {
-        **dict.fromkeys(("latency", "peer_latency"), study.latency.model_dump(exclude={"backbones"})),
+        **dict.fromkeys(("latency", "savings", "peer_latency"), study.latency.model_dump(exclude={"backbones"})),
+        "accuracy_vs_speed": [study.evaluation.tasks, study.latency.model_dump(exclude={"backbones"})],
         "breakdown": study.breakdown.model_dump(exclude={"backbones"}),
         "generation": study.generation.model_dump(),
         "likelihood": [study.likelihood.model_dump(), study.study.model_dump(include={"main", "recipes", "ablations"})],
@@ -219,8 +228,10 @@ def _measurements(jobs: Jobs, kind: str) -> Any:
 
 SECTIONS = {
     "1 Properties of the method": ["properties", "route_ribbon", "figure4", "figure5", *planned_figures.HEAT_MAPS],
-    "2 Accuracy and likelihood against budget": ["accuracy", "generation", "accuracy_vs_budget", "likelihood"],
-    "3 Speed": ["latency", "peer_latency", "breakdown"],
+    "2 Accuracy and likelihood against budget": [
+        *("accuracy", "generation", "accuracy_vs_budget", "accuracy_vs_speed", "likelihood"),
+    ],
+    "3 Speed": ["latency", "savings", "peer_latency", "breakdown"],
     "4 Ablations": ["ablation", "figure1", "figure2", "figure7", "figure8"],
     "5 Budget predictor": ["figure12", "figure13"],
     "6 Cost of training": ["training_cost"],

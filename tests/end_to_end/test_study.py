@@ -48,7 +48,9 @@ def test_tables_and_figures_are_there(finished):
     shown = (1, 2, 4, 5, 7, 9, 10, 12, 13)
     for figure in (
         "accuracy_vs_budget",
+        "accuracy_vs_speed",
         "latency",
+        "savings",
         "route_ribbon",
         "ablation",
         *(f"figure{number}" for number in shown),
@@ -176,7 +178,7 @@ def test_one_knob_reruns_what_depends_on_it(finished, knob, expected):
     jobs = planned(finished, *TINY, "knob.yaml")
     assert set(jobs) == expected
     if "latency" in knob:
-        assert (jobs["table"], jobs["figure"]) == (2, 1)  # tables 4 and 14 and their picture, not the accuracy ones
+        assert (jobs["table"], jobs["figure"]) == (2, 3)  # tables 4 and 14 and what they show, not the accuracy ones
 
 
 def test_adding_an_ablation_value_adds_its_runs_only(finished):

@@ -582,6 +582,12 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
+def said(figure: Any) -> str:
+    """What a figure says of itself: the note above its legend, or below its panels."""
+    text = figure.legends[0].get_title().get_text() if figure.legends else figure.get_supxlabel()
+    return str(text).replace("\n", " ")
+
+
 def uniform(value: float, error: float = 0.02, n: int = 60) -> dict[str, dict[str, object]]:
     """The same score on every task."""
     return {task: {"acc": value, "acc_stderr": error, "n": n} for task in PAPERS}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from records_factory import EVERY_METHOD, Maker, demo, methods, paper, uniform
+from records_factory import EVERY_METHOD, Maker, demo, methods, paper, said, uniform
 
 from buddy.errors import UserError
 from buddy.reporting import figures, measured, published, study, style, write
@@ -133,7 +133,7 @@ def test_what_is_not_measured_is_a_panel_with_the_reason(small: Maker, name: str
 
 def test_planned_figures_need_what_they_show() -> None:
     everything = {*(f"figure{n}" for n in (1, 4, 5, 6, 9, 10, 11, 12, 13)), "ablation"}
-    everything |= {"accuracy_vs_budget", "latency", "route_ribbon"}
+    everything |= {"accuracy_vs_budget", "accuracy_vs_speed", "latency", "savings", "route_ribbon"}
     assert set(planned_figures.planned(parse(paper(methods=EVERY_METHOD)))) == everything
     orders = {"indicators": ["taylor", "cosine"], "corpora": ["ptb"], "lengths": [256, 272]}
     assert set(planned_figures.planned(parse({**paper(methods=EVERY_METHOD), "orders": orders}))) == {
@@ -343,7 +343,7 @@ def test_the_ribbon_has_a_column_per_token_and_a_row_per_budget(small: Maker) ->
     assert lower.get_ylabel() == "22 of 30 blocks\nbudget 0.73"
     assert upper.get_title().startswith("Alpaca\n")
     assert upper.get_title().endswith("this one ends.")
-    assert f"{NAME} on cpu (Synthetic)" in figure.legends[0].get_title().get_text().replace("\n", " ")
+    assert f"{NAME} on cpu (Synthetic)" in said(figure)
 
 
 def test_traces_without_an_example_are_read_and_have_no_ribbon(small: Maker) -> None:
@@ -363,6 +363,101 @@ def test_a_ribbon_shows_at_most_three_budgets(tmp_path: Path) -> None:
         left_out = " ".join(map(str, range(3, 3 + removed)))
         maker.trace(maker.main_run(NAME), removed, 1, [1], example=example(["a", "b"], left_out, left_out))
     assert [axes.get_ylabel().split()[0] for axes in drawn(maker, "route_ribbon").axes] == ["28", "26", "24"]
+
+
+# Speed
+
+
+def test_accuracy_stands_over_the_speed_that_was_measured(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, methods())
+    race = ("alpaca", 1, "eager")
+    buddy, sleb, pudding = maker.main_run(NAME), maker.peer("sleb", 4), maker.peer("pudding", 4)
+    dense, *_ = maker.config.runs()
+    for run, removed, score in ((dense, 0, 0.7), (buddy, 4, 0.65), (buddy, 8, 0.5), (sleb, 4, 0.6), (pudding, 4, 0.55)):
+        maker.accuracy(run, removed, uniform(score))
+    passes = [10.0, 10.0, 10.0]
+    for run in (buddy, pudding):
+        maker.latency(run, race, "dense", 0, passes, passes)
+    for removed, ratios in ((4, [1.08, 1.1, 1.12]), (8, [1.2, 1.3, 1.4])):
+        maker.latency(buddy, race, "recompute", removed, passes, passes, decode_speedup=ratios)
+    maker.latency(buddy, race, "sliced", 4, passes, passes, decode_speedup=[1.14, 1.15, 1.16])
+    maker.latency(pudding, race, "reuse", 4, passes, passes, decode_speedup=[1.05, 1.06, 1.07])
+    figure = drawn(maker, "accuracy_vs_speed")
+    (axes,) = figure.axes
+    found = {one.get_label(): one.lines[0] for one in axes.containers}
+    points = {
+        label: [(round(x, 6), round(y, 6)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+        for label, line in found.items()
+    }
+    assert points == {
+        "Dense": [(1.0, 70.0)],
+        "SLEB": [(1.15, 60.0)],  # as fast as the model with as many blocks cut out
+        "PuDDing": [(1.06, 55.0)],  # in a race of its own
+        "BUDDY": [(1.1, 65.0), (1.3, 50.0)],
+    }
+    assert {label for label, line in found.items() if line.get_linestyle() != "None"} == {"BUDDY"}
+    above = axes.child_axes[0]
+    assert [label.get_text() for label in above.get_xticklabels()] == ["0", "4", "8"]
+    assert list(above.get_xticks()) == pytest.approx([1, 30 / 26, 30 / 22])
+    note = said(figure)
+    assert "one standard error of the accuracy; 10th to 90th percentile of the timed passes" in note
+    assert f"{NAME} on cpu (Synthetic)" in note
+
+
+def test_the_saving_is_led_from_the_ideal_to_what_was_measured(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, demo(latency={"batch_sizes": [1, 4], "executions": ["dense", "sliced", "recompute"]}))
+    run, passes = maker.main_run(NAME), [10.0, 10.0, 10.0]
+    speed_ups = {1: {"sliced": 1.25, "recompute": 1.2}, 4: {"sliced": 1.25, "recompute": 1.28, "varied": 1.0}}
+    for size, timed in speed_ups.items():
+        maker.latency(run, ("alpaca", size, "eager"), "dense", 0, passes, passes)
+        for execution, ratio in timed.items():
+            ratios = [ratio - 0.02, ratio, ratio + 0.02]
+            more = {"decode_speedup": ratios, "paths_mean": 2.5 if execution == "recompute" and size > 1 else None}
+            maker.latency(run, ("alpaca", size, "eager"), execution, 8, passes, passes, **more)
+    figure = drawn(maker, "savings")
+    ideal = 100 * 22 / 30
+    for axes, steps in zip(figure.axes, ([80.0, 100 / 1.2], [80.0, 100 / 1.28, 100.0]), strict=True):
+        ends = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches]
+        assert ends == [pytest.approx(pair) for pair in zip([ideal, *steps], steps, strict=False)]
+    assert [axes.get_title() for axes in figure.axes] == ["batch 1", "batch 4"]
+    bars = [one for one in figure.axes[0].containers if hasattr(one, "has_yerr")]
+    low, high = bars[0].lines[2][0].get_segments()[0][:, 1]
+    assert low < 80 < high < 100 / 1.23 + 1e-9
+    assert "by batch: 4: 2.5" in said(figure)
+
+
+def test_a_bar_of_a_stalled_pass_is_cut_with_an_arrow(small: Maker) -> None:
+    run, passes = small.main_run(NAME), [10.0, 10.0, 10.0]
+    small.latency(run, ("alpaca", 1, "eager"), "dense", 0, passes, passes)
+    for removed, ratios in ((4, [1.1, 1.1, 9.0]), (12, [1.4, 1.4, 1.4])):
+        more = {"prefill_speedup": ratios, "decode_speedup": [1.1, 1.1, 1.1]}
+        small.latency(run, ("alpaca", 1, "eager"), "recompute", removed, passes, passes, **more)
+    prefill, decode = drawn(small, "latency").axes[:2]
+    low, high = prefill.get_ylim()
+    assert low < 1.0
+    assert 30 / 18 < high < 1.75  # the ideal, not the pass that stalled
+    arrows = [line for line in prefill.lines if line.get_marker() == "^" and line.get_color() == style.INK]
+    assert [float(line.get_ydata()[0]) for line in arrows] == [high]
+    assert not [line for line in decode.lines if line.get_marker() == "^" and line.get_color() == style.INK]
+
+
+def test_figures_of_one_model_name_it_its_device_and_their_bars(small: Maker) -> None:
+    small.everything()
+    small.trainings()
+    run = small.main_run(NAME)
+    small.trace(run, 4, 3, [1, 2, 3, 6])
+    small.rouge(run, 4, "reuse", [0.25, 0.2, 0.3], [0.15, 0.1, 0.2])
+    bars = {
+        "accuracy_vs_budget": "bars and band: \N{PLUS-MINUS SIGN} one standard error",
+        "latency": "bars: 10th to 90th percentile of the timed passes",
+        "figure1": "boxes: quartiles over the windows, with the median; whiskers: 5th to 95th percentile",
+        "figure4": "mean over 4 prompts, 95 % intervals",
+        "figure5": "95 % intervals over the prompts",
+        "figure9": "",
+    }
+    for name, told in bars.items():
+        assert said(drawn(small, name)).startswith(f"{NAME} on cpu (Synthetic)"), name
+        assert told in said(drawn(small, name)), name
 
 
 def test_rouge_shows_both_modes_with_their_intervals(small: Maker) -> None:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from records_factory import EVERY_METHOD, Maker, cell, cells, demo, methods, paper, scores, uniform
+from records_factory import EVERY_METHOD, Maker, cell, cells, demo, methods, paper, said, scores, uniform
 
 from buddy.commands.report import report
 from buddy.errors import UserError
@@ -429,7 +429,7 @@ def test_a_method_that_misses_the_depth_says_so_and_is_not_ranked(compared: Make
         figure = figures.accuracy_vs_budget(opened)
     curve = next(line for line in figure.axes[0].lines if line.get_marker() == style.mark("first").marker)
     assert list(curve.get_xdata()) == [pytest.approx(30 - 27.8, abs=0.3)]
-    assert figure.legends[0].get_title().get_text() == "Points at the mean depth that ran"
+    assert said(figure).endswith("points at the mean depth that ran")
 
 
 def test_seeds_that_miss_the_depth_on_both_sides_do_not_hide_it(compared: Maker) -> None:
@@ -661,8 +661,7 @@ def test_limited_records_carry_a_dagger(small: Maker) -> None:
     assert [row[0] for row in markdown_rows(small.folder / "tables/table6.md")] == ["none", "taylor †"]
     assert "BUDDY †" in summary(small.folder)
     with style.applied():
-        legend = figures.accuracy_vs_budget(opened).legends[0]
-    assert legend.get_title().get_text() == "Limited to 25 items per task"
+        assert "limited to 25 items per task" in said(figures.accuracy_vs_budget(opened))
 
 
 # Ablations
@@ -876,14 +875,14 @@ def test_figure_and_summary_show_the_smallest_batch_and_graphs_where_they_were_t
         with style.applied():
             figure = figures.speed_ups(study.load(maker.folder))
         curves = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
-        return {float(y) for line in curves for y in line.get_ydata()}, figure.legends[0].get_title().get_text()
+        return {float(y) for line in curves for y in line.get_ydata()}, said(figure).split("; ")[1]
 
     timed(4, "eager", 1.5)
-    assert drawn() == ({1.5}, "Batch 4, engine eager")
+    assert drawn() == ({1.5}, "batch 4, engine eager")
     timed(2, "eager", 1.25)
-    assert drawn() == ({1.25}, "Batch 2, engine eager")
+    assert drawn() == ({1.25}, "batch 2, engine eager")
     timed(2, "graph", 1.75)
-    assert drawn() == ({1.75}, "Batch 2, engine graph")
+    assert drawn() == ({1.75}, "batch 2, engine graph")
     text = summary(maker.folder)
     assert "Speed of smollm2-135m, batch 2, engine graph, median of the timed passes" in text
     assert "1.75x" in text
@@ -894,7 +893,8 @@ def test_one_sequence_timed_eagerly_needs_no_words(small: Maker) -> None:
     small.everything()
     assert "Speed of smollm2-135m, median of the timed passes" in summary(small.folder)
     with style.applied():
-        assert figures.speed_ups(study.load(small.folder)).legends[0].get_title().get_text() == ""
+        told = said(figures.speed_ups(study.load(small.folder)))
+    assert told == "smollm2-135m on cpu (Synthetic); bars: 10th to 90th percentile of the timed passes"
 
 
 # Breakdown
