@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml envs/constraints.txt
 	@touch $@
 
 demo: setup ## the whole workflow on SmolLM2-135M with the embedded data: tables and figures in results/demo
-	@$(BIN)/snakemake --cores $(CORES) --configfile workflow/demo.yaml --rerun-incomplete --quiet host reason $(SHARE)
+	@$(BIN)/snakemake --cores $(CORES) --configfile workflow/demo.yaml --rerun-incomplete --quiet rules host reason $(SHARE)
 	@$(BIN)/buddy report --study demo --summary
 
 # The first are many and small, a process per core; the others run a whole workflow each, which takes all cores.

@@ -3,12 +3,14 @@
 import logging
 
 from snakemake.logging import logger
+from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from buddy import warm
 from buddy.storage.digests import differences, digest
 from buddy.study import preflight, progress, provenance, sessions
 from buddy.study.failures import Failure, summary
+from buddy.study.progress_line import ProgressLine, is_no_progress
 
 FROZEN = "BUDDY_STUDY"  # digest of the study that jobs were submitted with, in their environment
 THIS_STUDY = digest(STUDY.model_dump(mode="json"))
@@ -154,3 +156,9 @@ PROFILE = [
 FAILURES = Failures()
 if workflow.is_main_process:
     logger.addHandler(FAILURES)
+    # Who asks for silence about rules (--quiet rules) gets one line for all of them.
+    if Quietness.RULES in (workflow.output_settings.quiet or ()) and not workflow.dryrun:
+        for handler in logger.handlers:
+            if handler.name == "DefaultStreamHandler":
+                handler.addFilter(is_no_progress)
+        logger.addHandler(ProgressLine(STUDY.study.name))
