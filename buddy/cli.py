@@ -33,6 +33,7 @@ COMMANDS = (
     "encoder",
     "pool",
     "train",
+    "gates",
     "adapt",
     "predictor",
     "evaluate",
@@ -61,7 +62,7 @@ FORMER = {"status": "summary"}
 # Typer carries its own copy of click in newer versions; the base of all usage errors is reached through a public subclass.
 _WRONG_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-_EPILOG = "The order of a study: backbone, data, importance, calibrate, pool, train, adapt, predictor, evaluate, budget-eval, solve, trace, rouge, score, latency, breakdown, report. `buddy COMMAND --help` shows examples."
+_EPILOG = "The order of a study: backbone, data, importance, calibrate, pool, train, gates, adapt, predictor, evaluate, budget-eval, solve, trace, rouge, score, latency, breakdown, report. `buddy COMMAND --help` shows examples."
 
 
 def build() -> typer.Typer:

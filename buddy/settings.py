@@ -253,6 +253,10 @@ class First(Settings):
     calibration_prompts: int = Field(256, description="prompts that the threshold is chosen on", ge=1)
 
 
+READ_BY_GATES = ("skip_weight", "epochs", "learning_rate")
+"""Fields of `First` that the training of the gates reads; the others choose their threshold."""
+
+
 class Training(Settings):
     """Stage 1: Decision Module and LoRA, trained together (paper sec. 4.2.3, 5.1)."""
 

@@ -70,6 +70,7 @@ wildcard_constraints:
     peer=runs_of(lambda method: method.trained and method.kind != "routed"),
     static_peer=any_of(of_kind("static")),
     criterion="[a-z_]+",
+    seed="[0-9]+",
     indicator=any_of(INDICATORS),
     corpus=any_of(CORPORA),
     preset=any_of(PREDICTOR_PRESETS),

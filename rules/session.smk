@@ -44,7 +44,10 @@ def begin_session():
         for output, problem in progress.damaged(STUDY, Path(RESULTS)):
             sessions.mark_incomplete(output)
             logger.warning(f"{output}: {problem}: made again.")
-        kept = provenance.keep(results.of_study(JOBS), COMMAND)
+        jobs = results.of_study(JOBS)
+        for output, run in provenance.recover(jobs).items():
+            logger.info(f"{output}: taken from {run}, which was trained before its gates had a training of their own.")
+        kept = provenance.keep(jobs, COMMAND)
         if kept:
             logger.info(
                 f"{len(kept)} outputs stand: the rules are written anew, the commands that made them are the same."

@@ -113,13 +113,14 @@ def making(
 
     Args:
         stage: job type.
-        model, info, out, record: as in `Making`.
+        model, info, out, record: as in `Making`; a record may lie in the run's folder, as a part of it.
         reads: what of the study it is made from; None is nothing.
         config: every setting of the job; what ``run.json`` says of the training by default.
         part: as in `buddy.commands._common.tracked`.
     """
     config = info.training if config is None else config
-    with tracked(stage, info, config, part, reads, [out, record]) as tracker:
+    apart = record is not None and record.parent != out
+    with tracked(stage, info, config, part, reads, [out, record if apart else None]) as tracker:
         watch = Stopwatch(str(model.device))
         runs.begin(out)
         yield Making(out, info, record, model, tracker, watch)

@@ -53,6 +53,9 @@ def adapt(
             "(instruction prompts without)"
         ),
     ] = None,
+    gates: Annotated[
+        Path | None, typer.Option(help="FiRST's gates, from `buddy gates`; trained here without, the same")
+    ] = None,
     lora: Annotated[str, typer.Option(help="trained: with LoRA, by BUDDY's recipe; none: without")] = "trained",
     record: arg.TrainingRecord = None,
     seed: Annotated[int, typer.Option(help="seed of weights and of the order of examples", min=0, max=MOST_SEED)] = 0,
@@ -72,6 +75,7 @@ def adapt(
           --epochs 1 --out sleb-8
       buddy adapt --method shortgpt --backbone DIR --removed 4 --calibration shortgpt.json --lora none --out shortgpt-4
       buddy adapt --method dense_lora --backbone DIR --data results/demo/data/alpaca --out dense-lora
+      buddy adapt --method first --backbone DIR --removed 4 --gates gates --data DIR --tasks results/demo/data --out first-4
     """
     from buddy.backbones.fingerprint import of_backbone
     from buddy.data import inputs
@@ -90,6 +94,7 @@ def adapt(
     pairs = inputs.training(data)[: settings.examples] if learns and data is not None else []
     backbone = backbone_folder(backbone)
     found = _given.calibration(method, calibration, removed, backbone)
+    trained = _given.gates(method, gates, backbone, settings, first, seed)
     model, tokenizer = runs.load_backbone(backbone, device, dtype)
     check_one_gpu(model.device.type)
     _check_depth(method, found, removed, model.config.num_hidden_layers)
@@ -115,25 +120,32 @@ def adapt(
         digests={
             "backbone": of_backbone(backbone),
             **({"calibration": sha256(calibration)} if calibration and found else {}),
+            **trained.digests,
         },
         commit=commit(),
     )
-    with making("adapt", model, info, out, record, [backbone, data, calibration]) as job:
+    with making("adapt", model, info, out, record, [backbone, data, calibration, gates]) as job:
         training = Job(model, tokenizer, pairs, settings, removed, out, seed, job.log)
-        made = _make(method, training, found, pudding, first, tasks)
+        made = _make(method, training, found, pudding, first, tasks, trained.weights)
         info.policy_settings = made.policy.settings()
-        job.keep(made.policy, made.trained, len(pairs), made.facts)
+        job.keep(made.policy, made.trained, len(pairs), {**made.facts, **trained.facts})
 
 
 def _make(
-    method: str, job: Job, found: Record | None, pudding: Pudding, first: First, tasks: Path | None
+    method: str,
+    job: Job,
+    found: Record | None,
+    pudding: Pudding,
+    first: First,
+    tasks: Path | None,
+    gates: Path | None,
 ) -> peers.Peer:
     """Make the peer that was asked for."""
     from buddy.baselines.pudding import Omission
     from buddy.training import peers
 
     if method == "first":
-        return peers.first(job, first, tasks)
+        return peers.first(job, first, tasks, gates)
     if method != "pudding":
         return peers.static(job, found.metrics["removed"] if found else [])
     assert found is not None

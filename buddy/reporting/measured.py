@@ -481,8 +481,10 @@ Curve = Mapping[str, tuple[tuple[float, float], ...]]
 @dataclass(frozen=True, kw_only=True)
 class Training(Measured):
     """A training: of a run, with the probes of its router; with a ``preset`` of its budget predictor, with its curve and the
-    entropy of the policy that picks every depth equally often."""
+    entropy of the policy that picks every depth equally often. ``shared_s`` are seconds of a training that serves the runs of
+    all depths (FiRST's gates), and are not among its own."""
 
+    shared_s: float
     preset: str | None
     probes: Probes | None
     curve: Curve
@@ -497,7 +499,9 @@ class Training(Measured):
         )
         uniform = 0.0 if preset is None else float(metrics["entropy_uniform"])
         curve = {} if preset is None else _curve(metrics["curve"])
-        told = {"preset": preset, "probes": probes, "curve": curve, "entropy_uniform": uniform}
+        shared = metrics.get("gates", {})
+        spent = float(shared.get("gpu_s", 0) or shared.get("wall_s", 0))
+        told = {"shared_s": spent, "preset": preset, "probes": probes, "curve": curve, "entropy_uniform": uniform}
         return {**super()._fields(record, levels), **told}
 
 

@@ -41,7 +41,8 @@ def training_cost(study: Study, name: str, table: Table) -> Grid:
         rows=rows,
         notes=[
             "Hours that a GPU was held, or of wall-clock time where there was none; seeds are averaged. Runs: trainings that "
-            "the study's depths need. Not counted: estimating importance, searching what a peer removes, evaluation.",
+            "the study's depths need. FiRST's gates are trained once: they count in each run, and once in all depths. Not "
+            "counted: estimating importance, searching what a peer removes, evaluation.",
             *trained_by(study, every),
             *provenance(study, "training", *backbones),
         ],
@@ -57,7 +58,7 @@ def _row(study: Study, name: str, backbone: str, series: Series, label: str, pre
     mine = [one for one in study.of(Training, backbone, series.path) if one.seed in series.seeds]
     runs = [one for one in mine if one.preset is None]
     found = {
-        "run": _hours([_of(one) for one in runs], series.runs * len(series.seeds)),
+        "run": _hours([_of(one) + one.shared_s / 3600 for one in runs], series.runs * len(series.seeds)),
         "runs": Measure(value=float(series.runs), seeds=len(series.seeds), note=""),
         "all": _total(runs, series),
     }
@@ -101,5 +102,6 @@ def _total(runs: Sequence[Training], series: Series) -> Measure:
     """Hours of all runs that the depths need, mean over seeds; None before all of them are trained."""
     if len(runs) < series.runs * len(series.seeds):
         return Measure()
-    hours = sum(map(_of, runs)) / len(series.seeds)
+    shared = sum({one.seed: one.shared_s / 3600 for one in runs}.values())
+    hours = (sum(map(_of, runs)) + shared) / len(series.seeds)
     return Measure(value=hours, n=len(runs), seeds=len(series.seeds), note="")

@@ -58,7 +58,7 @@ def study(settings: Config, folder: Path) -> Iterator[Problem]:
         path = folder / output
         if not path.exists():
             yield Problem("missing", path, "not made yet, or removed")
-        elif output.startswith(("runs/", "predictors/")):
+        elif output.startswith(("runs/", "predictors/", "gates/")):
             yield from _run(settings, runs, folder, path)
         elif path.is_dir():
             yield from _records(settings, runs, folder, path)
@@ -66,7 +66,7 @@ def study(settings: Config, folder: Path) -> Iterator[Problem]:
             yield from _record(folder, path, (path,))
         else:
             yield from _json(path)
-    for place in ("runs", "predictors"):
+    for place in ("runs", "predictors", "gates"):
         for kept in sorted((folder / place).rglob(checkpoints.FOLDER)):
             yield from _checkpoints(settings, kept)
 
@@ -86,6 +86,8 @@ def _run(settings: Config, runs: Mapping[str, Run], folder: Path, path: Path) ->
         return
     run = runs.get(name)
     if run is None:
+        # Of a predictor nothing more is known here; gates are told only what they read.
+        yield from _settings(settings, trained, place, remove) if "gates" in place.relative_to(folder).parts[:1] else ()
         return
     if seed != run.seed:
         yield Problem("other settings", place, f"seed is {seed}, here {run.seed}", remove)

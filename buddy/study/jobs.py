@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from buddy.methods import METHODS
-from buddy.settings import READ_BY_PRESET, corpus_name
+from buddy.settings import READ_BY_GATES, READ_BY_PRESET, corpus_name
 from buddy.study.config import Config, Run
-from buddy.study.settings import NOT_OF_PEERS
+from buddy.study.settings import NOT_OF_GATES, NOT_OF_PEERS
 
 Read: TypeAlias = "Job | str | Sequence[Job]"
 """What a job reads: another job's output, those of several, or a file of the user's."""
@@ -33,11 +33,14 @@ class Work:
         reads: by role the jobs whose outputs it reads, or a file of the user's.
         told: options of its command; see `words`.
         backbone: the backbone whose size says how much memory and time it needs.
+        spared: options that hand over what the command makes itself without them, the same: what it made before there was a
+            stage for that stands (`buddy.study.provenance`).
     """
 
     reads: Mapping[str, Read]
     told: Mapping[str, Any]
     backbone: str | None = None
+    spared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,10 @@ class Job:
         paths = {role: [_path(one) for one in _listed(read)] for role, read in reads.items()}
         return {role: found[0] if isinstance(reads[role], Job | str) else found for role, found in paths.items()}
 
-    def shell(self) -> str:
-        """Its command, quoted for a shell."""
-        return " ".join(["python -m buddy", self.kind.command, *words(self.work.told)])
+    def shell(self, without: Sequence[str] = ()) -> str:
+        """Its command, quoted for a shell, with all that it is told or without some of it."""
+        told = {name: value for name, value in self.work.told.items() if name not in without}
+        return " ".join(["python -m buddy", self.kind.command, *words(told)])
 
 
 def _listed(read: Read) -> Sequence[Job | str]:
@@ -360,11 +364,11 @@ def _folder_of(sets: Sequence[Job]) -> str:
     return str(Path(sets[0].parent).parent)
 
 
-def _pairs(job: Job, run: Run) -> Job:
-    """What a run is trained on: as it was fetched, or with its prompts answered by the run's backbone."""
+def _pairs(job: Job, backbone: str) -> Job:
+    """What a backbone's runs are trained on: as it was fetched, or with its prompts answered by the backbone."""
     name = job.study.training.data
     if job.study.data.answers == "backbone":
-        return job.jobs("answers", backbone=run.backbone, dataset=name)
+        return job.jobs("answers", backbone=backbone, dataset=name)
     return job.jobs("data", dataset=name)
 
 
@@ -377,7 +381,7 @@ def _kept(job: Job) -> dict[str, str]:
 def train(job: Job, routed: str) -> Work:
     """BUDDY's stage 1: one run per backbone, variant and seed. A killed job goes on from its checkpoint."""
     run = job.jobs.runs[routed]
-    reads = {"backbone": job.jobs("backbone", backbone=run.backbone), "data": _pairs(job, run)}
+    reads = {"backbone": job.jobs("backbone", backbone=run.backbone), "data": _pairs(job, run.backbone)}
     prior = {}
     if run.variant["prior"] != "none":
         reads["prior"] = job.jobs("importance", backbone=run.backbone, indicator=run.variant["prior"])
@@ -390,18 +394,34 @@ def train(job: Job, routed: str) -> Work:
     return Work(reads, told, run.backbone)
 
 
+@stage("backbone~{backbone}/seed~{seed}", "gates/{place}/run.json", share=0.5, retries=2)
+def gates(job: Job, backbone: str, seed: str) -> Work:
+    """FiRST's gates, which know of no depth: trained once for all of them."""
+    study = job.study
+    opened = job.jobs("backbone", backbone=backbone)
+    pairs = _pairs(job, backbone)
+    told = {
+        **{"backbone": opened.parent, "data": pairs.parent, "seed": seed},
+        **{f"first_{name}": value for name, value in study.first.model_dump(include={*READ_BY_GATES}).items()},
+        **study.training.model_dump(exclude={"data", *NOT_OF_GATES}),
+        **_out(job.parent, job),
+    }
+    return Work({"backbone": opened, "data": pairs}, told, backbone)
+
+
 @stage("{peer}", ("runs/{place}/run.json", "records/training/{place}.json"), share=1.0, retries=2)
 def adapt(job: Job, peer: str) -> Work:
     """A peer's run: its choice of blocks, and what it trains."""
     study, run = job.study, job.jobs.runs[peer]
-    ranked, pairs = job.jobs("backbone", backbone=run.backbone), _pairs(job, run)
+    ranked, pairs = job.jobs("backbone", backbone=run.backbone), _pairs(job, run.backbone)
     reads, own = _of_peer(job, run)
     told = {
         **{"backbone": ranked.parent, "data": pairs.parent, **own, "method": run.method},
         **{axis: value for axis, value in run.axes if axis != "criterion"},
         **{"seed": run.seed, **study.training.model_dump(exclude={"data", *NOT_OF_PEERS}), **_kept(job)},
     }
-    return Work({"backbone": ranked, "data": pairs, **reads}, told, run.backbone)
+    spared = tuple(name for name in ("gates",) if name in own)
+    return Work({"backbone": ranked, "data": pairs, **reads}, told, run.backbone, spared)
 
 
 def _of_peer(job: Job, run: Run) -> tuple[dict[str, Read], dict[str, Any]]:
@@ -412,11 +432,14 @@ def _of_peer(job: Job, run: Run) -> tuple[dict[str, Read], dict[str, Any]]:
         choice = jobs("calibrate", backbone=run.backbone, static_peer=run.method, criterion=criterion)
         return {"calibration": choice}, {"calibration": choice.path}
     if run.method == "first":
+        trained = jobs("gates", backbone=run.backbone, seed=str(run.seed))
         told = {f"first_{name}": value for name, value in study.first.model_dump(exclude={"tasks"}).items()}
+        told["gates"] = trained.parent
         if not study.first.tasks:
-            return {}, told
+            return {"gates": trained}, told
         tasks = jobs.data(study.first.tasks)
-        return {"tasks": tasks}, {**told, "first_tasks": study.first.tasks, "tasks": _folder_of(tasks)}
+        told |= {"first_tasks": study.first.tasks, "tasks": _folder_of(tasks)}
+        return {"gates": trained, "tasks": tasks}, told
     if run.method != "pudding":
         return {}, {}
     choice, tasks = jobs("pool", backbone=run.backbone), jobs.data(study.pudding.tasks)

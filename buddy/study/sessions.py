@@ -125,7 +125,7 @@ def leftovers(session: Session, results: Path) -> str | None:
             other.file.unlink(missing_ok=True)
     if any(other.process.alive for other in others(session)):
         return None  # what is being written may be theirs
-    for place in ("backbones", "data", "encoder", "runs", "predictors", "records"):
+    for place in ("backbones", "data", "encoder", "runs", "predictors", "gates", "records"):
         for lock, owner in locks.owners(results / place).items():
             end = f"scancel {owner.job}" if owner.job else f"kill {owner.pid}"
             return (

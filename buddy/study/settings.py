@@ -269,6 +269,10 @@ class Peers(Importance):
 NOT_OF_PEERS = ("routing", "pool_over", "router_rank", "router_learning_rate")
 """Fields of `Training` that say something about BUDDY's router only."""
 
+NOT_OF_GATES = (*NOT_OF_PEERS, "epochs", "learning_rate", "kv", "lora_rank", "lora_alpha", "lora_dropout")
+"""Fields of `Training` that FiRST's gates do not read: they have epochs and a rate of their own (section `first`), and learn
+at full depth without LoRA."""
+
 
 _READ_BY_THE_FIT = ("examples", "max_length", "kv", "lora_rank", "router_rank")
 

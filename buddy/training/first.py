@@ -6,7 +6,7 @@ from instruction prompts ran another number of blocks there. Phase 2 freezes the
 say on which forward pass, and we take the one of inference: the prompt's route, hard. LoRA moves what the gates read, so the
 threshold is chosen once more at the end. Nothing in phase 1 depends on the depth asked for; the threshold does.
 
-What each phase leaves is kept below the run's checkpoints until the run is complete, so a killed training repeats no
+The gates may come from a training of their own (`train_gates`), which serves every depth. What each phase leaves is kept below the run's checkpoints until the run is complete, so a killed training repeats no
 phase that was through.
 """
 
@@ -50,7 +50,18 @@ class Fitted(Trained):
     executed_mean: float = 0.0
 
 
-def fit(job: Job, policy: FirstPolicy, first: First, contexts: Sequence[Sequence[int]] | None = None) -> Fitted:
+def train_gates(job: Job, policy: FirstPolicy, first: First) -> Trained:
+    """Phase 1 alone, for every depth; arguments as in `fit`."""
+    return _gates(job, policy, first, Checkpoints(job.folder / FOLDER / "first", _made_by(job, policy, first)))
+
+
+def fit(
+    job: Job,
+    policy: FirstPolicy,
+    first: First,
+    contexts: Sequence[Sequence[int]] | None = None,
+    trained: bool = False,
+) -> Fitted:
     """Train the gates, choose their threshold for one depth, train LoRA; goes on where a killed call ended.
 
     Args:
@@ -59,11 +70,12 @@ def fit(job: Job, policy: FirstPolicy, first: First, contexts: Sequence[Sequence
         policy: its gates are trained in place, and it gets the threshold.
         first: the section `first`.
         contexts: token ids of the prompts that the threshold is chosen on; those of the instruction data by default.
+        trained: the gates are what `train_gates` made of them, and stay so; their curve and steps are not counted here.
     """
     prompts = _prompts(job, first) if contexts is None else contexts
     work = job.folder / FOLDER / "first"
     kept = Checkpoints(work, {**_made_by(job, policy, first), "prompts": digest([list(one) for one in prompts])})
-    gates = _gates(job, policy, first, kept)
+    gates = Trained() if trained else _gates(job, policy, first, kept)
     found = _threshold(job, policy, first, kept, prompts)
     policy.thresholds = {job.removed: found.threshold}
     second = replace(job, folder=work / "lora", on_log=_later(job.on_log, gates.steps)).lora(policy)

@@ -17,6 +17,7 @@ from buddy.policies.static import StaticPolicy
 from buddy.routing import kv
 from buddy.routing.policy import Policy
 from buddy.settings import First, Pudding
+from buddy.storage import tensors
 from buddy.training import first as gates
 from buddy.training import pudding as router
 from buddy.training.job import Job
@@ -65,18 +66,27 @@ def pudding(job: Job, omissions: Sequence[Omission], settings: Pudding, tasks: P
     return Peer(policy, trained, {"sets": named, "router": asdict(fit)})
 
 
-def first(job: Job, settings: First, tasks: Path | None = None) -> Peer:
+def first_gates(job: Job) -> FirstPolicy:
+    """FiRST's gates as they start."""
+    torch.manual_seed(job.seed)
+    return FirstPolicy(job.blocks, job.backbone.config.hidden_size)
+
+
+def first(job: Job, settings: First, tasks: Path | None = None, trained: Path | None = None) -> Peer:
     """A gate in each block, trained first; a threshold for the depth asked for; then LoRA.
 
     Args:
         job: what every peer is given.
         settings: the section `first`.
         tasks: folder of the data sets on whose contexts the threshold is chosen; None takes instruction prompts.
+        trained: file of the gates' weights; None trains them here.
     """
-    torch.manual_seed(job.seed)
-    policy = FirstPolicy(job.blocks, job.backbone.config.hidden_size)
+    policy = first_gates(job)
+    if trained is not None:
+        tensors.fill(policy, trained)
+        policy.to(job.backbone.device)
     contexts = None
     if tasks is not None and settings.tasks:
         contexts = training_contexts(tasks, settings.tasks, job.tokenizer, settings.calibration_prompts)
-    fitted = gates.fit(job, policy, settings, contexts)
+    fitted = gates.fit(job, policy, settings, contexts, trained is not None)
     return Peer(policy, fitted, {"threshold": fitted.threshold, "executed_mean": fitted.executed_mean})

@@ -153,7 +153,8 @@ KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
     ({"peers": {"length": 40}}, {"calibrate", "adapt", *MEASURED}),
     ({"pudding": {"epochs": 3}}, {"adapt", "latency", *MEASURED}),
-    ({"first": {"epochs": 2}}, {"adapt", *MEASURED}),
+    ({"first": {"epochs": 2}}, {"gates", "adapt", *MEASURED}),
+    ({"first": {"threshold": 0.5}}, {"adapt", *MEASURED}),
     ({"trace": {"prompts": 2}}, {"trace", *SHOWN}),
     ({"trace": {"tasks": ["piqa", "arc_easy"]}}, {"trace", "figure", "all"}),
     ({"orders": {"samples": 3}}, {"corpus_orders", "length_orders", "figure", "all"}),
@@ -166,7 +167,7 @@ KNOBS = [
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
     ({"router": {"rounds": 2}}, set(OF_BUDDY)),
     ({"training": {"router_learning_rate": 0.01}}, set()),  # read by the paper's recipe alone
-    ({"data": {"new_tokens": 5}}, {"answers", "adapt", *OF_BUDDY}),
+    ({"data": {"new_tokens": 5}}, {"answers", "gates", "adapt", *OF_BUDDY}),
     ({"importance": {"length": 40}}, {"importance", "corpus_orders", *OF_BUDDY}),
     ({"tracking": {"project": "other"}}, set()),
 ]

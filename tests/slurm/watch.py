@@ -20,7 +20,7 @@ import slurmd
 TIMEOUT_S = 1500
 ON_GPU = {
     *("importance", "corpus_orders", "length_orders", "answers", "train", "calibrate"),
-    *("pool", "adapt", "predictor"),
+    *("pool", "gates", "adapt", "predictor"),
     *("evaluate", "solve", "trace", "rouge", "score", "latency", "breakdown", "budget_eval", "evaluate_auto"),
 }
 """Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""

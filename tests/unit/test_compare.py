@@ -321,6 +321,8 @@ def test_hours_of_training(tmp_path: Path) -> None:
     peers = [run for run in maker.config.runs() if run.backbone == "llama3-8b" and run.method == "sleb"]
     for place, run in enumerate(peers):
         maker.training(run, wall_s=3600.0 * (place + 1))
+    for run in (run for run in maker.config.runs() if run.backbone == "llama3-8b" and run.method == "first"):
+        maker.training(run, wall_s=3600.0, gates={"wall_s": 7200.0, "gpu_s": 1800.0 * (1 + run.seed)})
     write.table(study.load(maker.folder), "table9")
     path = maker.folder / "tables/table9.csv"
 
@@ -336,6 +338,9 @@ def test_hours_of_training(tmp_path: Path) -> None:
     assert (float(shown("sleb", "runs")["value"]), float(shown("sleb", "all")["value"])) == (4.0, 18.0)
     assert float(shown("sleb", "run")["value"]) == 4.5
     assert shown("pudding", "all")["value"] == ""
+    # An hour at each depth, and gates of half an hour by one seed, an hour by the other, once for the four.
+    assert float(shown("first", "run")["value"]) == pytest.approx(1.75)
+    assert float(shown("first", "all")["value"]) == pytest.approx(4.75)
     assert "Dense |" not in (maker.folder / "tables/table9.md").read_text()
 
 

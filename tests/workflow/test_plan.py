@@ -36,6 +36,7 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["adapt"] == peers
     assert jobs["calibrate"] == 4 * 3  # a static peer's order serves all its depths
     assert jobs["pool"] == 4
+    assert jobs["gates"] == 4  # FiRST's serve all its depths, too
     assert jobs["encoder"] == 1
     assert jobs["evaluate"] == routed + peers + 4
     assert jobs["backbone"] == 4
