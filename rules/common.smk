@@ -95,6 +95,11 @@ def figure_records(name):
     return results.figure_records(JOBS, name, RECORDS)
 
 
+def dense_records():
+    """Scores of the backbones as they are: several may be the one that the paper means (`buddy.reporting.compare`)."""
+    return results.dense_records(JOBS, RECORDS)
+
+
 def reads_flags(wildcards, input):
     """The records behind a table or figure, for W&B's lineage; records given are not of this study."""
     return " ".join(f"--reads {shlex.quote(path)}" for path in input) if MEASURES else ""

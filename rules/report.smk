@@ -94,6 +94,7 @@ for _name in planned_figures.NAMES:
 rule compare:
     input:
         [file for name in COMPARED for file in table_records(name)],
+        [file for file in dense_records() if not any(file in table_records(name) for name in COMPARED)],
     output:
         [f"{RESULTS}/tables/{name}.{kind}" for name in ("compare", "significance") for kind in ("csv", "md", "tex")],
     log:

@@ -36,6 +36,8 @@ _REPOSITORIES = {
     "yahma/llama-13b-hf": "llama1-13b",
     "meta-llama/meta-llama-3.1-8b": "llama3-8b",
     "meta-llama/llama-3.1-8b": "llama3-8b",
+    # The paper does not say which of the two its Llama3-8B is; `buddy.reporting.compare` holds both against its dense row.
+    "meta-llama/meta-llama-3-8b": "llama3-8b",
     "qwen/qwen2.5-7b-instruct": "qwen2.5-7b-instruct",
 }
 
@@ -116,6 +118,14 @@ def accuracy(table: int, backbone: str | None, method: str, removed: int) -> dic
     for row in _rows("accuracy", table=table, backbone=backbone, method=method, removed_blocks=removed):
         scores = list(row)[list(row).index("removed_blocks") + 1 :]
         return {ours.get(column, column): float(row[column]) for column in scores}
+    return {}
+
+
+def dense(backbone: str) -> dict[str, float]:
+    """Published accuracies in percent of one of the paper's backbones as it is, per task; {} if none."""
+    for row in _rows("accuracy", backbone=backbone, method="dense"):
+        found = accuracy(row["table"], backbone, "dense", 0)
+        return {task: value for task, value in found.items() if task != "average"}
     return {}
 
 

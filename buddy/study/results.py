@@ -161,6 +161,13 @@ def table_records(jobs: Jobs, name: str, folder: str | Path) -> list[str]:
     return records(jobs, of_table(jobs, about), folder) if records(jobs, _measured(jobs, about), folder) else []
 
 
+def dense_records(jobs: Jobs, folder: str | Path) -> list[str]:
+    """The scores of the study's untrained runs, the backbones as they are."""
+    return records(
+        jobs, _of_runs(jobs, "evaluate", (run for run in jobs.study.runs() if not METHODS[run.method].trained)), folder
+    )
+
+
 def figure_records(jobs: Jobs, name: str, folder: str | Path) -> list[str]:
     """The records that a figure shows; where the study plans none, those of the kind that were measured all the same. Of
     records given, none where one of two kinds that it needs is absent."""

@@ -308,6 +308,44 @@ def test_a_study_that_shares_nothing_with_the_paper_says_so(tmp_path: Path) -> N
     assert sorted(path.stem for path in (maker.folder / "tables").glob("*.csv")) == ["compare", "significance"]
 
 
+# Which backbone the paper means
+
+
+@pytest.mark.parametrize("better", ["llama3-8b", "llama3.0-8b"])
+def test_the_dense_row_that_fits_the_papers_better_is_named(tmp_path: Path, better: str) -> None:
+    content = paper()
+    two = {"source": {"hub": "meta-llama/Meta-Llama-3-8B"}, "blocks": 32, "removed": [4, 8, 12, 16]}
+    content["backbones"] = {**content["backbones"], "llama3.0-8b": two}
+    content["study"]["backbones"] = [*content["study"]["backbones"], "llama3.0-8b"]
+    maker = Maker(tmp_path, content)
+    # The row of Table 2, as the paper prints it.
+    columns = ("openbookqa", "piqa", "boolq", "siqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
+    row = dict(zip(columns, (44.80, 80.85, 80.98, 46.98, 79.17, 80.09, 53.24, 73.40), strict=True))
+    dense = {run.backbone: run for run in maker.config.runs() if run.method == "dense"}
+    for name, gap in (("llama3-8b", 0.2), ("llama3.0-8b", 5.0)):
+        gap = gap if better == "llama3-8b" else 5.2 - gap
+        maker.accuracy(dense[name], 0, {task: scores((value - gap) / 100, 10_000, task) for task, value in row.items()})
+        if name == "llama3-8b":
+            assert compare.fits(study.load(maker.folder)) == []  # there is nothing to choose from
+    (note,) = compare.fits(study.load(maker.folder))
+    other = ({*("llama3-8b", "llama3.0-8b")} - {better}).pop()
+    # 10,000 items have a standard error near half a point: 0.2 is within all intervals, 5 within none.
+    assert f"{better} 0.20 points (8 of 8); {other} 5.00 points (0 of 8). {better} fits better." in note
+    write.comparison(study.load(maker.folder))
+    assert note.replace("|", "\\|") in (maker.folder / "tables/compare.md").read_text()
+
+
+def test_rows_of_the_first_items_alone_choose_no_backbone(tmp_path: Path) -> None:
+    content = paper()
+    content["backbones"] = {**content["backbones"], "other": content["backbones"]["llama3-8b"]}
+    content["study"]["backbones"] = [*content["study"]["backbones"], "other"]
+    maker = Maker(tmp_path, content)
+    for run in maker.config.runs():
+        if run.method == "dense":
+            maker.accuracy(run, 0, uniform(0.5), limit=60)
+    assert compare.fits(study.load(maker.folder)) == []
+
+
 # Cost of training
 
 
