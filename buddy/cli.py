@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     if level not in LEVELS:
         _stop(str(unknown("BUDDY_LOG", level, LEVELS)), 2)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "datasets"):
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "datasets", "gguf"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # PEFT 0.21 asks a model by a name that Transformers 5.23 calls deprecated: nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

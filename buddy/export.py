@@ -1,4 +1,5 @@
-"""A run at one depth as a plain Hugging Face folder: blocks taken out, LoRA merged, nothing of this package in it.
+"""A run at one depth as a plain Hugging Face folder, and as a GGUF file: blocks taken out, LoRA merged, nothing of this
+package in it.
 
 What leaves out the same blocks for every input is exported exactly. A policy that chooses by the input has the route that
 it took most often over some prompts, and is told how often that was: the folder is the static model nearest to it.
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from buddy.backbones import gguf_model
 from buddy.errors import UserError
 from buddy.evaluation import traces
 from buddy.policies.static import StaticPolicy
@@ -87,7 +89,16 @@ def most_frequent(routes: Sequence[Tensor]) -> Chosen:
     return Chosen(route, steps / counts.total(), whole / len(routes), len(counts), len(routes))
 
 
-def save(model: RoutedModel, kept: Sequence[int], folder: Path, card: str) -> None:
+@dataclass(frozen=True)
+class Gguf:
+    """A GGUF file beside the folder, or in it: where, of which type, and what it says of itself."""
+
+    file: Path
+    kind: str
+    facts: gguf_model.Facts
+
+
+def save(model: RoutedModel, kept: Sequence[int], folder: Path, card: str, gguf: Gguf | None = None) -> None:
     """Write config, weights, tokenizer, chat template and model card.
 
     Args:
@@ -95,16 +106,29 @@ def save(model: RoutedModel, kept: Sequence[int], folder: Path, card: str) -> No
         kept: blocks that run, from 0, in order.
         folder: absent, empty or an export that is replaced.
         card: text of its README.md.
+        gguf: the same model once more, as one file.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or the model has no place in a GGUF file. Nothing is written then.
     """
+    folder = folder.resolve()
+    plain = sliced(model.backbone, kept)
     with folders.fresh(folder, HOLDS) as new:
-        sliced(model.backbone, kept).save_pretrained(new)
+        plain.save_pretrained(new)
         model.tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
         for file in new.glob("*.safetensors"):  # safetensors writes for its owner alone
             file.chmod(permitted(0o666))
+        if gguf is not None:
+            place = gguf.file.resolve()
+            place = new / place.name if place.parent == folder else place
+            gguf_model.write(plain, model.tokenizer, place, gguf.kind, gguf.facts)
+
+
+def facts(name: str, model: RoutedModel, found: Chosen, licence: str = "") -> gguf_model.Facts:
+    """What a GGUF file of the route says of itself; arguments as for `card`."""
+    said = f"{_what(model, found)} {_made(model.origin.info)}"
+    return gguf_model.Facts(name, said, licence, model.blocks, found.removed)
 
 
 def card(name: str, model: RoutedModel, found: Chosen, licence: str = "", scores: Sequence[str] = ()) -> str:

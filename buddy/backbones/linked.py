@@ -26,8 +26,9 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "README.md",
 )
-"""What a backbone folder holds: weights, their configuration and the tokenizer."""
+"""What a backbone folder holds: weights, their configuration, the tokenizer and the card, which names the licence."""
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How every folder is read by transformers: as it lies there, and no code in it is run (nor is anybody asked)."""

