@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Jobs of one thread side by side are done sooner than one after the other with all cores; four fit into 16 GB. What is
 # timed has the machine to itself.
 UNTIMED := importance corpus_orders length_orders calibrate pool train adapt evaluate solve trace rouge score \
-  predictor budget_eval evaluate_auto
+  predictor budget_eval evaluate_auto evaluate_whole solve_auto
 SHARE = --resources mem_mb=16000 --set-threads $(UNTIMED:%=%=1) latency=$(CORES) breakdown=$(CORES)
 
 .PHONY: help setup demo test lint format docs constraints clean

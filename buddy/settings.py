@@ -504,7 +504,13 @@ class Predictor(Settings):
     )
     limit: int | None = Field(None, description="first N held-out inputs of each (all by default)", ge=1)
     tasks: list[Task] = Field(
-        [*PAPERS], description="tasks that are scored with each input's depth left to the predictor; [] for none"
+        [*PAPERS, "mmlu"],
+        description="tasks that are scored with each input's depth left to the predictor; [] for none",
+    )
+    problems: list[Literal["gsm8k"]] = Field(
+        ["gsm8k"],
+        description="word problems answered by generation, as the section `generation` says, with each input's depth left to "
+        "the predictor; [] for none",
     )
 
 

@@ -33,6 +33,10 @@ NameIfDense = Annotated[str, typer.Option(help="the backbone's name, for a dense
 
 # How.
 Removed = Annotated[str, typer.Option(help="numbers of removed blocks, one record each, such as 0,4,8")]
+AutoBudget = Annotated[
+    str,
+    typer.Option(help="auto or auto:PRICE: in place of --removed, the run's budget predictor sets each input's depth"),
+]
 RemovedAtOnce = Annotated[str, typer.Option(help="numbers of removed blocks, such as 4,8,12,16")]
 WindowSeed = Annotated[
     int | None,

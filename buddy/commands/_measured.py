@@ -134,6 +134,11 @@ class Measured:
         )
 
 
+def auto_record(out: Path, budget: str) -> Path:
+    """The record of what was measured at a predictor's depths, ``auto`` or at a price."""
+    return out / f"{budget.replace(':', '~')}.json"
+
+
 def open_run(
     run: Path,
     removed: str | None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from buddy.commands import _arguments as arg
 from buddy.commands._common import check_auto, keep_off_the_hub
-from buddy.commands._measured import open_run
+from buddy.commands._measured import auto_record, open_run
 from buddy.commands._options import with_settings
 from buddy.settings import Evaluation
 from buddy.storage.checkpoints import FOLDER, Checkpoints
@@ -26,12 +26,7 @@ def evaluate(
     out: arg.RecordsOut,
     settings: Evaluation,
     removed: arg.Removed = "0",
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="auto or auto:PRICE: in place of --removed, the run's budget predictor sets each input's depth"
-        ),
-    ] = "",
+    budget: arg.AutoBudget = "",
     study: arg.StudyOfRun = "",
     name: arg.NameIfDense = "",
     device: arg.Device = "auto",
@@ -81,8 +76,7 @@ def evaluate(
         if budget:
             watch = measured.watch()
             metrics = accuracy.predicted(lm, budget, settings, data, kept)
-            path = out / f"{budget.replace(':', '~')}.json"
-            measured.write("accuracy", path, None, metrics, accuracy.items(metrics), watch)
+            measured.write("accuracy", auto_record(out, budget), None, metrics, accuracy.items(metrics), watch)
             typer.echo(f"{metrics['executed_mean']:.2f} of {model.blocks} blocks on average: {_line(metrics)}")
             predicted = {"average_predicted": _average(metrics), "executed_predicted": metrics["executed_mean"]}
             tracker.summary({**predicted, **_numbers(metrics)})

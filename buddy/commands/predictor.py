@@ -18,7 +18,9 @@ from buddy.settings import MOST_SEED, PREDICTOR_PRESETS, READ_BY_PRESET, Predict
 from buddy.study.records import commit
 
 
-@with_settings(Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit", "tasks"))
+@with_settings(
+    Predictor, leave_out=("backbones", "presets", "data", "tuned_data", "datasets", "limit", "tasks", "problems")
+)
 def predictor(
     run: Annotated[Path, typer.Option(help="run folder of BUDDY, from `buddy train`")],
     data: Annotated[

@@ -110,12 +110,12 @@ def predicted(
     return {**found, "executed_mean": mean, "budget": budget}
 
 
-def solve(lm: BuddyLM, budget: float, settings: Generation, data: Path) -> dict[str, Any]:
+def solve(lm: BuddyLM, budget: float | str, settings: Generation, data: Path) -> dict[str, Any]:
     """Let the model write its answers at one budget, and compare what is found in them with the right ones.
 
     Args:
         lm: the model; its budget is set here.
-        budget: fraction of blocks.
+        budget: fraction of blocks; or ``auto``, ``auto:PRICE``.
         settings: the section `generation` of the study.
         data: folder of materialised data sets.
 

@@ -132,7 +132,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Figure):
-    """One task's headline accuracy (`buddy.tasks`).
+    """One task's headline accuracy (`buddy.tasks`), or its share of exact matches.
 
     Attributes:
         items: one digit per item, 1 where it was right; None where the record has none.
@@ -166,29 +166,37 @@ def _score(task: str, found: Mapping[str, Any], metrics: Mapping[str, Any]) -> S
     stderr = _error(metric, found.get(f"{metric}_stderr"))
     FRACTION.check(metric, value)
     _count(metric, n)
+    _check_items(metric, items, n, value)
+    executed = found.get("executed_mean", metrics.get("executed_mean"))
+    return Score(value=value, stderr=stderr, n=n, items=items, executed_mean=executed)
+
+
+def _check_items(metric: str, items: str | None, n: int, value: float) -> None:
+    """Refuse items that are not those of a score; a record may have none."""
     if items:
         if set(items) - {"0", "1"} or len(items) != n:
             raise UserError(f"{metric}: its items are not {n} digits 0 or 1")
         if abs(items.count("1") / len(items) - value) > ITEMS_TOLERANCE:
             raise UserError(f"{metric}: {value:g}, but {items.count('1')} of its {len(items)} items are right")
-    executed = found.get("executed_mean", metrics.get("executed_mean"))
-    return Score(value=value, stderr=stderr, n=n, items=items, executed_mean=executed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Measured):
-    """Shares of exact matches by task and filter (the way an answer is found in the text)."""
+    """Shares of exact matches by task and filter (the way an answer is found in the text), and which items were right; with
+    a ``preset`` there is no budget: the budget predictor set it for each input."""
 
+    preset: str | None
     limit: int | None
     few_shot: int | None
     new_tokens: int
     executed_mean: float | None
-    answers: Mapping[tuple[str, str], Figure]
+    answers: Mapping[tuple[str, str], Score]
 
     @classmethod
     def _fields(cls, record: Record, levels: Mapping[str, str]) -> dict[str, Any]:
-        _budget(record)
-        metrics = record.metrics
+        metrics, preset = record.metrics, record.variant.get("preset")
+        if preset is None:
+            _budget(record)
         answers = {}
         for task, scores in metrics["tasks"].items():
             errors = scores.get("exact_match_stderr") or {}
@@ -196,8 +204,18 @@ class Generation(Measured):
             for name, value in scores["exact_match"].items():
                 FRACTION.check("exact_match", float(value))
                 error = _error("exact_match", errors.get(name))
-                answers[task, name] = Figure(float(value), error, n=int(scores["n"]))
-        told = {name: metrics.get(name) for name in ("limit", "few_shot", "new_tokens", "executed_mean")}
+                items = (scores.get("items") or {}).get(name)
+                _check_items("exact_match", items, int(scores["n"]), float(value))
+                answers[task, name] = Score(
+                    value=float(value),
+                    stderr=error,
+                    n=int(scores["n"]),
+                    items=items,
+                    executed_mean=metrics.get("executed_mean"),
+                )
+        told = {"preset": preset} | {
+            name: metrics.get(name) for name in ("limit", "few_shot", "new_tokens", "executed_mean")
+        }
         return {**told, "answers": answers}
 
 

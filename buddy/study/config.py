@@ -321,6 +321,10 @@ class Config(Settings):
             for seed in self.study.seeds
         ]
 
+    def predicted_only(self) -> list[str]:
+        """The tasks that are scored at predicted depths and not with the methods that are compared."""
+        return [task for task in self.predictor.tasks if task not in self.evaluation.tasks]
+
     def scored_backbones(self) -> list[str]:
         """Backbones of the study whose runs score held-out text."""
         return self._of_study(self.likelihood.backbones) if self.likelihood.datasets else []

@@ -486,6 +486,15 @@ def evaluate_auto(job: Job, routed: str, preset: str) -> Work:
     return _predicting(job, tasks, data=_folder_of(tasks), budget="auto", **told)
 
 
+@stage(_PREDICTOR, "records/solved/{place}/auto.json", command="solve", share=0.5, retries=2)
+def solve_auto(job: Job, routed: str, preset: str) -> Work:
+    """Problems answered at the depths that a predictor chooses."""
+    problems = job.study.predictor.problems
+    sets = job.jobs.data(problems)
+    told = {**job.study.generation.model_dump(exclude={"backbones"}), "tasks": problems}
+    return _predicting(job, sets, data=_folder_of(sets), budget="auto", **told)
+
+
 def _held_out(study: Config) -> list[str]:
     """A record for each data set; several have one together, too."""
     sets = study.predictor.datasets
@@ -538,6 +547,14 @@ def evaluate(job: Job, run: str) -> Work:
     """Accuracy: one job per run, all its budgets and tasks in it, so that the backbone is loaded once."""
     settings = job.study.evaluation
     return _measuring(job, run, job.jobs.data(settings.tasks), **_read_of(job, run, settings.model_dump()))
+
+
+@stage("{run}", "records/whole/{place}", command="evaluate", share=0.5, retries=2, folder=True)
+def evaluate_whole(job: Job, run: str) -> Work:
+    """Accuracy of a whole model on the tasks that are scored at predicted depths and in no table."""
+    tasks = job.study.predicted_only()
+    settings = _read_of(job, run, job.study.evaluation.model_dump() | {"tasks": tasks})
+    return _measuring(job, run, job.jobs.data(tasks), **settings)
 
 
 @stage("{run}", "records/generation/{place}", share=0.5, retries=2, folder=True)

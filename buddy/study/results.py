@@ -118,13 +118,22 @@ def _trainings(jobs: Jobs) -> list[Job]:
 
 
 def _predicted(jobs: Jobs) -> list[Job]:
-    """Scores at the depths that the study's budget predictors choose, and those of the whole models beside them."""
+    """Scores and answers at the depths that the study's budget predictors choose, and those of the whole models beside
+    them."""
     study = jobs.study
-    if not study.predictor.tasks:
-        return []
     compared = [run for name in study.predicting_backbones() for run in study.compared_runs(name)]
     whole = [run for run in compared if METHODS[run.method].kind == "whole"]
-    return [*jobs.predictors("evaluate_auto"), *_of_runs(jobs, "evaluate", whole)]
+    found = []
+    if study.predictor.tasks:
+        found += jobs.predictors("evaluate_auto")
+    if set(study.predictor.tasks) & set(study.evaluation.tasks):
+        found += _of_runs(jobs, "evaluate", whole)
+    if study.predicted_only():
+        found += _of_runs(jobs, "evaluate_whole", whole)
+    if study.predictor.problems:
+        first = [run for run in whole if run.seed == study.study.seeds[0]]
+        found += [*jobs.predictors("solve_auto"), *_of_runs(jobs, "solve", first)]
+    return found
 
 
 def _order(jobs: Jobs, file: str) -> Job:
@@ -226,7 +235,7 @@ def _measurements(jobs: Jobs, kind: str) -> Any:
         **dict.fromkeys(("route_ribbon", *planned_figures.HEAT_MAPS), study.trace.model_dump(exclude={"backbones"})),
         "figure5": study.summaries.model_dump(exclude={"backbones"}),
         "figure12": study.predictor.presets,
-        "figure13": [study.predictor.presets, study.predictor.datasets, study.predictor.tasks],
+        "figure13": study.predictor.model_dump(include={"presets", "datasets", "tasks", "problems"}),
         **{key: [study.importance.corpus, *corpora(study)] for key in planned_figures.ORDERS},
     }.get(kind, study.evaluation.tasks)
 

@@ -148,7 +148,8 @@ def test_a_second_run_finds_nothing_to_do(finished):
 
 SHOWN = ("table", "figure", "all")
 MEASURED = ("evaluate", "solve", "trace", "score", *SHOWN)
-OF_BUDDY = ("train", "predictor", "budget_eval", "evaluate_auto", "rouge", "latency", "breakdown", *MEASURED)
+PREDICTED = ("budget_eval", "evaluate_auto", "solve_auto")
+OF_BUDDY = ("train", "predictor", *PREDICTED, "rouge", "latency", "breakdown", *MEASURED)
 KNOBS = [
     ({"latency": {"prompts": 3}}, {"latency", "table", "figure", "all"}),
     ({"peers": {"length": 40}}, {"calibrate", "adapt", *MEASURED}),
@@ -160,10 +161,10 @@ KNOBS = [
     ({"orders": {"samples": 3}}, {"corpus_orders", "length_orders", "figure", "all"}),
     ({"summaries": {"new_tokens": 2}}, {"rouge", "figure", "all"}),
     ({"likelihood": {"items": 3}}, {"score", "table", "all"}),
-    ({"generation": {"limit": 1}}, {"solve", "table", "all"}),
+    ({"generation": {"limit": 1}}, {"solve", "solve_auto", *SHOWN}),
     ({"predictor": {"limit": 2}}, {"budget_eval", "figure", "all"}),
     ({"breakdown": {"steps": 3}}, {"breakdown", "table", "all"}),
-    ({"evaluation": {"limit": 5}}, {"evaluate", "evaluate_auto", "table", "figure", "all"}),
+    ({"evaluation": {"limit": 5}}, {"evaluate", "evaluate_auto", "evaluate_whole", *SHOWN}),
     ({"training": {"learning_rate": 0.01}}, {"adapt", *OF_BUDDY}),
     ({"router": {"rounds": 2}}, set(OF_BUDDY)),
     ({"training": {"router_learning_rate": 0.01}}, set()),  # read by the paper's recipe alone

@@ -21,14 +21,16 @@ TIMEOUT_S = 1500
 ON_GPU = {
     *("importance", "corpus_orders", "length_orders", "answers", "train", "calibrate"),
     *("pool", "gates", "adapt", "predictor"),
-    *("evaluate", "solve", "trace", "rouge", "score", "latency", "breakdown", "budget_eval", "evaluate_auto"),
+    *("evaluate", "solve", "trace", "rouge", "score", "latency", "breakdown", "budget_eval"),
+    *("evaluate_auto", "evaluate_whole", "solve_auto"),
 }
 """Rules that ask for a GPU: none of their jobs may run where Snakemake runs."""
 ANSWERS = "data --answers-by"
 """A verb that fetches where Snakemake runs, and with this option loads a backbone and asks it."""
 VERBS = {
     **{"corpus_orders": "importance", "length_orders": "importance"},
-    **{"budget_eval": "budget-eval", "evaluate_auto": "evaluate", "answers": ANSWERS},
+    **{"budget_eval": "budget-eval", "answers": ANSWERS},
+    **{"evaluate_auto": "evaluate", "evaluate_whole": "evaluate", "solve_auto": "solve"},
 }
 """Verb of ``python -m buddy`` that such a rule runs, where that is not its name."""
 NOTE = """\

@@ -156,16 +156,30 @@ class Maker:
         return self.record("accuracy", run, removed, metrics).write(path)
 
     def generation(
-        self, run: Run, removed: int, strict: float, flexible: float, items: int = 50, executed: float | None = None
+        self,
+        run: Run,
+        removed: int,
+        strict: float,
+        flexible: float,
+        items: int = 50,
+        executed: float | None = None,
+        preset: str | None = None,
+        right: str = "",
     ) -> Path:
-        """Write a generation record with these shares of exact matches on GSM8K."""
+        """Write a generation record with these shares of exact matches on GSM8K; with a preset that of its predictor's depths.
+        ``right`` has a digit per item of the strict ones."""
         shares = {"strict-match": strict, "flexible-extract": flexible}
         errors = {name: math.sqrt(share * (1 - share) / (items - 1)) for name, share in shares.items()}
         metrics = {
-            "tasks": {"gsm8k": {"n": items, "exact_match": shares, "exact_match_stderr": errors, "items": {}}},
+            "tasks": {"gsm8k": {"n": items, "exact_match": shares, "exact_match_stderr": errors}},
             **{"executed_mean": self._executed(run, removed, executed), "few_shot": 5, "limit": None},
             **{"new_tokens": 128, "decode": "recompute", "lm_eval": "0.4.13"},
         }
+        metrics["tasks"]["gsm8k"]["items"] = {"strict-match": right} if right else {}
+        if preset is not None:
+            path = self.records / "solved" / run.path / f"preset~{preset}" / "auto.json"
+            variant = {**run.variant, "preset": preset}
+            return self.record("generation", run, 0, metrics, n=items, variant=variant, budget=None).write(path)
         path = self.records / "generation" / run.path / f"removed~{removed}.json"
         return self.record("generation", run, removed, metrics, n=items).write(path)
 

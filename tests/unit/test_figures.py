@@ -555,6 +555,39 @@ def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
     assert [one.removed for one in scored if one.preset == "tuned"] == [None]
 
 
+def test_what_is_left_of_mmlu_and_of_answers_is_shown_too(small: Maker) -> None:
+    """Tasks that no table compares: the whole model's scores of them have a record of their own."""
+    run = small.main_run(NAME)
+    dense = next(one for one in small.config.runs() if one.method == "dense")
+    small.budget(run, "tuned")
+    whole, left = "1" * 50 + "0" * 50, "0" * 10 + "1" * 30 + "0" * 60
+    score = {"acc_stderr": 0.05, "n": 100}
+    small.accuracy(dense, 0, {"piqa": {**score, "acc": 0.8}})
+    metrics = {"tasks": {"mmlu": {**score, "acc": 0.5, "items": {"acc": whole}}}, "executed_mean": 30.0}
+    more = {"few_shot": 0, "limit": None}
+    small.record("accuracy", dense, 0, {**metrics, **more}).write(
+        small.records / "whole" / dense.path / "removed~0.json"
+    )
+    small.generation(dense, 0, 0.5, 0.5, items=10, right="1111100000")
+    small.generation(run, 0, 0.4, 0.5, items=10, executed=24.0, preset="tuned", right="1110000001")
+    mmlu = {**score, "acc": 0.3, "items": {"acc": left}, "executed_mean": 21.0}
+    small.predicted(run, "tuned", {"piqa": {**score, "acc": 0.6, "executed_mean": 24.0}, "mmlu": mmlu})
+    axes = drawn(small, "figure13").axes[-2]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["PIQA", "MMLU", "GSM8K"]
+    (bars,) = axes.containers
+    assert list(bars.lines[0].get_ydata()) == pytest.approx([75, 60, 80])
+    (_, of_mmlu, of_gsm8k) = bars.lines[2][0].get_segments()
+    ours, theirs = (np.array([int(digit) for digit in text]) for text in (left, whole))
+    at = np.random.default_rng(4).integers(100, size=(20_000, 100))  # the same items of both
+    ends = 100 * np.percentile(ours[at].sum(1) / theirs[at].sum(1), (2.5, 97.5))
+    assert list(of_mmlu[:, 1]) == pytest.approx(list(ends), abs=1.5)
+    assert of_gsm8k[0, 1] < 80 < of_gsm8k[1, 1]
+    assert any(list(line.get_ydata()) == pytest.approx([80, 70, 80]) for line in axes.lines)
+    # Answers without a depth enter no table, nor do the whole model's scores on a task that no table has.
+    answered = [one.removed for one in study.load(small.folder).of(measured.Generation, NAME)]
+    assert sorted(answered, key=str) == [0, None]
+
+
 def test_the_papers_predictor_is_shown_beside() -> None:
     theirs = published.retention("llama2-7b", published.MAIN_VARIANT)
     assert theirs["openbookqa"] == (84.6, 53.5)

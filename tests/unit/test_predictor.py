@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import product
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -714,7 +715,7 @@ def test_a_record_says_what_was_measured():
 def study(tmp_path_factory):
     """A tiny run and two data sets."""
     root = tmp_path_factory.mktemp("study")
-    for name in ("alpaca", "piqa"):
+    for name in ("alpaca", "piqa", "mmlu", "gsm8k"):
         data.materialise(name, "embedded", root / name)
     tokenizer = byte_tokenizer()
     backbone = tiny()
@@ -795,6 +796,17 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     scores = Record.read(tmp_path / "scores/auto.json")
     assert (scores.kind, scores.budget, scores.n, scores.variant["preset"]) == ("accuracy", None, 4, preset)
     assert 3 <= scores.metrics["tasks"]["piqa"]["executed_mean"] <= 7
+    several = [*scored[:3], "--data", study, "--tasks", "mmlu", "--limit", 3, "--device", "cpu"]
+    assert not command(*several, "--budget", "auto", "--out", tmp_path / "mmlu")
+    mmlu = Record.read(tmp_path / "mmlu/auto.json").metrics["tasks"]["mmlu"]
+    assert list(mmlu["groups"]) == ["abstract_algebra", "anatomy", "astronomy"]  # a limit takes subjects in turn
+    assert fmean(one["acc"] for one in mmlu["groups"].values()) == pytest.approx(mmlu["acc"])
+    answers = ["solve", "--run", out, "--data", study, "--limit", 2, "--few-shot", 0, "--new-tokens", 3]
+    assert not command(*answers, "--budget", "auto", "--device", "cpu", "--out", tmp_path / "answers")
+    assert "blocks on average: gsm8k/strict-match" in capsys.readouterr().out
+    solved = Record.read(tmp_path / "answers/auto.json")
+    assert (solved.kind, solved.budget, solved.n, solved.variant["preset"]) == ("generation", None, 2, preset)
+    assert 3 <= solved.metrics["executed_mean"] <= 7
     # Depth alone counts: the shallowest depth that it knows. A preset without a price refuses to hear one.
     assert command(*scored, "--budget", "auto:1", "--out", tmp_path / "scores") == (2 if preset == "paper" else 0)
     if preset == "tuned":
@@ -822,6 +834,7 @@ def test_mistakes_are_told_in_a_line(study, tmp_path, capsys):
         ),
         (["evaluate", "--run", study / "run", "--budget", "auto", *given], "buddy predictor --run"),
         (["evaluate", "--run", study / "run", "--budget", "0.5", *given], "neither auto nor auto:PRICE"),
+        (["solve", "--run", study / "run", "--budget", "auto", *given[2:], "--data", study], "buddy predictor --run"),
     ):
         assert command(*arguments) == 2
         error = capsys.readouterr().err.strip().split("\n")[-1]

@@ -45,11 +45,14 @@ def test_the_papers_study_is_planned_whole_and_quickly(checkout):
     assert jobs["length_orders"] == 2  # two of them by context length
     assert jobs["latency"] == 2 * (1 + 2 * 4)  # per data set BUDDY's run, and PuDDing's and FiRST's at four depths
     assert jobs["breakdown"] == 1
-    assert jobs["solve"] == 2 * (3 + 5 * 4)  # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers
+    # Llama2-7B and Qwen2.5-7B: dense, dense with LoRA, BUDDY, the peers; of the others the whole models, for Figure 13.
+    assert jobs["solve"] == 2 * (3 + 5 * 4) + 2 * 2
+    assert jobs["evaluate_auto"] == jobs["solve_auto"] == jobs["predictor"] == 4 * 2  # two presets
+    assert jobs["evaluate_whole"] == 4 * 2  # dense, with and without LoRA, on MMLU
     assert jobs["trace"] == 3 + 5 * 4 + 8  # on Alpaca; BUDDY's on the tasks
     assert jobs["rouge"] == 1
     assert jobs["score"] == 2 + 5 * 4 + 2 + 3 + 2 + 5 + 3  # Llama2-7B: every run of its accuracy table and ablations
-    assert jobs["data"] == 8 + 5  # eight tasks, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
+    assert jobs["data"] == 8 + 6  # eight tasks, MMLU, Alpaca, WikiText-2, PTB, SAMSum, GSM8K
     assert jobs["table"] == 14 + 1  # and that of likelihoods
     assert seconds < 10
 
