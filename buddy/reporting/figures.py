@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from buddy.errors import unknown
 from buddy.reporting import style
-from buddy.reporting.ablation import ablation_figure
 from buddy.reporting.accuracy import accuracy_vs_budget
 from buddy.reporting.generation import rouge
 from buddy.reporting.importance import by_length, other_corpus, other_indicators, own_corpus
@@ -23,6 +22,7 @@ from buddy.reporting.ribbon import ribbon
 from buddy.reporting.savings import savings
 from buddy.reporting.study import Study
 from buddy.reporting.tradeoff import accuracy_vs_speed
+from buddy.reporting.variants import ablation_figure
 from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from buddy.reporting.measured import Importance
 from buddy.reporting.study import Study
 from buddy.reporting.style import empty, finish, panels, reason
 from buddy.settings import corpus_name
-from buddy.study.planned_figures import ORDERS, subjects
+from buddy.study.planned_figures import ORDERS, orders, subjects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,13 +73,16 @@ def _others(study: Study) -> list[str]:
 
 
 def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
-    """A row per indicator and corpus, of the first backbone that has any of them."""
+    """A row per indicator and corpus that the study plans or that was measured, of the first backbone that has any of them;
+    every one with the reason where there is neither."""
     wanted = [(indicator, corpus) for corpus in corpora for indicator in ORDERS[name]]
     measured = {
         backbone: {pair: one for pair in wanted if (one := _find(study, backbone, *pair)) is not None}
         for backbone in subjects(study.config, study.config.study.backbones)
     }
     backbone, found = max(measured.items(), key=lambda item: len(item[1]))
+    planned = _planned(study, name)
+    wanted = [pair for pair in wanted if pair in found or pair in planned] or wanted
     figure, every = panels(len(wanted), 1, style.COLUMN_IN, 1.25, share=False)
     for pair, axes in zip(wanted, every, strict=True):
         indicator, corpus = pair
@@ -93,6 +96,13 @@ def _boxes(study: Study, name: str, corpora: Sequence[str | None]) -> Figure:
     return finish(figure, every, f"{setting(study, 'importance', backbone)}; {BOXES}" if found else None)
 
 
+def _planned(study: Study, name: str) -> set[tuple[str, str | None]]:
+    """Indicators and corpora, None the study's own, that it plans to measure for a figure."""
+    files = [file.removesuffix(".json").split("/") for file in orders(study.config, name)]
+    levels = [dict(part.split("~", 1) for part in file) for file in files]
+    return {(one["indicator"], one.get("corpus")) for one in levels}
+
+
 def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Importance | None:
     """An indicator on a corpus (None: the study's own) with windows of the study's length."""
     for one in study.of(Importance, backbone):
@@ -103,10 +113,10 @@ def _find(study: Study, backbone: str, indicator: str, corpus: str | None) -> Im
 
 def _box_panel(axes: Axes, found: Importance, colour: str) -> None:
     """Median, quartiles, and the 5th and 95th percentile of each block's place."""
-    orders = removal_orders(found.windows)
-    blocks = orders.shape[1]
+    places = removal_orders(found.windows)
+    blocks = places.shape[1]
     axes.boxplot(
-        orders,
+        places,
         positions=range(1, blocks + 1),
         whis=(5, 95),
         widths=0.65,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from buddy.reporting import published, style
 from buddy.reporting.generation import FILTERS
-from buddy.reporting.labels import DATASETS, TASK_LABELS
+from buddy.reporting.labels import DATASETS, TASK_LABELS, setting
 from buddy.reporting.measured import Accuracy, Generation, Points, Predicted, Score, Training
 from buddy.reporting.study import Series, Study
 from buddy.reporting.style import empty, finish, gap, panels, reason, whole_numbers
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CURVES = {"loss": "Loss", "reward": "Reward", "entropy": "Entropy (nats)"}
+CURVES = {"loss": "Loss", "reward": "Reward", "entropy": "Nats below the\nuniform entropy"}
 UNIFORM = "Uniform policy"
+DECIDED = "One depth for each input"
 RANDOM = "Same depths, random inputs"
 COLUMNS = 4
 """Panels side by side in Figure 13."""
@@ -35,8 +36,9 @@ PRESETS = {"paper": "Paper's recipe", "tuned": "Tuned recipe"}
 def training_curves(study: Study) -> Figure:
     """Figure 12: loss, reward and entropy while the predictor is trained, a column per preset.
 
-    The dashed line is the entropy of the policy that picks every depth equally often: one that stays there has learned
-    nothing. Several seeds are thin lines of one colour.
+    Entropy is drawn as what it lacks to that of the policy that picks every depth equally often, the dashed line: a policy
+    that stays there has learned nothing, one that reaches the dotted line has one depth for each input. Several seeds are
+    thin lines of one colour.
     """
     presets = list(study.config.predictor.presets)
     found = {preset: _curves(study, preset) for preset in presets}
@@ -51,7 +53,8 @@ def training_curves(study: Study) -> Figure:
         if place >= len(every) - len(presets) and found[preset]:
             axes.set_xlabel("Update" if preset == "paper" else "Pass")
     figure.align_ylabels(every[:: len(presets)])
-    return finish(figure, every)
+    trained = [one.backbone for curves in found.values() for one in curves]
+    return finish(figure, every, setting(study, "training", *dict.fromkeys(trained)) if trained else None)
 
 
 def _curves(study: Study, preset: str) -> list[Training]:
@@ -70,17 +73,16 @@ def _curve_panel(axes: Axes, name: str, preset: str, trained: Sequence[Training]
     if not any(curves):
         reason(axes, f"not measured: no {name} of a predictor by {PRESETS[preset].lower()}")
         return
+    uniform = trained[0].entropy_uniform
     for curve in curves:
-        width = 1.0 if len(curves) == 1 else 0.6
-        axes.plot(*zip(*curve, strict=True), color=style.mark(preset).color, linewidth=width)
+        steps, values = (np.array([pair[of] for pair in curve]) for of in range(2))
+        shown = uniform - values if name == "entropy" else values
+        axes.plot(steps, shown, color=style.mark(preset).color, linewidth=1.0 if len(curves) == 1 else 0.6, zorder=3)
     axes.ticklabel_format(useOffset=False)
     if name == "entropy":
-        uniform = trained[0].entropy_uniform
-        axes.axhline(uniform, color=style.GREY, linewidth=0.9, linestyle=style.DASHED, label=UNIFORM)
-        lowest = min(value for curve in curves for _, value in curve)
-        # From 0, unless the curve never leaves the neighbourhood of the line.
-        near = lowest > 0.9 * uniform
-        axes.set_ylim(lowest - 0.5 * (uniform - lowest) - 1e-4 if near else 0, None)
+        axes.axhline(0, color=style.GREY, linewidth=0.9, linestyle=style.DASHED, label=UNIFORM)
+        axes.axhline(uniform, color=style.GREY, linewidth=0.9, linestyle=style.DOTTED, label=DECIDED)
+        axes.set_ylim(-0.08 * uniform, 1.08 * uniform)
 
 
 def against_constant(study: Study) -> Figure:

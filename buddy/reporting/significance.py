@@ -58,10 +58,10 @@ def difference(
     its mean over them.
     """
     ours, theirs = (items_of(study, backbone, series, removed) for series in (one, other))
-    return _compared(study, ours, theirs, resamples)
+    return compared(study, ours, theirs, resamples)
 
 
-def _compared(
+def compared(
     study: Study, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], resamples: int = RESAMPLES
 ) -> Difference:
     """``ours`` minus ``theirs``, items by task."""
@@ -149,7 +149,7 @@ def _at_depth(study: Study, backbone: str, one: Series, other: Series, removed: 
     there = None if ours.off_depth or ran is None else _interpolated(study, backbone, one, ran)
     if there is None or ran is None:
         return Difference(note=f"ran {ran or 0:.1f} of {study.blocks(backbone) - removed} blocks")
-    return replace(_compared(study, there, items_of(study, backbone, other, removed)), depth=ran)
+    return replace(compared(study, there, items_of(study, backbone, other, removed)), depth=ran)
 
 
 def _interpolated(study: Study, backbone: str, series: Series, executed: float) -> dict[str, np.ndarray] | None:

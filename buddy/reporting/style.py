@@ -177,7 +177,7 @@ def wrapped(text: str, width: float) -> str:
     return "\n".join(textwrap.wrap(text, int(LETTERS_PER_IN * width)))
 
 
-LETTERS_PER_IN = 24
+LETTERS_PER_IN = 22
 """Letters of a note per inch."""
 NOTE_SIZE = 7
 LINE_IN = 0.13

@@ -203,13 +203,15 @@ def test_other_corpora_have_a_panel_each(tmp_path: Path) -> None:
         ["Taylor", " ptb"],
         ["Taylor", " book"],
     ]
-    assert len(titles) == 4  # two indicators
-    assert "no importance record of delta_ppl on ptb" in words(drawn(maker, "figure7")).replace("\n", " ")
-    # On the study's own corpus nothing is there; on PTB none of this figure's indicators.
-    assert [axes.get_title().split(",")[1] for axes in drawn(maker, "figure8").axes] == [
-        *(" wikitext2", " wikitext2"),
-        *(" book", " book"),
+    assert len(titles) == 2  # the other indicator is neither planned nor there
+    # Planned on the study's own corpus, too, and not there yet; block influence is neither.
+    assert [axes.get_title().split(",")[:2] for axes in drawn(maker, "figure8").axes] == [
+        ["Cosine", " wikitext2"],
+        ["Cosine", " book"],
     ]
+    assert "no importance record of cosine on the calibration corpus" in words(drawn(maker, "figure8")).replace(
+        "\n", " "
+    )
 
 
 def test_figures_that_were_measured_unplanned_are_named_too(small: Maker) -> None:
@@ -240,8 +242,7 @@ def test_boxes_show_the_orders_of_the_windows(small: Maker) -> None:
     windows = [[float((7 * block + 3 * window) % 30) for block in range(30)] for window in range(5)]
     small.importance(NAME, "taylor", windows)
     small.importance(NAME, "taylor", [window[::-1] for window in windows], corpus="ptb")  # another figure's
-    above, below = drawn(small, "figure1").axes
-    assert "no importance record of delta_ppl" in above.texts[0].get_text().replace("\n", " ")
+    (below,) = drawn(small, "figure1").axes
     medians = [
         line.get_ydata()[0] for line in below.lines if len(set(line.get_ydata())) == 1 and line.get_linewidth() > 1
     ]
@@ -249,7 +250,7 @@ def test_boxes_show_the_orders_of_the_windows(small: Maker) -> None:
     assert medians == pytest.approx(np.median(np.array(windows) + 1, axis=0).tolist())
     medians = [
         line.get_ydata()[0]
-        for line in drawn(small, "figure7").axes[1].lines
+        for line in drawn(small, "figure7").axes[0].lines
         if len(set(line.get_ydata())) == 1 and line.get_linewidth() > 1
     ]
     assert medians == pytest.approx(np.median(np.array(windows)[:, ::-1] + 1, axis=0).tolist())
@@ -484,8 +485,9 @@ def test_training_curves_stand_beside_the_uniform_policy(small: Maker) -> None:
     loss, absent, reward, _, entropy, _ = drawn(small, "figure12").axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[1, 0.5, 0.25]]
     assert list(reward.lines[0].get_xdata()) == [1, 2, 4]
-    assert list(entropy.lines[0].get_ydata()) == pytest.approx([3.29, 3.28, 3.26])
-    assert entropy.lines[1].get_ydata()[0] == pytest.approx(math.log(28))
+    # Below the entropy of the policy that picks all depths alike, at 0; above, all of it: one depth for each input.
+    assert list(entropy.lines[0].get_ydata()) == pytest.approx([math.log(28) - each for each in (3.29, 3.28, 3.26)])
+    assert [line.get_ydata()[0] for line in entropy.lines[1:]] == pytest.approx([0, math.log(28)])
     assert "not measured" in absent.texts[0].get_text()
 
 
@@ -627,7 +629,48 @@ def test_one_axis_at_a_time_has_a_panel_per_ablation(papers: Maker) -> None:
     panels = drawn(papers, "ablation").axes
     assert [axes.get_title() for axes in panels] == ["Feature", "Prior", "Omega", "Source block"]
     assert [label.get_text() for label in panels[2].get_xticklabels()] == ["0.01", "0.1", "0.3", "0.5", "0.7", "1"]
-    assert len(panels[0].containers) == 4  # depths
+    # A mark for each feature and depth, none of them joined; the four of a feature stand side by side.
+    marks = [container.lines[0] for container in panels[0].containers]
+    assert len(marks) == 3 * 4
+    assert {line.get_linestyle() for line in marks} == {"None"}
+    places = [float(line.get_xdata()[0]) for line in marks]
+    assert min(np.diff(sorted(places))) > 0.1
+    assert said(drawn(papers, "ablation")).endswith("95 % intervals over the items; hollow: the main run itself")
+
+
+def right(share: float, items: int = 200, first: int = 0) -> dict[str, dict[str, object]]:
+    """Every task with that share of its items right, one after the other from the first on."""
+    digits = "".join("1" if (item - first) % items < round(share * items) else "0" for item in range(items))
+    return {
+        task: {"acc": share, "acc_stderr": 0.03, "n": items, "items": {"acc": digits}} for task in published_tasks()
+    }
+
+
+def published_tasks() -> list[str]:
+    return [*uniform(0.5)]
+
+
+def test_a_variant_is_drawn_as_what_it_is_over_the_main_run(small: Maker) -> None:
+    none, taylor = small.config.ablation_runs(small.config.ablation("prior"))
+    assert taylor.path == small.main_run(NAME).path
+    for removed in (4, 8, 12):
+        small.accuracy(taylor, removed, right(0.5))
+        small.accuracy(none, removed, right(0.6, first=20))
+    (axes,) = drawn(small, "ablation").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["\N{EN DASH}", "0.1"]  # omega
+    at = {round(float(one.lines[0].get_xdata()[0])): one for one in axes.containers}
+    assert at[0].lines[0].get_ydata()[0] == pytest.approx(10)
+    # Right by one alone: 20 items by the main run, 40 by the variant. The bootstrap by hand, over the items of each task.
+    ours, theirs = (
+        np.array([float(digit) for digit in next(iter(right(*of).values()))["items"]["acc"]])
+        for of in ((0.6, 200, 20), (0.5,))
+    )
+    drawn_items = np.random.default_rng(5).integers(200, size=(4000, 8, 200))
+    ends = 100 * np.percentile((ours - theirs)[drawn_items].mean((1, 2)), (2.5, 97.5))
+    assert list(at[0].lines[2][0].get_segments()[0][:, 1]) == pytest.approx(list(ends), abs=0.15)
+    assert at[0].lines[0].get_fillstyle() == "full"
+    assert list(at[1].lines[2][0].get_segments()[0][:, 1]) == [0, 0]
+    assert at[1].lines[0].get_fillstyle() == "none"
 
 
 def test_a_grid_has_a_panel_per_feature_and_source_block(tmp_path: Path) -> None:
@@ -635,16 +678,19 @@ def test_a_grid_has_a_panel_per_feature_and_source_block(tmp_path: Path) -> None
     axes = {"feature": ["key", "value"], "prior": ["none", "taylor"], "omega": [0.1, 0.5], "source_block": [1, 2]}
     content["study"]["ablations"] = [{"name": "prior", "backbone": NAME, **axes}]
     maker = Maker(tmp_path, content)
-    for place, run in enumerate(maker.config.ablation_runs(maker.config.ablation("prior"))):
+    runs = maker.config.ablation_runs(maker.config.ablation("prior"))
+    for place, run in enumerate(runs):
         for removed in (4, 8, 12):
             maker.accuracy(run, removed, uniform(0.4 + 0.01 * place + 0.001 * removed))
     panels = drawn(maker, "ablation").axes
     assert [axes.get_title() for axes in panels] == [
         f"feature {feature}, source block {source}" for source in (1, 2) for feature in ("key", "value")
     ]
-    runs = maker.config.ablation_runs(maker.config.ablation("prior"))
+    main = [run.path for run in runs].index(maker.main_run(NAME).path)
     wanted = {"feature": "value", "prior": "taylor", "source_block": 2}
     places = [place for place, run in enumerate(runs) if wanted.items() <= run.variant.items()]
-    taylor = next(container for container in panels[3].containers if container.get_label() == "Taylor")
-    # The mean over the depths 4, 8 and 12.
-    assert list(taylor.lines[0].get_ydata()) == pytest.approx([100 * (0.4 + 0.01 * place + 0.008) for place in places])
+    taylor = [container.lines[0] for container in panels[3].containers if container.get_label() == "Taylor"]
+    # The mean over the depths, which all see the same: what a run has more than the main one. No items, no bars.
+    assert [line.get_ydata()[0] for line in taylor] == pytest.approx([float(place - main) for place in places])
+    bars = [container.lines[2][0].get_segments() for container in panels[3].containers]
+    assert all(np.isnan(segments).any() or len(segments) == 0 for (segments,) in bars)

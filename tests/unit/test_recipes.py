@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from buddy import load
 from buddy.commands.train import fit_depths
 from buddy.errors import UserError
-from buddy.reporting import ablation, figures, measured, published, significance, study, style, tables
-from buddy.reporting.accuracy import _marks
+from buddy.reporting import figures, measured, measures, published, significance, study, style, tables
+from buddy.reporting.accuracy import marks
 from buddy.reporting.labels import series_labels
 from buddy.reporting.likelihood import _variants
 from buddy.runs import RunInfo
@@ -225,7 +225,7 @@ def test_both_recipes_are_told_apart_in_tables_lines_and_comparisons(made: Maker
     assert [row.labels[1] for row in grid.rows] == ["Dense", *["BUDDY", "BUDDY (tuned)"] * 3]
     values = {(row["recipe"], row["value"]) for row in grid.records() if row["method"] == "buddy"}
     assert {recipe for recipe, _ in values} == {"paper", "tuned"}
-    one, other = _marks(shown)
+    one, other = marks(shown)
     assert one.color != other.color
     assert (one.marker, one.dash) != (other.marker, other.dash)
     table = significance.significance(opened)
@@ -271,13 +271,20 @@ def test_a_grid_of_ablations_has_a_row_of_panels_per_recipe(tmp_path: Path) -> N
         f"feature value, source block 1, {recipe}" for recipe in ("paper", "tuned")
     ]
     for recipe, panel in zip(("paper", "tuned"), panels, strict=True):
-        (line,) = [one for one in panel.containers if one.get_label() == "Taylor"]
-        mine = {
-            point.variant["omega"]: point.value
-            for point in ablation.measured(opened, NAME)
-            if (point.variant["recipe"], point.variant["prior"]) == (recipe, "taylor")
-        }
-        assert list(line.lines[0].get_ydata()) == pytest.approx([mine[0.1], mine[0.5]])
+        # Each minus the run of its own recipe.
+        base = opened.main(NAME, recipe)
+        rows = [base, *(one for one in opened.ablation_rows("all") if one.variant["prior"] == "taylor")]
+        rows = list({one.path: one for one in rows if one.recipe == recipe}.values())
+        mean = {one.variant["omega"]: averages(opened, one) for one in rows}
+        marks = [one.lines[0].get_ydata()[0] for one in panel.containers if one.get_label() == "Taylor"]
+        assert sorted(marks) == pytest.approx(sorted([mean[0.1] - mean[0.1], mean[0.5] - mean[0.1]]))
+
+
+def averages(opened: study.Study, series: study.Series) -> float:
+    """The mean over depths of a variant's average accuracy."""
+    depths = opened.removed(NAME)
+    found = [measures.accuracy(opened, NAME, series, removed)["average"].value or 0.0 for removed in depths]
+    return sum(found) / len(found)
 
 
 def test_an_older_record_is_of_the_papers_recipe(made: Maker) -> None:
