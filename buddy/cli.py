@@ -46,6 +46,7 @@ COMMANDS = (
     "breakdown",
     "generate",
     "export",
+    "card",
     "runs",
     "report",
     "status",

@@ -21,7 +21,6 @@ from buddy.evaluation import traces
 from buddy.policies.static import StaticPolicy
 from buddy.routing.model import RoutedModel
 from buddy.routing.sliced import sliced
-from buddy.runs import RunInfo
 from buddy.settings import Trace
 from buddy.storage import folders
 from buddy.storage.files import permitted
@@ -125,13 +124,12 @@ def save(model: RoutedModel, kept: Sequence[int], folder: Path, card: str, gguf:
             gguf_model.write(plain, model.tokenizer, place, gguf.kind, gguf.facts)
 
 
-def facts(name: str, model: RoutedModel, found: Chosen, licence: str = "") -> gguf_model.Facts:
-    """What a GGUF file of the route says of itself; arguments as for `card`."""
-    said = f"{_what(model, found)} {_made(model.origin.info)}"
-    return gguf_model.Facts(name, said, licence, model.blocks, found.removed)
+def facts(name: str, model: RoutedModel, found: Chosen, licence: str, made: str) -> gguf_model.Facts:
+    """What a GGUF file of the route says of itself; ``made`` says how the run was trained, the rest is as for `card`."""
+    return gguf_model.Facts(name, f"{_what(model, found)} {made}", licence, model.blocks, found.removed)
 
 
-def card(name: str, model: RoutedModel, found: Chosen, licence: str = "", scores: Sequence[str] = ()) -> str:
+def card(name: str, model: RoutedModel, found: Chosen, licence: str, said: Sequence[str]) -> str:
     """Text of the model card.
 
     Args:
@@ -139,17 +137,14 @@ def card(name: str, model: RoutedModel, found: Chosen, licence: str = "", scores
         model: the run.
         found: the route that is exported.
         licence: the backbone's, as the Hub spells it; "" where it is not known.
-        scores: lines that say what was measured of this run at this depth.
+        said: how the run was trained, and what was measured of it at this depth, a paragraph each.
     """
     source = model.origin.info.backbone_source or {}
     head = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, depth-pruning, buddy]"]
     head += [f"base_model: {source['hub']}"] if "hub" in source else []
     head += [f"license: {licence}"] if licence else []
-    measured = ["Nothing was measured of the run at this depth."]
-    if scores:
-        measured = ["Measured of the run at this depth:", "", *(f"- {line}" for line in scores)]
-    parts = ["---", *head, "---", "", f"# {name}", "", _what(model, found), "", _made(model.origin.info), "", *measured]
-    return "\n".join(parts) + "\n"
+    top = "\n".join(["---", *head, "---"])
+    return "\n\n".join([top, f"# {name}", _what(model, found), *said]) + "\n"
 
 
 def _what(model: RoutedModel, found: Chosen) -> str:
@@ -165,14 +160,3 @@ def _what(model: RoutedModel, found: Chosen) -> str:
         f"after {found.seen} prompts, and in every step after {100 * found.prompts:.1f} % of them ({found.paths} distinct "
         "routes in all). Where it takes another, this model differs from the run."
     )
-
-
-def _made(info: RunInfo) -> str:
-    training = info.training
-    code = f"Code: buddy, commit {info.commit}." if info.commit else "Code: buddy."
-    if not training.get("lora_rank"):
-        return f"Its weights are the backbone's. {code}"
-    loss = {"ce": "the cross-entropy of its tokens", "kl": "the divergence from the whole model"}[
-        training.get("loss", "ce")
-    ]
-    return f"LoRA of rank {training['lora_rank']}, merged, was trained on {training.get('data', 'given data')} for {loss}. {code}"

@@ -1,9 +1,9 @@
-"""The run that a command takes where none is named, and its backbone, which a shipped run comes without."""
+"""The run that a command takes where none is named, its backbone, which a shipped run comes without, and its records."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from buddy.errors import UserError
 from buddy.runs import RunInfo
 from buddy.settings import Source
 from buddy.storage import locks
+
+if TYPE_CHECKING:
+    from buddy.reporting.measured import Measured
 
 REFERENCE = "reference"
 """Below the results: what this repository ships; everything else there was made on this machine."""
@@ -90,3 +93,24 @@ def _source(run: Path, info: RunInfo) -> Any:
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise UserError(f"{run / runs.RUN_FILE}: backbone_source: not a source of a backbone ({reason})") from None
+
+
+def measured_of(run: Path, info: RunInfo, records: Path | None = None) -> list[Measured]:
+    """What was measured of a run: the records of its study, or those in a folder that have its digests.
+
+    Args:
+        run: its folder.
+        info: its ``run.json``.
+        records: a folder of records; those of its study by default, none for a run outside a study.
+    """
+    from buddy.reporting import measured
+
+    if records is not None:
+        if not records.is_dir():
+            raise UserError(f"--records: {records} is not a folder")
+        return measured.of_run(records, None, info.digests)
+    folder = run.resolve()
+    study = next((parent for parent in folder.parents if parent.name == "runs"), None)
+    if study is None:
+        return []
+    return measured.of_run(study.parent / "records", folder.relative_to(study).as_posix(), info.digests)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import typer
 
 from buddy import hub, runs
 from buddy.commands import _arguments as arg
+from buddy.commands._run import measured_of
 from buddy.errors import UserError, unknown
 from buddy.storage import folders
-from buddy.study.records import Record
-from buddy.tasks import percents
 
 
 def export(
@@ -65,6 +63,7 @@ def export(
     from buddy import export as exporting
     from buddy.backbones import gguf_model, licence
     from buddy.evaluation import traces
+    from buddy.reporting import cards
 
     folders.claim(out, exporting.HOLDS)
     if gguf is not None:
@@ -81,8 +80,10 @@ def export(
         gguf_model.check(model.config, model.tokenizer)
     found = exporting.chosen(model, removed, texts)
     name, license = name or out.resolve().name, license or licence.of(model.origin.backbone)
-    text = exporting.card(name, model, found, license, list(_scores(run, removed)))
-    file = exporting.Gguf(gguf, type, exporting.facts(name, model, found, license)) if gguf is not None else None
+    info = model.origin.info
+    made, measured = cards.made(asdict(info)), cards.at_depth(measured_of(run, info), removed)
+    text = exporting.card(name, model, found, license, [made, measured])
+    file = exporting.Gguf(gguf, type, exporting.facts(name, model, found, license, made)) if gguf is not None else None
     exporting.save(model, found.kept, out, text, file)
     typer.echo(
         f"{out}: {len(found.kept)} of {model.blocks} blocks, without {', '.join(map(str, found.removed)) or 'none'}"
@@ -126,22 +127,3 @@ def _push(out: Path, repository: str, license: str, private: bool, yes: bool) ->
         out, repository, [file.name for file in files], f"{out.resolve().name}, by buddy export", private
     )
     typer.echo(f"sent: {where}")
-
-
-def _scores(run: Path, removed: int) -> Iterator[str]:
-    """What the records of the run's study say of it at a depth; none for a run outside a study."""
-    folder = run.resolve()
-    study = next((parent for parent in folder.parents if parent.name == "runs"), None)
-    if study is None:
-        return
-    records, path = study.parent / "records", folder.relative_to(study)
-    accuracy = records / "accuracy" / path / f"removed~{removed}.json"
-    if accuracy.exists():
-        metrics = Record.read(accuracy).metrics
-        tasks = percents(metrics["tasks"]).values()
-        limit = f", the first {metrics['limit']} items of each" if metrics.get("limit") else ""
-        yield f"accuracy, average of {len(tasks)} tasks: {fmean(tasks):.2f} %{limit}"
-    for file in sorted((records / "likelihood" / path).rglob(f"removed~{removed}.json")):
-        found = Record.read(file).metrics
-        sets = ", ".join(found["datasets"])
-        yield f"held-out text ({sets}; K/V {found['kv']}, {found['decode']}): {found['average']['nll']['mean']:.3f} nats per token"

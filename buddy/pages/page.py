@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from buddy.pages.runsets import Runset, of_ablation, of_series, seeds
-from buddy.reporting import render, tables
+from buddy.reporting import cards, render, tables
 from buddy.reporting.compare import compare
 from buddy.reporting.grid import Grid
 from buddy.reporting.labels import DATASETS, TASK_LABELS, series_labels, variant_labels
@@ -46,7 +45,7 @@ class Page:
 
     def blocks(self) -> Iterator[Any]:
         """The page from top to bottom."""
-        yield self.wr.MarkdownBlock(text=provenance(self.study))
+        yield self.wr.MarkdownBlock(text=cards.provenance(self.study))
         yield self.wr.TableOfContents()
         yield from self._verdicts()
         yield self.wr.H1("Accuracy against budget")
@@ -297,24 +296,3 @@ _PREDICTOR = {"loss": "loss", "entropy": "entropy (nats)", "mean_budget": "mean 
 def title(study: Study) -> str:
     """The page's title."""
     return f"BUDDY study {study.name}"[:128]
-
-
-def describe(study: Study) -> str:
-    """What the study compares, in one line."""
-    plan = study.config.study
-    return f"{', '.join(plan.methods)} on {', '.join(plan.backbones)}; seeds {', '.join(map(str, plan.seeds))}"
-
-
-def provenance(study: Study) -> str:
-    """When the page was made, and of which records: their number, commits and devices."""
-    commits = sorted(
-        {one.commit[:12] + "-dirty" * one.commit.endswith("-dirty") for one in study.records if one.commit}
-    )
-    devices = sorted({one.device for one in study.records if one.device})
-    parts = [
-        f"Study **{study.name}**, made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC of {len(study.records)} records.",
-        f"Commit {', '.join(commits)}." if commits else "The records name no commit.",
-        *([f"Measured on {', '.join(devices)}."] if devices else []),
-        f"It compares {describe(study)}.",
-    ]
-    return " ".join(parts)

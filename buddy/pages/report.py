@@ -12,7 +12,8 @@ from typing import Any
 
 from buddy.errors import UserError, lacking
 from buddy.pages import sweeps
-from buddy.pages.page import Page, describe, title
+from buddy.pages.page import Page, title
+from buddy.reporting import cards
 from buddy.reporting.study import Study
 from buddy.storage.files import read_json, write_json
 from buddy.tracking import modes
@@ -44,7 +45,7 @@ def save(study: Study, entity: str | None, project: str) -> str:
         owner = str(entity or wandb.Api().default_entity)
         known = _known(page, owner, project)
         report = wr.Report(
-            project=project, entity=owner, title=title(study), description=describe(study), width="fluid"
+            project=project, entity=owner, title=title(study), description=cards.describe(study), width="fluid"
         )
         report.blocks = list(Page(wr, study, owner, project, shared).blocks())
         report.id = known

@@ -610,8 +610,39 @@ def load(folder: str | Path) -> tuple[list[Measured], dict[str, str]]:
     return found, skipped
 
 
+def of_run(folder: str | Path, path: str | None, digests: Mapping[str, str]) -> list[Measured]:
+    """What was measured of one run.
+
+    Args:
+        folder: a folder of records, read to its bottom.
+        path: of the run, where the folder is its study's: what lies there is of it.
+        digests: of the run: elsewhere what has the same ones is of it. A run without any is known by its path alone.
+
+    Returns:
+        Records of the kinds that are shown, in the order of their paths; those that cannot be used are named in a warning.
+    """
+    within = [Path(folder) / kind / path for kind in KINDS] if path else []
+    files = [
+        file for place in within for file in [*find(place), place.with_name(f"{place.name}.json")] if file.is_file()
+    ]
+    found = []
+    for file in files or (find(folder) if digests and path is None else []):
+        try:
+            record = Record.read(file)
+            if path is not None or record.digests == digests:
+                found.append(_typed(record, file, Path(folder)))
+        except UserError as error:
+            log.warning("skipped %s", error)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            log.warning("skipped %s: not a complete record (%s: %s)", file, type(error).__name__, error)
+    return found
+
+
 def _read(path: Path, folder: Path) -> Measured:
-    record = Record.read(path)
+    return _typed(Record.read(path), path, folder)
+
+
+def _typed(record: Record, path: Path, folder: Path) -> Measured:
     place = path.relative_to(folder)
     levels = dict(part.split("~", 1) for part in place.with_suffix("").parts if "~" in part)
     series = series_of(place.parent.as_posix()) or f"method~{record.method}"

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from buddy.reporting.measured import Accuracy, Breakdown, Figure, Generation, Latency, Parts
+from buddy.reporting.measured import Accuracy, Breakdown, Figure, Generation, Latency, Parts, Score
 from buddy.reporting.study import Race, Series, Study
 from buddy.resampling import plain_bootstrap
 
@@ -62,7 +62,7 @@ def accuracy(study: Study, backbone: str, series: Series, removed: int) -> dict[
     per_seed: dict[int, dict[str, Measure]] = {}
     for one in study.of(Accuracy, backbone, series.path, removed):
         if one.seed in seeds:
-            scores = {task: _scored(score, one, score.executed_mean) for task, score in one.scores.items()}
+            scores = {task: scored(score, one) for task, score in one.scores.items()}
             per_seed.setdefault(one.seed, {}).update(scores)
     found = {
         task: over_seeds([tasks[task] for tasks in per_seed.values() if task in tasks], len(seeds))
@@ -82,12 +82,13 @@ def answers(study: Study, backbone: str, series: Series, removed: int) -> dict[t
     found: dict[tuple[str, str], list[Measure]] = {}
     for one in study.of(Generation, backbone, series.path, removed):
         for key, share in one.answers.items() if one.seed in series.seeds else ():
-            found.setdefault(key, []).append(_scored(share, one, one.executed_mean))
+            found.setdefault(key, []).append(scored(share, one))
     return {key: over_seeds(seeds, len(series.seeds)) for key, seeds in found.items()}
 
 
-def _scored(figure: Figure, record: Accuracy | Generation, executed_mean: float | None) -> Measure:
+def scored(figure: Figure, record: Accuracy | Generation) -> Measure:
     """One seed's score in percent."""
+    executed_mean = figure.executed_mean if isinstance(figure, Score) else getattr(record, "executed_mean", None)
     return Measure(
         value=100 * figure.value,
         stderr=None if figure.stderr is None else 100 * figure.stderr,

@@ -67,7 +67,7 @@ def test_a_static_peer_is_exported_exactly(trained, tmp_path):
     said = (out / "README.md").read_text()
     assert "license: mit" in said
     assert "without 2 of its 7 blocks (2, 4; counted from 0), which sleb left out" in said
-    assert "LoRA of rank 4, merged, was trained on alpaca for the divergence from the whole model" in said
+    assert "LoRA of rank 4 was trained on alpaca by KL divergence from the backbone at full depth without LoRA" in said
     assert "Nothing was measured" in said
 
 
@@ -119,7 +119,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path):
 
 def test_the_card_says_what_the_records_of_the_study_say(trained, tmp_path):
     run = trained["sleb"]
-    tasks = {"piqa": {"acc": 0.5, "acc_norm": 0.25}, "winogrande": {"acc": 0.75}}
+    tasks = {"piqa": {"n": 4, "acc": 0.5, "acc_norm": 0.25}, "winogrande": {"n": 4, "acc": 0.75}}
     shared = {"study": "small", "backbone": "tiny", "method": "sleb", "n": 4, "budget": Budget.of(5, 7)}
     Record(kind="accuracy", metrics={"tasks": tasks, "limit": 2}, **shared).write(
         tmp_path / "results/small/records/accuracy/method~sleb/removed~2.json"
@@ -127,5 +127,6 @@ def test_the_card_says_what_the_records_of_the_study_say(trained, tmp_path):
     done = command("export", "--run", run, "--removed", 2, "--out", tmp_path / "out")
     assert done.status == 0, done.err
     said = (tmp_path / "out" / "README.md").read_text()
-    assert "accuracy, average of 2 tasks: 50.00 %, the first 2 items of each" in said
+    assert "accuracy, average of 2 tasks: 50.00 %; limited to 2 items per task" in said
+    assert "Not measured at this depth: answers to problems, the likelihood of held-out text, summaries, speed." in said
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
