@@ -17,6 +17,7 @@ from buddy.errors import UserError
 from buddy.evaluation.distance import distances
 from buddy.evaluation.harness import BuddyLM
 from buddy.evaluation.questions import Question, differing
+from buddy.routing.policy import GatedPolicy
 from buddy.settings import Evaluation, Generation
 from buddy.storage.checkpoints import Checkpoints
 from buddy.storage.files import sha256
@@ -188,7 +189,7 @@ def _routes(lm: BuddyLM, contexts: Sequence[Sequence[Tokens]], differed: float) 
         it is 0 where the options have one context, and where routes follow no input.
     """
     policy = lm.model.policy
-    routed = policy.source_block or policy.gated or policy.reads_tokens
+    routed = policy.source_block or isinstance(policy, GatedPolicy) or policy.reads_tokens
     if not routed or all(len(one) < 2 for one in contexts):
         return {"differ": differed, "would_differ": 0.0}
     questions = [Question("", place) for place, one in enumerate(contexts) for _ in one]

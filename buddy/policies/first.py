@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from buddy.errors import BudgetError, UserError
 from buddy.routing.budget import Budget, executed_per_sequence
-from buddy.routing.policy import Policy
+from buddy.routing.policy import GatedPolicy
 
 START = 0.9
 """Probability at which every gate starts: near the pretrained model, and where the sigmoid still has a slope."""
@@ -54,7 +54,7 @@ class FirstState:
     tokens: Tensor
 
 
-class FirstPolicy(Policy):
+class FirstPolicy(GatedPolicy):
     """One linear gate per middle block, on the block's input; the prompt's mean against a threshold.
 
     Args:
@@ -64,7 +64,6 @@ class FirstPolicy(Policy):
             runs. Full depth needs none.
     """
 
-    gated = True
     # After the prefill the route is fixed: a decode step asks this policy for nothing.
     capturable = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from buddy.routing.policy import GatedPolicy
 from buddy.routing.profiling import DECISION, mark
 from buddy.routing.schedule import Plan, plan
 from buddy.routing.step import Step
@@ -15,6 +16,8 @@ class ByGate(Step):
 
     def run(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, S, H) after the last block."""
+        assert isinstance(self.routing.policy, GatedPolicy)
+        self._policy = self.routing.policy
         self._keep(hidden)
         return self._weighted(hidden) if self.routing.gradient else self._by_gate(hidden)
 
@@ -25,7 +28,7 @@ class ByGate(Step):
         route, which reads the prompt alone: a pass over prompt and answer routes as prefill and decode steps do, and the
         causal form is this one.
         """
-        policy, state = self.routing.policy, self.state
+        policy, state = self._policy, self.state
         mask, batch = self._prompt_tokens(hidden), len(hidden)
         everyone = (True,) * batch
         plans: dict[tuple[bool, ...], Plan] = {}  # kept: `_inputs_of` knows rows by their identity
@@ -49,7 +52,7 @@ class ByGate(Step):
 
     def _weighted(self, hidden: Tensor) -> Tensor:
         """Training form of a gated policy: ``h + p * F(h)``, token by token; every block is computed."""
-        policy, state = self.routing.policy, self.state
+        policy, state = self._policy, self.state
         mask, gates = self._readable(), []
         for index in range(len(self.decoder.layers)):
             weight = policy.weights(state.policy_state, index, hidden, mask)

@@ -27,6 +27,7 @@ from buddy.routing.by_sequence import BySequence
 from buddy.routing.by_token import ByToken
 from buddy.routing.call import RouteState, Routing, state_of
 from buddy.routing.kv import RoutedCache
+from buddy.routing.policy import GatedPolicy
 from buddy.routing.step import Step
 from buddy.routing.types import CausalLM, Decoder
 from buddy.settings import MODEL_TYPES
@@ -178,6 +179,6 @@ def run_blocks(
 def form_of(routing: Routing) -> type[Step]:
     """The form of the pass that comes next."""
     assert routing.state is not None
-    if routing.policy.gated:
+    if isinstance(routing.policy, GatedPolicy):
         return ByGate if routing.gradient or routing.state.route is None else BySequence
     return ByToken if routing.form == "causal" else BySequence

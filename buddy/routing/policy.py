@@ -39,8 +39,6 @@ class Policy(nn.Module, ABC):
         source_block: number of leading blocks that run before `decide` (0: it needs nothing from the pass).
         capturable: `observe` and `decide` change nothing but the tensors of the state, in place, and never ask the
             device for a value; a CUDA graph may hold them then.
-        gated: in the prefill the route grows block by block: `gate` sees each block's input before the block runs. It
-            holds from then on; `decide` gives it again. Such a policy reads no K/V (``source_block`` is 0).
         reads_tokens: `read` is called with the tokens of each prompt, before any block runs.
         shares: it scores single blocks, so that a batch can choose together: it has `choices`.
         nested: of two routes at one step the one with fewer blocks is always part of the other, so that a batch calls no
@@ -50,7 +48,6 @@ class Policy(nn.Module, ABC):
     blocks: int
     source_block: int = 0
     capturable: bool = False
-    gated: bool = False
     reads_tokens: bool = False
     shares: bool = False
     nested: bool = False
@@ -148,38 +145,6 @@ class Policy(nn.Module, ABC):
             route[:, token] = torch.where(prompt[:, here], route[:, token], self.decide(state))
         return route
 
-    def gate(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Whether each sequence runs a block; called in the prefill of a `gated` policy, for every block in order.
-
-        Args:
-            state: from `begin`; it remembers the answer for `decide`.
-            index: the block, from 0.
-            hidden: (B, S, H), the block's input for the whole prompt of every sequence.
-            mask: boolean (B, S), True where a token may be read; None means all.
-
-        Returns:
-            Boolean (B,), or None for a block that has no gate and always runs.
-
-        Raises:
-            UserError: the policy has no gates.
-        """
-        raise UserError(f"{type(self).__name__} has no gates")
-
-    def weights(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-        """How much of a block's update each token takes while a `gated` policy is trained, with a gradient.
-
-        Args:
-            state, index, hidden: as in `gate`.
-            mask: boolean (B, S), True for the tokens that are no padding; None means all.
-
-        Returns:
-            (B, S) float in [0, 1], or None for a block that has no gate.
-
-        Raises:
-            UserError: the policy has no gates.
-        """
-        raise UserError(f"{type(self).__name__} has no gates")
-
     def diagnostics(self, state: Any) -> dict[str, float]:
         """Numbers on the last decision that are worth a curve while training; none by default."""
         return {}
@@ -199,3 +164,36 @@ class Policy(nn.Module, ABC):
             UserError: the policy has nothing to train.
         """
         raise UserError(f"{type(self).__name__} has no router to train")
+
+
+class GatedPolicy(Policy):
+    """A policy whose route grows block by block in the prefill: `gate` sees each block's input before the block runs.
+
+    The route holds from then on; `decide` gives it again. Such a policy reads no K/V (``source_block`` is 0).
+    """
+
+    @abstractmethod
+    def gate(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Whether each sequence runs a block; called in the prefill, for every block in order.
+
+        Args:
+            state: from `begin`; it remembers the answer for `decide`.
+            index: the block, from 0.
+            hidden: (B, S, H), the block's input for the whole prompt of every sequence.
+            mask: boolean (B, S), True where a token may be read; None means all.
+
+        Returns:
+            Boolean (B,), or None for a block that has no gate and always runs.
+        """
+
+    @abstractmethod
+    def weights(self, state: Any, index: int, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """How much of a block's update each token takes in training, with a gradient.
+
+        Args:
+            state, index, hidden: as in `gate`.
+            mask: boolean (B, S), True for the tokens that are no padding; None means all.
+
+        Returns:
+            (B, S) float in [0, 1], or None for a block that has no gate.
+        """
