@@ -176,7 +176,12 @@ def root(tmp_path_factory):
     return folder
 
 
-MULTIPLE = [name for name in STOCK if name != "gsm8k"]
+MULTIPLE = [name for name in STOCK if name not in ("gsm8k", "mmlu")]
+
+
+def test_nothing_is_trained_on_the_solved_examples_of_prompts(root):
+    with pytest.raises(UserError, match="holds solved examples for prompts; nothing is trained on it"):
+        training_items(root, ["mmlu"], byte_tokenizer(), 6)
 
 
 @pytest.mark.parametrize("name", MULTIPLE)
