@@ -346,6 +346,13 @@ class Router(Settings):
         2, description="times that examples are sorted by the order that suits them, and orders searched anew", ge=1
     )
     batch_size: int = Field(8, description="examples per pass, each of which takes several routes", ge=1)
+    at_measured: float | None = Field(
+        None,
+        description="share of the examples on which LoRA is trained at one of the depths that routes were measured at, the "
+        "study's; the others have any depth from its deepest to all blocks, as all have by default and in the paper",
+        ge=0,
+        le=1,
+    )
 
 
 class Evaluation(Settings):

@@ -131,10 +131,11 @@ def train(
             facts["router"] = fit.facts()
         if recipe == "tuned":
             settings = settings.model_copy(update={"pool_over": router.pool_over})
+        at_measured = (router.at_measured or 0.0) if recipe == "tuned" else 0.0
         how = Recipe(
-            drawn(most_removed, blocks),
+            drawn(most_removed, blocks, measured_at, at_measured),
             trains_policy=recipe == "paper",
-            constants={"most_removed": most_removed},
+            constants={"most_removed": most_removed, **({"at_measured": at_measured} if at_measured else {})},
             probed=most_removed,
         )
         result = sft.train(model, tokenizer, policy, pairs, settings, how, out, seed, on_log=job.log)

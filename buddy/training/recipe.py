@@ -23,7 +23,7 @@ def own(batch: int, seed: int, step: int, part: int) -> list[float] | None:
     return None
 
 
-def drawn(most_removed: int, blocks: int) -> Budgets:
+def drawn(most_removed: int, blocks: int, often: Sequence[int] = (), share: float = 0.0) -> Budgets:
     """A depth per example, uniform from the deepest pruning of the study to full depth (paper sec. 4.2.3).
 
     With full depth among them every block keeps being trained, and one model serves every budget.
@@ -31,10 +31,18 @@ def drawn(most_removed: int, blocks: int) -> Budgets:
     Args:
         most_removed: blocks left out at most.
         blocks: number of blocks L.
+        often: numbers of removed blocks that a share of the examples has instead, each as often as the others.
+        share: that share, 0 to 1.
     """
 
     def budgets(batch: int, seed: int, step: int, part: int) -> list[float]:
-        return [depth / blocks for depth in draw_depths(batch, blocks - most_removed, blocks, seed, step, part)]
+        depths = draw_depths(batch, blocks - most_removed, blocks, seed, step, part)
+        if often and share:
+            generator = _generator(seed, step, part, 1)
+            preferred = torch.tensor(often)[torch.randint(len(often), (batch,), generator=generator)]
+            chosen = torch.rand(batch, generator=generator) < share
+            depths = torch.where(chosen, blocks - preferred, torch.tensor(depths)).tolist()
+        return [depth / blocks for depth in depths]
 
     return budgets
 
@@ -44,8 +52,12 @@ def draw_depths(batch: int, shallowest: int, blocks: int, seed: int, step: int, 
 
     A pure function of seed, step and part of the step, so a resumed training draws what an uninterrupted one would.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + part)
-    return torch.randint(shallowest, blocks + 1, (batch,), generator=generator).tolist()
+    return torch.randint(shallowest, blocks + 1, (batch,), generator=_generator(seed, step, part)).tolist()
+
+
+def _generator(seed: int, step: int, part: int, other: int = 0) -> torch.Generator:
+    """Random numbers of one part of one step; ``other`` ones for another purpose."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + part + (other << 61))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def fit(
     examples = _Examples(chosen, read(backbone, policy, chosen, settings.batch_size))
     held_out, learnt = examples.part(0, settings.held_out), examples.part(settings.held_out, len(chosen))
     made_by = {
-        "settings": settings.model_dump(exclude={"start"}),
+        "settings": settings.model_dump(exclude={"start", "at_measured"}),
         "depths": list(depths),
         "seed": seed,
         "examples": fingerprints.of_examples(chosen),

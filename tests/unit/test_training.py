@@ -231,6 +231,15 @@ def test_depths_cover_the_range_full_depth_included():
     assert set(counts) == {5, 6, 7, 8}
     assert min(counts.values()) > 150  # 200 expected of each
     assert recipe.draw_depths(4, 5, 8, 1, 7, 0) == recipe.draw_depths(4, 5, 8, 1, 7, 0)
+    # A share of them at the depths that are measured, the others where they would be.
+    plain, often = recipe.drawn(12, 16), recipe.drawn(12, 16, [4, 8], share=0.75)
+    pairs = [pair for step in range(500) for pair in zip(plain(4, 1, step, 0), often(4, 1, step, 0), strict=True)]
+    moved = [new for old, new in pairs if new != old]
+    assert set(moved) == {12 / 16, 8 / 16}
+    elsewhere = sum(1 for _, new in pairs if new not in (12 / 16, 8 / 16)) / len(pairs)
+    assert abs(elsewhere - 0.25 * 11 / 13) < 0.03
+    assert recipe.drawn(12, 16, [4, 8], share=0.0)(4, 1, 7, 0) == plain(4, 1, 7, 0)
+    assert often(4, 1, 7, 0) == often(4, 1, 7, 0)
     assert recipe.draw_depths(8, 2, 30, 1, 7, 0) != recipe.draw_depths(8, 2, 30, 1, 7, 1)
 
 
