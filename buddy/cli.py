@@ -51,6 +51,7 @@ COMMANDS = (
     "report",
     "status",
     "check",
+    "plan",
     "preflight",
     "wandb_sync",
     "wandb_report",

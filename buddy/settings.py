@@ -92,10 +92,8 @@ class Settings(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic takes true for 1."""
         given = value if isinstance(value, list) else [value]
-        if (
-            any(isinstance(one, bool) for one in given)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if any(isinstance(one, bool) for one in given) and bool not in (kind, *get_args(kind)):
             raise ValueError("true and false are no number")
         return value
 

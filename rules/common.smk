@@ -15,7 +15,8 @@ from buddy.settings import INDICATORS, PREDICTOR_PRESETS
 from buddy.storage import gpus
 from buddy.storage.files import write_json
 from buddy.study import config as buddy_config
-from buddy.study import layout, limits, planned_figures, results
+from buddy.study import devices, layout, planned_figures, results
+from buddy.study.estimates import Estimates
 from buddy.study.jobs import Jobs, corpora
 
 CONFIGFILES = [os.path.relpath(file) for file in workflow.overwrite_configfiles]  # as they were given
@@ -27,6 +28,8 @@ RESULTS = f"results/{STUDY.study.name}"
 RECORDS = checked(layout.records_folder, STUDY, RESULTS, ORIGIN)
 MEASURES = STUDY.study.records is None
 JOBS = Jobs(STUDY, RESULTS)
+# What jobs take, for their limits; those of the study that ran on the same device correct the arithmetic.
+ESTIMATES = Estimates(JOBS, Path(RESULTS), devices.device(STUDY.limits.device), lambda: results.of_study(JOBS))
 TABLES_OF_STUDY = STUDY.measured_tables()
 
 CORPORA = corpora(STUDY)

@@ -2,8 +2,8 @@
 from buddy.study.jobs import STAGES
 
 # Stages that load no model fetch from the network, where Snakemake runs; all other jobs keep away from the Hub.
-FETCHED = [stage for stage in STAGES.values() if stage.command != "report" and not stage.share]
-ON_A_MODEL = [stage for stage in STAGES.values() if stage.share and stage.patterns(STUDY)]
+FETCHED = [stage for stage in STAGES.values() if stage.command != "report" and not stage.cost]
+ON_A_MODEL = [stage for stage in STAGES.values() if stage.cost and stage.patterns(STUDY)]
 
 
 def job(stage, wildcards):
@@ -30,11 +30,10 @@ def told(stage):
 
 
 def memory(stage):
-    """Host memory of a job in MB: that of the backbone that it loads, more at each retry."""
+    """Host memory of a job in MB: for the backbone that it loads, more at each retry."""
 
     def of_attempt(wildcards, attempt):
-        loaded = job(stage, wildcards).work.backbone
-        return 4000 if loaded is None else int(1000 * STUDY.backbones[loaded].mem_gb * (1 + 0.5 * (attempt - 1)))
+        return ESTIMATES.host_mb(job(stage, wildcards), attempt)
 
     return of_attempt
 
@@ -43,11 +42,10 @@ MINUTES_AT_MOST = {}  # by rule, once the session has asked the cluster: a retry
 
 
 def minutes(stage):
-    """Time limit of a job: its stage's share of the hours of its backbone, more at each retry."""
+    """Time limit of a job: some times what it should take, more at each retry."""
 
     def of_attempt(wildcards, attempt):
-        hours = STUDY.backbones[job(stage, wildcards).work.backbone].hours
-        return limits.minutes(stage.share, hours, attempt, stage.passes(STUDY), MINUTES_AT_MOST.get(stage.name))
+        return ESTIMATES.minutes(job(stage, wildcards), attempt, MINUTES_AT_MOST.get(stage.name))
 
     return of_attempt
 

@@ -39,10 +39,9 @@ def preflight(
         raise UserError("no Slurm answers here (scontrol ping); run it where you would call sbatch")
     study = studies.read(*(config or [Path("config.yaml")]))
     settings = flight.read_profile(profile)
-    asked = flight.of_study(study, settings)
-    found = flight.check(
-        asked, jobs or settings.get("jobs"), settings.get("slurm-status-command"), results / study.study.name
-    )
+    folder = results / study.study.name
+    asked = flight.of_study(study, settings, folder)
+    found = flight.check(asked, jobs or settings.get("jobs"), settings.get("slurm-status-command"), folder)
     for line in found.warnings:
         typer.echo(f"warning: {line}")
     for line in found.errors:

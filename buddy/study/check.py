@@ -97,7 +97,8 @@ def _run(settings: Config, runs: Mapping[str, Run], folder: Path, path: Path) ->
 def _settings(settings: Config, found: Mapping[str, Any], path: Path, remove: tuple[Path, ...]) -> Iterator[Problem]:
     """Settings of a training against the study's, those that its method reads."""
     unread = {"save_steps", *(() if "/method~buddy/" in path.as_posix() else NOT_OF_PEERS)}
-    wanted = settings.training.model_dump(mode="json", exclude=unread)
+    (backbone,) = re.findall("/backbone~([^/]+)", path.as_posix())[-1:] or [settings.study.backbones[0]]
+    wanted = settings.training_of(backbone).model_dump(mode="json", exclude=unread)
     # A run without LoRA has rank 0, and one that learns nothing has no data.
     absent = {"lora_rank": 0, "data": None}
     shared = [name for name in wanted if name in found and found[name] != absent.get(name, found)]

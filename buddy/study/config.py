@@ -41,6 +41,7 @@ from buddy.study.settings import (
     Ablation,
     Backbone,
     Data,
+    Limits,
     Orders,
     Peers,
     StudyPlan,
@@ -108,6 +109,7 @@ class Config(Settings):
     predictor: Predictor = Predictor()
     latency: Latency = Latency()
     breakdown: Breakdown = Breakdown()
+    limits: Limits = Limits()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -205,13 +207,18 @@ class Config(Settings):
         named = tuple((axis, axes[axis]) for axis in Variant.model_fields)
         return Run(backbone, "buddy", named if lora == "trained" else (*named, ("lora", lora)), seed)
 
+    def training_of(self, backbone: str) -> Training:
+        """How the runs of a backbone are trained."""
+        own = self.backbones[backbone].gradient_checkpointing
+        return self.training if own is None else self.training.model_copy(update={"gradient_checkpointing": own})
+
     def training_options(self, run: Run) -> dict[str, Any]:
         """What `buddy train` is told of a run of BUDDY besides its files: its axes and just the settings that it reads.
 
         The paper's recipe, which is the command's default, goes without saying; a run without LoRA has rank 0.
         """
         axes = {axis: value for axis, value in run.axes if axis not in ("prior", "lora", "recipe")}
-        training = self.training.model_dump(exclude={"data"})
+        training = self.training_of(run.backbone).model_dump(exclude={"data"})
         training |= {"lora_rank": 0} if run.variant.get("lora") == "none" else {}
         given = {**axes, "seed": run.seed, **training}
         if run.variant["recipe"] == "paper":

@@ -1,7 +1,7 @@
 """The jobs of a study: one table of stages, and of each job what it reads, what it makes and what its command is told.
 
-The workflow's rules are made of this table, `buddy status` and `buddy check` look for its outputs, and limits of time are
-held against its shares. A stage is a function below: its name is the rule's, its parameters are the job and
+The workflow's rules are made of this table, `buddy status` and `buddy check` look for its outputs, and `buddy plan` and the
+limits of time and memory count what its jobs cost. A stage is a function below: its name is the rule's, its parameters are the job and
 the wildcards of its paths, and what it answers is what such a job reads and is told. Jobs know each other, so the jobs of a study are what its tables and
 figures show (`buddy.study.results`) and all that these need in turn. Nothing heavy is imported here.
 """
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from buddy.methods import METHODS
 from buddy.settings import READ_BY_GATES, READ_BY_PRESET, corpus_name
+from buddy.study import costs
 from buddy.study.config import Config, Run
 from buddy.study.settings import NOT_OF_GATES, NOT_OF_PEERS
 
@@ -56,11 +57,10 @@ class Stage:
             study has no such jobs.
         work: what a job of these wildcards does.
         folder: it makes a folder of records; else files.
-        share: of the backbone's hours, which its first try gets; 0 for a stage that loads no model, runs where Snakemake
-            runs and has ``minutes``.
-        passes: how often its work is done in one job (a pass per batch size).
+        cost: what a job asks of a device; None for a stage that loads no model, runs where Snakemake runs and has
+            ``minutes``.
         retries: how often a failed job is tried again.
-        minutes: limit of a stage without a share.
+        minutes: limit of a stage that loads no model.
     """
 
     name: str
@@ -69,8 +69,7 @@ class Stage:
     patterns: Callable[[Config], Sequence[str]] = field(repr=False)
     work: Callable[..., Work] = field(repr=False)
     folder: bool = False
-    share: float = 0.0
-    passes: Callable[[Config], int] = field(default=lambda study: 1, repr=False)
+    cost: costs.Cost | None = field(default=None, repr=False)
     retries: int = 1
     minutes: int = 60
 
@@ -255,7 +254,7 @@ def data(job: Job, dataset: str) -> Work:
     return Work({}, {"name": dataset, "source": job.study.data.source, **_out(job.parent, job)})
 
 
-@stage("answered_by~{backbone}/{dataset}", "data/{place}/data.json", command="data", share=1.0, retries=2)
+@stage("answered_by~{backbone}/{dataset}", "data/{place}/data.json", command="data", cost=costs.answering, retries=2)
 def answers(job: Job, backbone: str, dataset: str) -> Work:
     """A data set's prompts answered by a backbone itself."""
     given, asked = job.jobs("data", dataset=dataset), job.jobs("backbone", backbone=backbone)
@@ -290,7 +289,7 @@ def _ranking(job: Job, backbone: str, corpus: str, out: str, **told: Any) -> Wor
     return Work({"backbone": ranked, "corpus": text}, {**given, **told, **_out(out, job)}, backbone)
 
 
-@stage("backbone~{backbone}/indicator~{indicator}", "records/importance/{place}.json", share=0.25)
+@stage("backbone~{backbone}/indicator~{indicator}", "records/importance/{place}.json", cost=costs.ranking)
 def importance(job: Job, backbone: str, indicator: str) -> Work:
     """Blocks ranked on the study's own corpus: for the routers' priors, and for Figure 1."""
     settings = job.study.importance
@@ -302,7 +301,7 @@ def importance(job: Job, backbone: str, indicator: str) -> Work:
     "backbone~{backbone}/corpus~{corpus}/indicator~{indicator}",
     "records/importance/{place}.json",
     command="importance",
-    share=0.25,
+    cost=costs.ranking,
 )
 def corpus_orders(job: Job, backbone: str, corpus: str, indicator: str) -> Work:
     """Blocks ranked on another corpus (Figures 7 and 8)."""
@@ -322,7 +321,7 @@ def _lengths(study: Config) -> list[str]:
 
 
 # One job for all lengths: loading a backbone takes longer than ranking its blocks at one of them.
-@stage("backbone~{backbone}/indicator~{indicator}", _lengths, command="importance", share=0.25)
+@stage("backbone~{backbone}/indicator~{indicator}", _lengths, command="importance", cost=costs.ranking)
 def length_orders(job: Job, backbone: str, indicator: str) -> Work:
     """Blocks ranked at several lengths of the context (Figure 2)."""
     settings = job.study.orders
@@ -333,7 +332,11 @@ def length_orders(job: Job, backbone: str, indicator: str) -> Work:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-@stage("backbone~{backbone}/method~{static_peer}/criterion~{criterion}", "records/calibration/{place}.json", share=0.5)
+@stage(
+    "backbone~{backbone}/method~{static_peer}/criterion~{criterion}",
+    "records/calibration/{place}.json",
+    cost=costs.ranking,
+)
 def calibrate(job: Job, backbone: str, static_peer: str, criterion: str) -> Work:
     """Which blocks a static peer removes: once per backbone, for all depths."""
     settings = job.study.peers
@@ -346,7 +349,7 @@ def calibrate(job: Job, backbone: str, static_peer: str, criterion: str) -> Work
     return _ranking(job, backbone, settings.corpus, job.path, **told)
 
 
-@stage("backbone~{backbone}", "records/calibration/{place}/method~pudding.json", share=1.0)
+@stage("backbone~{backbone}", "records/calibration/{place}/method~pudding.json", cost=costs.pool)
 def pool(job: Job, backbone: str) -> Work:
     """The sets of blocks that PuDDing chooses from."""
     settings = job.study.pudding
@@ -377,7 +380,7 @@ def _kept(job: Job) -> dict[str, str]:
     return {**_out(job.parent, job), "record": job.paths[1]}
 
 
-@stage("{routed}", ("runs/{place}/run.json", "records/training/{place}.json"), share=1.0, retries=2)
+@stage("{routed}", ("runs/{place}/run.json", "records/training/{place}.json"), cost=costs.training, retries=2)
 def train(job: Job, routed: str) -> Work:
     """BUDDY's stage 1: one run per backbone, variant and seed. A killed job goes on from its checkpoint."""
     run = job.jobs.runs[routed]
@@ -394,7 +397,7 @@ def train(job: Job, routed: str) -> Work:
     return Work(reads, told, run.backbone)
 
 
-@stage("backbone~{backbone}/seed~{seed}", "gates/{place}/run.json", share=0.5, retries=2)
+@stage("backbone~{backbone}/seed~{seed}", "gates/{place}/run.json", cost=costs.gates, retries=2)
 def gates(job: Job, backbone: str, seed: str) -> Work:
     """FiRST's gates, which know of no depth: trained once for all of them."""
     study = job.study
@@ -403,13 +406,13 @@ def gates(job: Job, backbone: str, seed: str) -> Work:
     told = {
         **{"backbone": opened.parent, "data": pairs.parent, "seed": seed},
         **{f"first_{name}": value for name, value in study.first.model_dump(include={*READ_BY_GATES}).items()},
-        **study.training.model_dump(exclude={"data", *NOT_OF_GATES}),
+        **study.training_of(backbone).model_dump(exclude={"data", *NOT_OF_GATES}),
         **_out(job.parent, job),
     }
     return Work({"backbone": opened, "data": pairs}, told, backbone)
 
 
-@stage("{peer}", ("runs/{place}/run.json", "records/training/{place}.json"), share=1.0, retries=2)
+@stage("{peer}", ("runs/{place}/run.json", "records/training/{place}.json"), cost=costs.peer, retries=2)
 def adapt(job: Job, peer: str) -> Work:
     """A peer's run: its choice of blocks, and what it trains."""
     study, run = job.study, job.jobs.runs[peer]
@@ -418,7 +421,11 @@ def adapt(job: Job, peer: str) -> Work:
     told = {
         **{"backbone": ranked.parent, "data": pairs.parent, **own, "method": run.method},
         **{axis: value for axis, value in run.axes if axis != "criterion"},
-        **{"seed": run.seed, **study.training.model_dump(exclude={"data", *NOT_OF_PEERS}), **_kept(job)},
+        **{
+            "seed": run.seed,
+            **study.training_of(run.backbone).model_dump(exclude={"data", *NOT_OF_PEERS}),
+            **_kept(job),
+        },
     }
     spared = tuple(name for name in ("gates",) if name in own)
     return Work({"backbone": ranked, "data": pairs, **reads}, told, run.backbone, spared)
@@ -458,7 +465,7 @@ def _of_peer(job: Job, run: Run) -> tuple[dict[str, Read], dict[str, Any]]:
 _PREDICTOR = "{routed}/preset~{preset}"
 
 
-@stage(_PREDICTOR, ("predictors/{place}/run.json", "records/training/{place}.json"), share=0.5, retries=2)
+@stage(_PREDICTOR, ("predictors/{place}/run.json", "records/training/{place}.json"), cost=costs.predictor, retries=2)
 def predictor(job: Job, routed: str, preset: str) -> Work:
     """A predictor trained on a finished run, which it leaves as it is."""
     settings, run = job.study.predictor, job.jobs.runs[routed]
@@ -478,7 +485,7 @@ def _predicting(job: Job, sets: Sequence[Job], **told: Any) -> Work:
     return Work({"run": made, "data": sets}, told, job.jobs.runs[job.wildcards["routed"]].backbone)
 
 
-@stage(_PREDICTOR, "records/predicted/{place}/auto.json", command="evaluate", share=0.25, retries=2)
+@stage(_PREDICTOR, "records/predicted/{place}/auto.json", command="evaluate", cost=costs.evaluation, retries=2)
 def evaluate_auto(job: Job, routed: str, preset: str) -> Work:
     """Accuracy at the depths that a predictor chooses."""
     tasks = job.jobs.data(job.study.predictor.tasks)
@@ -486,7 +493,7 @@ def evaluate_auto(job: Job, routed: str, preset: str) -> Work:
     return _predicting(job, tasks, data=_folder_of(tasks), budget="auto", **told)
 
 
-@stage(_PREDICTOR, "records/solved/{place}/auto.json", command="solve", share=0.5, retries=2)
+@stage(_PREDICTOR, "records/solved/{place}/auto.json", command="solve", cost=costs.solving, retries=2)
 def solve_auto(job: Job, routed: str, preset: str) -> Work:
     """Problems answered at the depths that a predictor chooses."""
     problems = job.study.predictor.problems
@@ -502,7 +509,7 @@ def _held_out(study: Config) -> list[str]:
     return [f"records/budget/{_PREDICTOR}/dataset~{name}.json" for name in names]
 
 
-@stage(_PREDICTOR, _held_out, share=0.5)
+@stage(_PREDICTOR, _held_out, cost=costs.constant_budgets)
 def budget_eval(job: Job, routed: str, preset: str) -> Work:
     """A predictor held against every constant budget."""
     settings = job.study.predictor
@@ -542,14 +549,14 @@ def _read_of(job: Job, path: str, settings: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in settings.items() if name not in unread}
 
 
-@stage("{run}", "records/accuracy/{place}", share=0.5, retries=2, folder=True)
+@stage("{run}", "records/accuracy/{place}", cost=costs.evaluation, retries=2, folder=True)
 def evaluate(job: Job, run: str) -> Work:
     """Accuracy: one job per run, all its budgets and tasks in it, so that the backbone is loaded once."""
     settings = job.study.evaluation
     return _measuring(job, run, job.jobs.data(settings.tasks), **_read_of(job, run, settings.model_dump()))
 
 
-@stage("{run}", "records/whole/{place}", command="evaluate", share=0.5, retries=2, folder=True)
+@stage("{run}", "records/whole/{place}", command="evaluate", cost=costs.evaluation, retries=2, folder=True)
 def evaluate_whole(job: Job, run: str) -> Work:
     """Accuracy of a whole model on the tasks that are scored at predicted depths and in no table."""
     tasks = job.study.predicted_only()
@@ -557,7 +564,7 @@ def evaluate_whole(job: Job, run: str) -> Work:
     return _measuring(job, run, job.jobs.data(tasks), **settings)
 
 
-@stage("{run}", "records/generation/{place}", share=0.5, retries=2, folder=True)
+@stage("{run}", "records/generation/{place}", cost=costs.solving, retries=2, folder=True)
 def solve(job: Job, run: str) -> Work:
     """Problems answered by generation."""
     settings = job.study.generation
@@ -568,7 +575,7 @@ def solve(job: Job, run: str) -> Work:
 _ON_A_DATA_SET = "{run}/dataset~{dataset}"
 
 
-@stage(_ON_A_DATA_SET, "records/trace/{place}", share=0.1, folder=True)
+@stage(_ON_A_DATA_SET, "records/trace/{place}", cost=costs.generating, folder=True)
 def trace(job: Job, run: str, dataset: str) -> Work:
     """The paths that generations take; after a task's prompts nothing is generated."""
     settings = job.study.trace
@@ -577,14 +584,14 @@ def trace(job: Job, run: str, dataset: str) -> Work:
     return _measuring(job, run, job.jobs("data", dataset=dataset), **told)
 
 
-@stage("{routed}/dataset~{dataset}", "records/rouge/{place}", share=0.2, folder=True)
+@stage("{routed}/dataset~{dataset}", "records/rouge/{place}", cost=costs.generating, folder=True)
 def rouge(job: Job, routed: str, dataset: str) -> Work:
     """Summaries of dialogues."""
     settings = job.study.summaries.model_dump(exclude={"backbones"})
     return _measuring(job, routed, job.jobs("data", dataset=dataset), **settings)
 
 
-@stage("{run}", "records/likelihood/{place}", share=0.2, retries=2, folder=True)
+@stage("{run}", "records/likelihood/{place}", cost=costs.scoring, retries=2, folder=True)
 def score(job: Job, run: str) -> Work:
     """Held-out text scored at all depths, K/V policies and decode modes in one job, so that the whole model takes each item
     once; a variant that only an ablation shows in the mode that its table shows."""
@@ -600,8 +607,7 @@ def score(job: Job, run: str) -> Work:
 @stage(
     _ON_A_DATA_SET,
     "records/latency/{place}",
-    share=0.2,
-    passes=lambda study: len(study.latency.batch_sizes),
+    cost=costs.timing,
     folder=True,
 )
 def latency(job: Job, run: str, dataset: str) -> Work:
@@ -613,7 +619,7 @@ def latency(job: Job, run: str, dataset: str) -> Work:
     return _measuring(job, run, job.jobs("data", dataset=dataset), **told)
 
 
-@stage("{run}", "records/breakdown/{place}", share=0.1, folder=True)
+@stage("{run}", "records/breakdown/{place}", cost=costs.profiling, folder=True)
 def breakdown(job: Job, run: str) -> Work:
     """What a routed pass spends its time on: of the run itself, or of the one made of it that has a budget predictor, whose
     cost is then profiled, too."""

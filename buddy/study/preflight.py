@@ -20,9 +20,10 @@ import yaml
 
 from buddy.errors import UserError
 from buddy.storage.processes import query
-from buddy.study import limits
+from buddy.study import devices, results
 from buddy.study.config import Config
-from buddy.study.jobs import STAGES
+from buddy.study.estimates import Estimates
+from buddy.study.jobs import Jobs
 
 PROFILE = "workflow/profiles/slurm/config.yaml"
 
@@ -123,20 +124,24 @@ def read_profile(folder: Path) -> dict[str, Any]:
     return content
 
 
-def of_study(study: Config, profile: Mapping[str, Any]) -> list[Asked]:
-    """What the jobs of a study ask for, rule by rule, each with the hours of the study's slowest backbone."""
-    hours = max(study.backbones[name].hours for name in study.study.backbones)
+def of_study(study: Config, profile: Mapping[str, Any], folder: Path) -> list[Asked]:
+    """What the jobs of a study ask for, rule by rule, each for its longest job."""
+    jobs = Jobs(study)
+    planned = results.of_study(jobs)
+    estimates = Estimates(jobs, folder, devices.device(study.limits.device), lambda: planned)
+    longest: dict[str, int] = {}
+    for job in planned:
+        if job.kind.cost:
+            longest[job.stage] = max(longest.get(job.stage, 0), estimates.minutes(job))
     default = profile.get("default-resources") or {}
     own = profile.get("set-resources") or {}
     asked = []
-    for stage in STAGES.values():
-        if not stage.share:
-            continue
-        said = {**default, **(own.get(stage.name) or {})}
+    for stage, minutes in longest.items():
+        said = {**default, **(own.get(stage) or {})}
         asked.append(
             Asked(
-                stage.name,
-                limits.minutes(stage.share, hours, times=stage.passes(study)),
+                stage,
+                minutes,
                 str(said.get("slurm_partition") or ""),
                 str(said.get("slurm_account") or ""),
                 gpus=1,
@@ -223,7 +228,7 @@ def _time(asked: Sequence[Asked], known: dict[str, Partition], found: Findings) 
     for (name, rule), minutes in longest.items():
         found.error(
             f"Rule {rule} asks for {minutes} minutes, partition {name} grants {known[name].minutes} (MaxTime): it would wait "
-            f"for ever. Set another slurm_partition in {PROFILE}, or fewer `hours` of the backbone in config.yaml (a "
+            f"for ever. Set another slurm_partition in {PROFILE}, or `hours` of the backbone in config.yaml (a "
             "training that runs out of time goes on from its last checkpoint)."
         )
 

@@ -89,8 +89,18 @@ def spent(job: Job, folder: Path) -> tuple[float, float]:
     return wall / 3600, gpu / 3600
 
 
+def ran_on(job: Job, folder: Path) -> str:
+    """The device that a job's record names; "" where it left none."""
+    for content in _records(job, folder):
+        return str(content.get("environment", {}).get("device", ""))
+    return ""
+
+
 def _records(job: Job, folder: Path) -> Iterator[Mapping[str, Any]]:
-    for made in (folder / output for output in job.outputs if output.startswith("records/")):
+    told = [folder / output for output in job.outputs if output.startswith("records/")]
+    # Gates have the record of their training in their own folder.
+    told += [(folder / output).with_name("training.json") for output in job.outputs if output.startswith("gates/")]
+    for made in told:
         for path in [made] if made.is_file() else find(made):
             if content := read_json(path):
                 yield content

@@ -29,6 +29,7 @@ from buddy.settings import (
     corpus_name,
     told,
 )
+from buddy.study.devices import DEVICES
 
 if TYPE_CHECKING:
     Method: TypeAlias = str
@@ -61,8 +62,22 @@ class Backbone(Settings):
         "bfloat16",
         description="weights written for wheel and random sources; compute is bfloat16 on a GPU, float32 on a CPU",
     )
-    mem_gb: int = Field(48, description="host memory of a job that loads it, GB", ge=1)
-    hours: float = Field(12, description="time limit of one training job, hours; other jobs scale with it", gt=0)
+    parameters: float | None = Field(
+        None, description="billions of parameters, where a plan cannot know them: of a repository not fetched yet", gt=0
+    )
+    gradient_checkpointing: bool | None = Field(
+        None, description="trade compute for memory in its trainings; training.gradient_checkpointing by default"
+    )
+    mem_gb: int | None = Field(
+        None,
+        description="host memory of every job that loads it, GB; by default what the job needs (`buddy plan`)",
+        ge=1,
+    )
+    hours: float | None = Field(
+        None,
+        description="time limit of every job that loads it, hours; by default what the job takes, times limits.safety",
+        gt=0,
+    )
 
     @model_validator(mode="after")
     def _legal_removals(self) -> Backbone:
@@ -282,6 +297,17 @@ def unread_by_tuned(lora_rank: int) -> frozenset[str]:
     said in the section `router`, and without LoRA nothing is trained after the fit."""
     return frozenset(
         {"router_learning_rate", "pool_over"} if lora_rank else set(Training.model_fields) - {*_READ_BY_THE_FIT, "data"}
+    )
+
+
+class Limits(Settings):
+    """What jobs ask Slurm for: the time that they take on a device, and as much again for safety."""
+
+    device: Literal[tuple(DEVICES)] = Field(  # type: ignore[valid-type]
+        "a100", description="what the jobs run on; where they differ, the slowest"
+    )
+    safety: float = Field(
+        3.0, description="time limit of a first try, in multiples of the time that it should take", ge=1
     )
 
 

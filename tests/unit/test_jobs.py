@@ -136,6 +136,6 @@ def test_a_shell_hands_a_command_over_as_it_was_told() -> None:
     assert done.stdout.strip() == str(["--name", told["name"], "--blocks=-1,0"])
 
 
-def test_stages_that_load_a_model_have_a_share_of_its_time() -> None:
+def test_stages_that_load_a_model_say_what_it_costs() -> None:
     fetching = {"backbone", "data", "encoder", "table", "figure"}
-    assert {name for name, stage in STAGES.items() if not stage.share} == fetching
+    assert {name for name, stage in STAGES.items() if stage.cost is None} == fetching

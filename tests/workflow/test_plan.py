@@ -14,7 +14,8 @@ import yaml
 from checkout import ROOT, clone, planned, snakemake
 from records_factory import Maker
 
-from buddy.study import config
+from buddy.study import config, planning
+from buddy.study.jobs import Jobs
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,43 @@ def test_peers_may_be_compared_at_fewer_depths(checkout):
     (checkout / "some.yaml").write_text(yaml.safe_dump({"study": {"peers_removed": {"llama2-7b": [5]}}}))
     said = snakemake(checkout, "-n", "--configfile", "some.yaml")
     assert "peers_removed: [5] is not among the [4, 8, 12, 16] of llama2-7b" in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize(
+    ("targets", "files"),
+    [
+        ((), ()),
+        ((), ("tests/tiny.yaml",)),
+        ((), ("workflow/weekend.yaml",)),
+        (("table2",), ("workflow/weekend.yaml",)),
+        (("table4", "figure1"), ()),
+        (("likelihood",), ()),
+    ],
+)
+def test_a_plan_has_the_jobs_that_snakemake_would_run(checkout, targets, files):
+    given = ("--configfile", *files) if files else ()
+    expected = planned(checkout, *targets, *given)
+    for target in ("all", *targets):  # what only collects
+        expected.pop(target, None)
+    study = config.read(*(checkout / file for file in ("config.yaml", *files)))
+    _, found = planning.read(Jobs(study, f"results/{study.study.name}"), checkout / "nowhere", "h100", targets)
+    assert {row.stage: len(row.jobs) for row in found.rows} == expected
+    assert found.jobs == sum(expected.values())
+
+
+def test_limits_of_time_and_memory_are_those_of_the_plan(checkout):
+    said = snakemake(
+        checkout, "-n", "results/weekend/tables/table4.csv", "--configfile", "workflow/weekend.yaml", "--verbose"
+    )
+    study = config.read(checkout / "config.yaml", checkout / "workflow/weekend.yaml")
+    estimates, found = planning.read(
+        Jobs(study, "results/weekend"), checkout / "nowhere", study.limits.device, ["table4"]
+    )
+    (job,) = [job for row in found.rows for job in row.jobs if job.stage == "train"]
+    block = next(part for part in (said.stdout + said.stderr).split("\nrule ") if part.startswith("train:"))
+    resources = dict(re.findall(r"(\w+)=(\d+)", block.split("resources:")[1]))
+    assert int(resources["runtime"]) == estimates.minutes(job)
+    assert int(resources["mem_mb"]) == estimates.host_mb(job)
 
 
 @pytest.mark.parametrize("name", ["tabel2", "table99", "figure3"])
