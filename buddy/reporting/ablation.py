@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from buddy.reporting import measures, published
 from buddy.reporting.accuracy import ERROR_NOTE, headline_note
-from buddy.reporting.grid import NEAR, Cell, Grid, Row, rank
+from buddy.reporting.grid import Cell, Grid, Row, noise_note, rank
 from buddy.reporting.labels import (
     coordinates,
     number,
@@ -15,9 +15,7 @@ from buddy.reporting.labels import (
     provenance,
     trained_by,
 )
-from buddy.reporting.render import NEAR_SIGN
-from buddy.reporting.significance import difference
-from buddy.reporting.study import Series, Study
+from buddy.reporting.study import Study
 from buddy.study.settings import Ablation, Table, Variant
 
 
@@ -37,9 +35,8 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
             at = coordinates(study, name, backbone, series, removed)
             cells.append(Cell({**at, "task": "average", "unit": "%"}, found, beside))
         rows.append(Row(tuple(_axis_label(axis, series.variant) for axis in axes), cells))
-    for column, removed in enumerate(depths):
+    for column in range(len(depths)):
         rank((row.cells[column] for row in rows), second=False)
-        _mark_noise(study, backbone, removed, [row.cells[column] for row in rows], study.ablation_rows(ablation.name))
     what = " and ".join(axis.replace("_", " ") for axis in axes)
     return Grid(
         name=name,
@@ -51,32 +48,13 @@ def ablation(study: Study, name: str, table: Table) -> Grid:
         latex_errors=frozenset(range(len(depths))),
         notes=[
             f"Average over {len(study.tasks)} tasks, best of each column bold. {headline_note(study.tasks)}",
-            *([NOISE_NOTE] if any(cell is not None and cell.near for row in rows for cell in row.cells) else []),
+            *noise_note(cell for row in rows for cell in row.cells),
             *_held(study, axes, ablation),
             *trained_by(study, study.ablation_rows(ablation.name)),
             *one_path(study, backbone, study.ablation_rows(ablation.name)),
             *provenance(study, "accuracy", backbone),
         ],
     )
-
-
-NOISE_RESAMPLES = 2000
-NOISE_NOTE = (
-    f"{NEAR_SIGN} {NEAR}: the 95 % interval of the difference from the best of the column, by a paired bootstrap over the "
-    "items, holds 0. Not corrected for the number of rows; another training would add noise of its own."
-)
-
-
-def _mark_noise(
-    study: Study, backbone: str, removed: int, cells: Sequence[Cell | None], series: Sequence[Series]
-) -> None:
-    """Mark the cells of a column that are no worse than its best for all that the items say."""
-    best = next((one for cell, one in zip(cells, series, strict=True) if cell is not None and cell.rank == 1), None)
-    for cell, one in zip(cells, series, strict=True):
-        if best is None or cell is None or cell.rank == 1 or cell.measure.value is None or cell.measure.off_depth:
-            continue
-        found = difference(study, backbone, best, one, removed, NOISE_RESAMPLES)
-        cell.near = found.value is not None and found.low <= 0 <= found.high
 
 
 def _axes(ablation: Ablation) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from buddy.reporting.measures import Measure
+from buddy.reporting.measures import NORMAL, Array, Measure
 from buddy.reporting.study import Series
+from buddy.resampling import estimate
 
 FIGURES = (
     *("value", "stderr", "p10", "p90", "seed_sd", "n", "seeds"),
@@ -18,7 +20,7 @@ FIGURES = (
 """Columns of a tidy CSV after the coordinates of the cell (see `buddy.reporting.measures.Measure`)."""
 
 
-NEAR = "inside the noise of the best"
+NEAR = "among the best: inside the noise"
 WIDE = 0.2
 """Share of a speed-up above which its standard error leaves little of it: a timed pass has stalled."""
 BEYOND = 1.05
@@ -35,7 +37,7 @@ class Cell:
         published: the paper's figure for the same cell, in the same unit.
         decimals: shown digits after the point.
         rank: 1 best (bold), 2 second (underlined), 0 neither.
-        near: whether its difference from the best is inside the noise.
+        near: whether it is the best or inside its noise, where that holds several, none of which is then bold.
         doubt: why its figure is not to be relied on; "" where nothing speaks against it.
         text: shown in place of the number.
     """
@@ -138,8 +140,8 @@ class Grid:
 
 
 def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False) -> None:
-    """Mark the best of the cells and, if asked, the second best, as they read after rounding; ties share a mark, and
-    after two that are best there is no second. The best is the highest, or the lowest.
+    """Mark the best of the cells and, if asked, the second best, as they read after rounding. The best is the highest, or
+    the lowest. Where others read the same or are inside its noise, they and it are marked as that, and none is best.
 
     A cell measured at another depth than it stands for does not compete. With fewer than two that do there is nothing to
     compare and nothing is marked.
@@ -151,8 +153,53 @@ def rank(cells: Iterable[Cell | None], second: bool = True, lowest: bool = False
     from scipy.stats import rankdata
 
     shown = np.array([float(f"{cell.measure.value:.{cell.decimals}f}") for cell in measured])
-    for cell, place in zip(measured, rankdata(shown if lowest else -shown, method="min"), strict=True):
-        cell.rank = int(place) if place <= (2 if second else 1) else 0
+    places = rankdata(shown if lowest else -shown, method="min")
+    first = measured[int(np.argmin(places))]
+    others = [(cell, place) for cell, place in zip(measured, places, strict=True) if cell is not first]
+    near = [cell for cell, place in others if place == 1 or inside_noise(first.measure, cell.measure)]
+    if near:
+        for cell in (first, *near):
+            cell.near = True
+        return
+    first.rank = 1
+    for cell, place in others:
+        cell.rank = 2 if second and place == 2 else 0
+
+
+NOISE_RESAMPLES = 2000
+CLEAR = (1.0, 4.0)
+"""Standard errors of a difference below which it is noise, and above which it is not, whatever the shape of its items."""
+NOISE_NOTE = (
+    f"\N{ALMOST EQUAL TO} {NEAR}; none is bold where the 95 % interval of a difference from the best holds 0, by a paired "
+    "bootstrap over the items (where a record has no items, by both standard errors). Not corrected for the number of rows; "
+    "another training would add noise of its own."
+)
+
+
+def inside_noise(one: Measure, other: Measure) -> bool:
+    """Whether the 95 % interval of the difference of two figures holds 0: by a paired bootstrap over the items that both
+    have, else by their standard errors, as if independent; without either nothing speaks against the difference."""
+    if one.samples and [len(each) for each in one.samples] == [len(each) for each in other.samples]:
+        gaps = [ours - theirs for ours, theirs in zip(one.samples, other.samples, strict=True)]
+        middle, error = abs(float(np.mean([gap.mean() for gap in gaps]))), _spread(gaps)
+        if not CLEAR[0] * error <= middle <= CLEAR[1] * error:  # no bootstrap says otherwise
+            return middle < CLEAR[0] * error
+        found = estimate(gaps, NOISE_RESAMPLES)
+        return found.low <= 0 <= found.high
+    errors = (_error(one), _error(other))
+    if errors[0] is None or errors[1] is None or one.value is None or other.value is None:
+        return False
+    return abs(one.value - other.value) <= NORMAL * math.hypot(errors[0], errors[1])
+
+
+def _error(measure: Measure) -> float | None:
+    """The standard error, of the items where they are known: what is printed may be half of an interval."""
+    return measure.stderr if not measure.samples else _spread(measure.samples)
+
+
+def _spread(groups: Sequence[Array]) -> float:
+    """Standard error of the mean of the groups' means."""
+    return math.sqrt(sum(float(np.var(each, ddof=min(1, len(each) - 1))) / len(each) for each in groups)) / len(groups)
 
 
 def rank_columns(rows: Sequence[Row], series: Sequence[Series], lowest: Sequence[bool] | None = None) -> None:
@@ -170,12 +217,18 @@ def rank_columns(rows: Sequence[Row], series: Sequence[Series], lowest: Sequence
 
 
 def rank_note(rows: Iterable[Row], series: Iterable[Series]) -> list[str]:
-    """What bold and underlined mean, if anything is."""
-    if not any(cell is not None and cell.rank for row in rows for cell in row.cells):
-        return []
+    """What bold, underlined and the mark of noise mean, if anything is."""
+    cells = [cell for row in rows for cell in row.cells if cell is not None]
     pruned = {one.lora for one in series if one.depths != (0,)}
     apart = ", with LoRA and without it apart" if len(pruned) > 1 else ""
-    return [f"At each depth the best method is bold, the second underlined{apart}."]
+    ranked = any(cell.rank for cell in cells)
+    told = [f"At each depth the best method is bold, the second underlined{apart}."] if ranked else []
+    return told + noise_note(cells)
+
+
+def noise_note(cells: Iterable[Cell | None]) -> list[str]:
+    """What the mark of noise means, if any cell has it."""
+    return [NOISE_NOTE] if any(cell is not None and cell.near for cell in cells) else []
 
 
 def doubt_note(rows: Iterable[Row]) -> list[str]:

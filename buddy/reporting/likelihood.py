@@ -259,6 +259,7 @@ def _measure(found: Scored | None, measure: str, seeds: int) -> Measure:
         seeds=found.seeds,
         executed_mean=found.executed,
         off_depth=found.off_depth,
+        samples=tuple(SCALES[measure] * each for each in found.values[measure].values()),
         note="" if found.seeds >= seeds else f"{found.seeds} of {seeds} seeds",
     )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from buddy.reporting.measured import Accuracy, Breakdown, Figure, Generation, Latency, Parts, Score
 from buddy.reporting.study import Race, Series, Study
 from buddy.resampling import plain_bootstrap
+
+Array = NDArray[np.float64]
 
 NOT_MEASURED = "not measured"
 DEPTH_TOLERANCE = 0.05
@@ -38,6 +41,8 @@ class Measure:
         executed_mean: number of blocks that ran on average; the mean over seeds.
         off_depth: whether that misses the depth asked for (by more than ``DEPTH_TOLERANCE``) in any of the seeds.
         note: why the value is absent or incomplete.
+        samples: by task or data set the value of each item, (n,), in the same unit and the mean over seeds: what tells it
+            apart from another figure of the same items; () where they are not known.
     """
 
     value: float | None = None
@@ -51,6 +56,7 @@ class Measure:
     executed_mean: float | None = None
     off_depth: bool = False
     note: str = NOT_MEASURED
+    samples: tuple[Array, ...] = field(default=(), compare=False, repr=False)
 
 
 def accuracy(study: Study, backbone: str, series: Series, removed: int) -> dict[str, Measure]:
@@ -98,7 +104,13 @@ def scored(figure: Figure, record: Accuracy | Generation) -> Measure:
         executed_mean=executed_mean,
         off_depth=_misses(executed_mean, record.executed),
         note="",
+        samples=(_percent(figure.items),) if isinstance(figure, Score) and figure.items else (),
     )
+
+
+def _percent(items: str) -> Array:
+    """Of each item, a digit, 100 where it was right."""
+    return 100.0 * (np.frombuffer(items.encode(), np.uint8).astype(np.float64) - ord("0"))
 
 
 def _misses(executed_mean: float | None, asked: int | None) -> bool:
@@ -119,6 +131,7 @@ def average(tasks: Sequence[Measure]) -> Measure:
         executed_mean=_mean(task.executed_mean for task in tasks),
         off_depth=any(task.off_depth for task in tasks),
         note="",
+        samples=tuple(one for task in tasks for one in task.samples) if all(task.samples for task in tasks) else (),
     )
 
 
@@ -139,7 +152,15 @@ def over_seeds(seeds: Sequence[Measure], expected: int) -> Measure:
         executed_mean=_mean(seed.executed_mean for seed in seeds),
         off_depth=any(seed.off_depth for seed in seeds),
         note="" if len(seeds) >= expected else f"{len(seeds)} of {expected} seeds",
+        samples=_over_seeds([seed.samples for seed in seeds]),
     )
+
+
+def _over_seeds(seeds: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Of each item the mean over seeds; () where they have not all the same items."""
+    if len({tuple(map(len, one)) for one in seeds}) != 1:
+        return ()
+    return tuple(np.mean(same, axis=0) for same in zip(*seeds, strict=True))
 
 
 LATENCY_METRICS = {

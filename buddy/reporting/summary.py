@@ -1,20 +1,24 @@
-"""A study in a few lines for the terminal: accuracy against budget, speed, and where the plots are."""
+"""A study in a few lines of at most 80 columns for the terminal: accuracy against budget, speed, and where the rest is."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from buddy.reporting import figures, measures
 from buddy.reporting.generation import FILTERS, TASK
-from buddy.reporting.grid import Cell, limit_text, ran, rank
+from buddy.reporting.grid import NEAR, Cell, limit_text, ran, rank
 from buddy.reporting.labels import DATASETS, EXECUTIONS, fraction, one_path, series_labels
 from buddy.reporting.measures import Measure
 from buddy.reporting.peer_latency import lines
-from buddy.reporting.render import DAGGER, MISSING
+from buddy.reporting.render import DAGGER, MISSING, NEAR_SIGN
 from buddy.reporting.study import Race, Series, Study, load
 
 STAR = "*"
+WIDTH = 80
+FIRST = ("accuracy_vs_speed", "accuracy_vs_budget", "latency", "route_ribbon")
+"""Figures to look at first, the first that is there."""
 
 
 def summary(folder: str | Path) -> str:
@@ -32,7 +36,7 @@ def summary(folder: str | Path) -> str:
     parts += [_latency(study, backbone) for backbone in study.config.timed_backbones()]
     source = study.config.study.records
     place = f"{study.folder}; records of {source}" if source else f"{study.folder}"
-    return "\n\n".join([f"Study {study.name} ({place})", *parts, _files(study)])
+    return "\n\n".join([_filled(f"Study {study.name} ({place})"), *parts, _files(study)])
 
 
 def _accuracy(study: Study, backbone: str) -> str:
@@ -64,8 +68,8 @@ def _answers(study: Study, backbone: str) -> str:
 def _by_depth(
     study: Study, backbone: str, title: str, series: list[Series], scores: dict[str, dict[int, Measure]]
 ) -> str:
-    """A row per method, a column per depth; the best of each are starred as a table has them bold, with LoRA and without
-    it apart."""
+    """A row per method, a column per depth; the best of each is starred as a table has it bold, and marked as a table has it
+    where it is inside the noise of others, with LoRA and without it apart."""
     depths = [0, *study.removed(backbone)]
     blocks = study.blocks(backbone)
     labels = series_labels(series)
@@ -73,15 +77,15 @@ def _by_depth(
     for lora in ("trained", "none"):
         for removed in depths[1:]:
             rank((shown[one.path].get(removed) for one in series if one.lora == lora), second=False)
-    starred = any(cell.rank for row in shown.values() for cell in row.values())
-    blank = " " * len(STAR) if starred else ""  # figures stay in line with starred ones
+    every = [cell for row in shown.values() for cell in row.values()]
+    starred, near = any(cell.rank for cell in every), any(cell.near for cell in every)
+    blank = " " if starred or near else ""  # figures stay in line with marked ones
     rows = []
     for one in series:
         row = shown[one.path]
         limited = any(cell.measure.limit is not None for cell in row.values())
         cells = [
-            _percent(row[removed].measure) + (STAR if row[removed].rank else blank) if removed in row else ""
-            for removed in depths
+            _percent(row[removed].measure) + _mark(row[removed], blank) if removed in row else "" for removed in depths
         ]
         rows.append([labels[one.path] + (f" {DAGGER}" if limited else ""), *cells])
     head = ["blocks removed", *(f"{removed}" for removed in depths)]
@@ -91,10 +95,16 @@ def _by_depth(
     notes = [f"{DAGGER} {limit_text(limits)}"] if limits else []
     if starred:
         notes.append(f"{STAR} best at its depth")
+    if near:
+        notes.append(f"{NEAR_SIGN} {NEAR} (95 %)")
     if any(measure.off_depth for measure in measured):
         notes.append("[N] blocks that ran on average, where not as many as asked for")
     notes += one_path(study, backbone, series)
-    return "\n".join([title, *_aligned([head, executed, *rows]), *notes])
+    return "\n".join([_filled(title), *_aligned([head, executed, *rows]), *map(_filled, notes)])
+
+
+def _mark(cell: Cell, blank: str) -> str:
+    return STAR if cell.rank else NEAR_SIGN if cell.near else blank
 
 
 def _percent(measure: Measure) -> str:
@@ -106,7 +116,7 @@ def _percent(measure: Measure) -> str:
 
 def _latency(study: Study, backbone: str) -> str:
     columns = ("prefill_tok_s", "prefill_speedup", "decode_tok_s", "decode_speedup")
-    rows = [["data set", "removed", "execution", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"]]
+    rows = [["data set", "removed", "execution", "prefill", "speed-up", "decode", "speed-up"]]
     for race in study.shown_races(backbone):
         for removed in (0, *study.removed(backbone)):
             for execution in ["dense"] if removed == 0 else ["sliced", "reuse", "recompute"]:
@@ -115,8 +125,9 @@ def _latency(study: Study, backbone: str) -> str:
                     cells = [_rate(found.get(metric), metric) for metric in columns]
                     rows.append([DATASETS.get(race.dataset, race.dataset), str(removed), EXECUTIONS[execution], *cells])
             rows += _peer_rows(study, backbone, race, removed, columns)
-    title = ", ".join(filter(None, [f"Speed of {backbone}", study.race_text(backbone), "median of the timed passes"]))
-    return "\n".join([title, *_aligned(rows, labels=3), *one_path(study, backbone, study.timed(backbone))])
+    told = [f"Speed of {backbone}", study.race_text(backbone), "tokens/s, median of the timed passes"]
+    notes = one_path(study, backbone, study.timed(backbone))
+    return "\n".join([_filled(", ".join(filter(None, told))), *_aligned(rows, labels=3), *map(_filled, notes)])
 
 
 def _peer_rows(study: Study, backbone: str, race: Race, removed: int, columns: Sequence[str]) -> list[list[str]]:
@@ -139,27 +150,46 @@ def _rate(measure: Measure | None, metric: str) -> str:
 
 
 def _files(study: Study) -> str:
-    """Where the plots and tables are, or how to make them."""
-    lines = []
-    for name in figures.names(study):
-        path = study.folder / "figures" / f"{name}.png"
-        if path.is_file():
-            lines.append(f"plot   {path} (and .pdf)")
-        else:
-            lines.append(f"plot   {name}: not drawn yet (buddy report --study {study.name} --figure {name})")
-    tables = sorted((study.folder / "tables").glob("*.md"), key=lambda path: (len(path.name), path.name))
-    lines += [f"table  {path} (and .csv, .tex)" for path in tables]
+    """Where the plots and tables are, which to look at first, and how to make what is not there yet."""
+    asked = figures.names(study)
+    drawn = [name for name in asked if (study.folder / "figures" / f"{name}.png").is_file()]
+    lines = [f"Figures: {len(drawn)} of {len(asked)} drawn, {study.folder / 'figures'} (.png, .pdf)"]
+    first = [name for name in FIRST if name in drawn] or drawn
+    lines += [f"  first of all {study.folder / 'figures' / first[0]}.png"] if first else []
+    tables = list((study.folder / "tables").glob("*.md"))
+    lines.append(f"Tables: {len(tables)} written, {study.folder / 'tables'} (.md, .csv, .tex, .html)")
+    if len(drawn) < len(asked):
+        lines.append(f"  all of them: buddy report --study {study.name} --all")
     return "\n".join(lines)
 
 
+def _filled(text: str) -> str:
+    """Text in lines of the terminal's width; paths stay whole."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def _aligned(rows: list[list[str]], labels: int = 1) -> list[str]:
-    """Rows as columns of equal width: label columns to the left, figures to the right."""
+    """Rows as columns of equal width: label columns to the left, figures to the right; figures that do not fit beside the
+    others go below, beside the labels again."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            text.ljust(width) if column < labels else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
+    lines: list[str] = []
+    for columns in _groups(widths, labels):
+        for row in rows:
+            if not any(row[column] for column in columns[labels:]):
+                continue
+            cells = [
+                row[column].ljust(widths[column]) if column < labels else row[column].rjust(widths[column])
+                for column in columns
+            ]
+            lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
+
+
+def _groups(widths: list[int], labels: int) -> list[list[int]]:
+    """Columns side by side: the labels, and as many others as there is room for."""
+    groups: list[list[int]] = [[]]
+    for column in range(labels, len(widths)):
+        if groups[-1] and sum(2 + widths[one] for one in [*range(labels), *groups[-1], column]) > WIDTH:
+            groups.append([])
+        groups[-1].append(column)
+    return [[*range(labels), *group] for group in groups]

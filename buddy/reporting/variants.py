@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -42,21 +41,6 @@ _DEPTHS = tuple(
 """Marks of depths, the darker the deeper."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One variant: its axes, and its mean accuracy over tasks and depths minus that of the run that it varies, in
-    percentage points with a 95 % interval, without one where a record has no items; and whether it is that run."""
-
-    variant: Mapping[str, object]
-    minus: Difference
-    itself: bool
-
-    @property
-    def row(self) -> tuple[str, int]:
-        """Its row of panels: recipe and source block."""
-        return str(self.variant["recipe"]), int(str(self.variant["source_block"]))
-
-
 def ablation_figure(study: Study) -> Figure:
     """Rows of panels: source blocks, by recipe of the router; columns: features; marks: priors over omega. Every point is
     one trained variant.
@@ -67,23 +51,20 @@ def ablation_figure(study: Study) -> Figure:
     title = "Ablations of BUDDY"
     backbones = list(dict.fromkeys(ablation.backbone for ablation in study.config.study.ablations))
     for backbone in backbones:
-        points = measured(study, backbone)
-        if points:
+        found = measured(study, backbone)
+        if found:
             break
     else:
         why = "no accuracy records of their variants at every depth" if backbones else "the study has no ablation"
         return empty(title, f"not measured: {why}")
-    return (_grid if _is_crossed(points) else _one_at_a_time)(study, backbone, points)
+    return _grid(study, backbone, found) if _is_crossed(found) else _one_at_a_time(study, backbone)
 
 
 def minus_main(study: Study, backbone: str, series: Series, depths: Sequence[int]) -> Difference | None:
     """A variant minus the run that it varies, the mean over depths; without an interval where items are missing, None where
     either was not measured at all of them."""
     base = study.main(backbone, series.recipe)
-    averages = [
-        [measures.accuracy(study, backbone, one, removed)["average"].value for removed in depths]
-        for one in (series, base)
-    ]
+    averages = [_averages(study, backbone, one, depths) for one in (series, base)]
     known = [[value for value in row if value is not None] for row in averages]
     if any(len(row) < len(depths) for row in known):
         return None
@@ -103,23 +84,27 @@ def _mean(depths: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {task: np.mean([one[task] for one in depths], axis=0) for task in whole}
 
 
-def measured(study: Study, backbone: str) -> list[Point]:
+def measured(study: Study, backbone: str) -> list[Series]:
     """Every variant on a backbone that was evaluated at all depths: the main one, and those of all ablations."""
     series = {study.main(backbone).path: study.main(backbone)}
     for ablation in study.config.study.ablations:
         if ablation.backbone == backbone:
             series |= {one.path: one for one in study.ablation_rows(ablation.name)}
-    found = {one.path: minus_main(study, backbone, one, study.removed(backbone)) for one in series.values()}
-    return [
-        Point(series[path].variant, minus, path == study.main(backbone, series[path].recipe).path)
-        for path, minus in found.items()
-        if minus is not None
-    ]
+    return [one for one in series.values() if None not in _averages(study, backbone, one, study.removed(backbone))]
 
 
-def _is_crossed(points: Sequence[Point]) -> bool:
+def _averages(study: Study, backbone: str, series: Series, depths: Sequence[int]) -> list[float | None]:
+    return [measures.accuracy(study, backbone, series, removed)["average"].value for removed in depths]
+
+
+def _place(series: Series) -> tuple[str, int]:
+    """The row of panels of a variant: recipe and source block."""
+    return str(series.recipe), int(series.variant["source_block"])
+
+
+def _is_crossed(found: Sequence[Series]) -> bool:
     """Whether most panels of the grid would have several variants to compare."""
-    counts = Counter((point.row, point.variant["feature"]) for point in points)
+    counts = Counter((_place(one), one.variant["feature"]) for one in found)
     rows, features = (len({panel[of] for panel in counts}) for of in range(2))
     return 2 * sum(count > 1 for count in counts.values()) >= rows * features
 
@@ -146,7 +131,7 @@ def _zero(axes: Axes) -> None:
 # ---- one axis at a time ----------------------------------------------------------------------------------------------
 
 
-def _one_at_a_time(study: Study, backbone: str, points: Sequence[Point]) -> Figure:
+def _one_at_a_time(study: Study, backbone: str) -> Figure:
     """A panel per ablation of one axis, a mark per depth: panels of a grid would be all but empty."""
     shown = [one for one in study.config.study.ablations if one.backbone == backbone and len(one.axes()) == 1]
     rows = math.ceil(len(shown) / 2)
@@ -190,18 +175,18 @@ def _beside(count: int) -> list[float]:
 # ---- a grid ----------------------------------------------------------------------------------------------------------
 
 
-def _grid(study: Study, backbone: str, points: Sequence[Point]) -> Figure:
+def _grid(study: Study, backbone: str, found: Sequence[Series]) -> Figure:
     """A panel per recipe, source block and feature that were measured, a mark per prior over omega."""
-    features = [name for name in FEATURES if any(point.variant["feature"] == name for point in points)]
-    rows = sorted({point.row for point in points})
+    features = [name for name in FEATURES if any(one.variant["feature"] == name for one in found)]
+    rows = sorted(set(map(_place, found)))
     several = len({recipe for recipe, _ in rows}) > 1
-    omegas = sorted({float(str(point.variant["omega"])) for point in points if point.variant["prior"] != "none"})
+    omegas = sorted({float(one.variant["omega"]) for one in found if one.variant["prior"] != "none"})
     width = style.COLUMN_IN if len(features) == 1 else style.PAGE_IN
     figure, every = panels(len(rows), len(features), width, 1.25 if len(rows) > 1 else 1.9)
     for place, axes in enumerate(every):
         row, feature = rows[place // len(features)], features[place % len(features)]
-        here = [point for point in points if (point.row, point.variant["feature"]) == (row, feature)]
-        _panel(axes, here, omegas)
+        here = [one for one in found if (_place(one), one.variant["feature"]) == (row, feature)]
+        _panel(study, backbone, axes, here, omegas)
         if len(every) > 1:
             recipe, source = row
             axes.set_title(f"feature {feature}, source block {source}" + (f", {recipe}" if several else ""))
@@ -213,16 +198,18 @@ def _grid(study: Study, backbone: str, points: Sequence[Point]) -> Figure:
     return finish(figure, every, _note(study, backbone, f" and over {depths} blocks removed"))
 
 
-def _panel(axes: Axes, points: Sequence[Point], omegas: Sequence[float]) -> None:
-    """Marks of each prior; the variant without one, which has no omega, stands at the left."""
-    if not points:
+def _panel(study: Study, backbone: str, axes: Axes, here: Sequence[Series], omegas: Sequence[float]) -> None:
+    """Marks of each prior, the mean over depths; the variant without one, which has no omega, stands at the left."""
+    if not here:
         reason(axes, "no such variant measured")
         return
     _zero(axes)
     for prior, shift in zip(PRIORS, _beside(len(PRIORS)), strict=True):
-        for point in points:
-            if point.variant["prior"] == prior:
-                place = omegas.index(float(str(point.variant["omega"]))) + 1 + shift if prior != "none" else 0.0
-                _mark(axes, place, point.minus, _PRIORS[prior], INDICATORS.get(prior, "No prior"), point.itself)
+        for one in (one for one in here if one.variant["prior"] == prior):
+            minus = minus_main(study, backbone, one, study.removed(backbone))
+            if minus is not None:
+                place = omegas.index(float(one.variant["omega"])) + 1 + shift if prior != "none" else 0.0
+                itself = one.path == study.main(backbone, one.recipe).path
+                _mark(axes, place, minus, _PRIORS[prior], INDICATORS.get(prior, "No prior"), itself)
     axes.set_xticks(range(len(omegas) + 1), ["\N{EN DASH}", *(f"{omega:g}" for omega in omegas)])
     axes.set_xlim(-0.5, len(omegas) + 0.5)

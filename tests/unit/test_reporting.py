@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from records_factory import EVERY_METHOD, Maker, cell, cells, demo, methods, paper, said, scores, uniform
 
@@ -215,17 +216,47 @@ def valued(*values: float | None) -> list[grid.Cell]:
     ("values", "ranks"),
     [
         ((50.0, 60.0, 55.0), (0, 1, 2)),
-        ((60.001, 60.004, 55.0), (1, 1, 0)),  # equal as shown: the third is not the second
-        ((60.0, 60.0, 60.0, 55.0), (1, 1, 1, 0)),
+        ((60.001, 60.004, 55.0), ("=", "=", 0)),  # equal as shown: none is best, and the third is not the second
+        ((60.0, 60.0, 60.0, 55.0), ("=", "=", "=", 0)),
         ((60.0, 55.0, 55.0, 54.0), (1, 2, 2, 0)),
         ((60.0, None, 55.0), (1, 0, 2)),
         ((60.0, None), (0, 0)),  # nothing to compare with
     ],
 )
-def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int, ...]) -> None:
+def test_best_and_second(values: tuple[float | None, ...], ranks: tuple[int | str, ...]) -> None:
     found = valued(*values)
     grid.rank(found)
-    assert tuple(one.rank for one in found) == ranks
+    assert tuple("=" if one.near else one.rank for one in found) == ranks
+
+
+def test_what_is_inside_the_noise_of_the_best_is_marked_and_nothing_bold() -> None:
+    """By errors as if independent where there are no items: 1.96 times the root of 1 and 1 is 2.77."""
+    cells = [grid.Cell({}, Measure(value=value, stderr=1.0)) for value in (60.0, 57.3, 57.1)]
+    grid.rank(cells)
+    assert [(one.rank, one.near) for one in cells] == [(0, True), (0, True), (0, False)]
+    del cells[1]
+    for one in cells:
+        one.near = False
+    grid.rank(cells)
+    assert [(one.rank, one.near) for one in cells] == [(1, False), (2, False)]
+
+
+def test_items_tell_apart_what_errors_do_not() -> None:
+    """One is right wherever the other is, and once in ten more: paired, that is no noise."""
+    ours, theirs = np.zeros(200), np.zeros(200)
+    ours[:120], theirs[:100] = 100, 100
+    apart = np.zeros(200)
+    apart[100:] = 100
+    for other, near in ((theirs, False), (apart, True)):
+        cells = [
+            grid.Cell({}, Measure(value=float(each.mean()), stderr=3.5, samples=(each,))) for each in (ours, other)
+        ]
+        grid.rank(cells)
+        assert cells[0].near == cells[1].near == near
+        # The bootstrap by hand, of the same difference.
+        at = np.random.default_rng(1).integers(200, size=(4000, 200))
+        low, high = np.percentile((ours - other)[at].mean(1), (2.5, 97.5))
+        assert (low <= 0 <= high) == near
 
 
 def plain(text: str) -> str:
@@ -239,8 +270,8 @@ def plain(text: str) -> str:
 
 def test_all_files_show_the_same_text_and_marks() -> None:
     shown = [*valued(60.0, 60.001, 55.0), grid.Cell({}, Measure(value=59.5, stderr=0.25), near=True)]
-    grid.rank(shown[:3])
-    shown[2].rank = 2
+    for one, place in zip(shown, (1, 1, 2), strict=False):
+        one.rank = place
     shown += [grid.Cell({}, Measure()), grid.Cell({}, Measure(note=""), text="p < 5 %: higher")]
     rows = [grid.Row((str(place),), [one]) for place, one in enumerate(shown)]
     whole = grid.Grid("table5", "All.", ("Row",), ("Cell",), rows, latex_errors=frozenset({0}))
@@ -257,15 +288,19 @@ def test_all_files_show_the_same_text_and_marks() -> None:
     assert in_csv[-1]["note"] == expected[-1]
 
 
-def test_the_summary_stars_what_the_table_has_bold(tmp_path: Path) -> None:
+def test_the_summary_marks_what_the_table_marks(tmp_path: Path) -> None:
     maker = Maker(tmp_path, methods())
-    for method in ("shortgpt", "sleb", "pudding"):
-        share = 0.4 if method == "pudding" else 0.5
-        maker.accuracy(maker.peer(method, 4), 4, uniform(share))
-    rows = tables.build(study.load(maker.folder), "table2").rows
-    bold = sum(row.cells[-1].rank == 1 for row in rows if row.cells[-1] is not None)
-    assert bold == 2
-    assert summary(maker.folder).count("50.00 ± 0.71*") == bold
+    for method, depths in {"shortgpt": (0.5, 0.6), "sleb": (0.5, 0.5), "pudding": (0.4, 0.4)}.items():
+        for removed, share in zip((4, 8), depths, strict=True):
+            maker.accuracy(maker.peer(method, removed), removed, uniform(share))
+    built = tables.build(study.load(maker.folder), "table2")
+    marks = [(row.cells[-1].rank, row.cells[-1].near) for row in built.rows if row.cells[-1] is not None]
+    assert (marks.count((0, True)), marks.count((1, False))) == (2, 1)
+    text = summary(maker.folder)
+    assert text.count("50.00 ± 0.71≈") == 2
+    assert text.count("60.00 ± 0.71*") == 1
+    assert "≈ among the best: inside the noise (95 %)" in text
+    assert grid.NOISE_NOTE in built.notes
 
 
 def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(tmp_path: Path) -> None:
@@ -273,16 +308,16 @@ def test_bold_and_underline_stand_within_each_depth_and_leave_dense_out(tmp_path
     content["study"]["methods"] = ["dense", "buddy", "shortgpt", "sleb"]
     small = Maker(tmp_path, content)
     dense, buddy = small.config.runs()[:2]
-    small.accuracy(dense, 0, uniform(0.9))
+    small.accuracy(dense, 0, uniform(0.9, 0.01))
     values = {"shortgpt": {4: 0.6, 8: 0.5}, "sleb": {4: 0.7, 8: 0.4}}
     for method, depths in values.items():
         for removed, value in depths.items():
-            small.accuracy(small.peer(method, removed), removed, uniform(value))
-    small.accuracy(buddy, 4, uniform(0.65))
-    small.accuracy(buddy, 8, uniform(0.55))
+            small.accuracy(small.peer(method, removed), removed, uniform(value, 0.01))
+    small.accuracy(buddy, 4, uniform(0.65, 0.01))
+    small.accuracy(buddy, 8, uniform(0.55, 0.01))
     write.table(study.load(small.folder), "table2")
     shown = {(row[0], row[1]): row[-1] for row in markdown_rows(small.folder / "tables/table2.md")}
-    error = 100 * 0.02 / math.sqrt(8)
+    error = 100 * 0.01 / math.sqrt(8)
     expected = {
         ("0", "Dense"): "90.00",
         ("4", "ShortGPT"): "60.00",
@@ -495,8 +530,9 @@ def test_answers_by_method_and_depth_with_both_filters_in_the_csv(tmp_path: Path
     rows = [row for row in markdown_rows(maker.folder / "tables/table12.md") if row[2] != render.MISSING]
     assert [row[:2] for row in rows] == [["0", "Dense"], ["4", "SLEB"], ["4", "FiRST (ran 28.9)"], ["4", "BUDDY"]]
     error = 100 * math.sqrt(0.3 * 0.7 / 100)
-    assert rows[3][2] == f"**30.00** ± {error:.2f}"
-    assert rows[1][2].startswith("<u>20.00</u>")
+    # Ten points apart, of 50 and 101 problems with an error of about five: nothing to be bold about.
+    assert rows[3][2] == f"30.00 ± {error:.2f} ≈"
+    assert rows[1][2].endswith(" ≈")
     assert rows[2][2].startswith("40.00")
     path = maker.folder / "tables/table12.csv"
     loose = cell(path, method="buddy", removed=4, filter="flexible-extract")
@@ -507,7 +543,7 @@ def test_answers_by_method_and_depth_with_both_filters_in_the_csv(tmp_path: Path
     text = (maker.folder / "tables/table12.md").read_text()
     assert "Solved examples in the prompt: 5, answers of up to 128 new tokens." in text
     assert "\N{EN DASH} not measured." in text
-    assert re.search(r"BUDDY +30\.00 ± \d\.\d\d\*", summary(maker.folder))
+    assert re.search(r"BUDDY +30\.00 ± \d\.\d\d≈", summary(maker.folder))
 
 
 def test_answers_of_backbones_stand_side_by_side_where_they_have_the_depth(tmp_path: Path) -> None:
@@ -884,14 +920,16 @@ def test_figure_and_summary_show_the_smallest_batch_and_graphs_where_they_were_t
     timed(2, "graph", 1.75)
     assert drawn() == ({1.75}, "batch 2, engine graph")
     text = summary(maker.folder)
-    assert "Speed of smollm2-135m, batch 2, engine graph, median of the timed passes" in text
+    assert "Speed of smollm2-135m, batch 2, engine graph, tokens/s, median of the timed passes" in " ".join(
+        text.split()
+    )
     assert "1.75x" in text
     assert "1.25x" not in text
 
 
 def test_one_sequence_timed_eagerly_needs_no_words(small: Maker) -> None:
     small.everything()
-    assert "Speed of smollm2-135m, median of the timed passes" in summary(small.folder)
+    assert "Speed of smollm2-135m, tokens/s, median of the timed passes" in summary(small.folder)
     with style.applied():
         told = said(figures.speed_ups(study.load(small.folder)))
     assert told == "smollm2-135m on cpu (Synthetic); bars: 10th to 90th percentile of the timed passes"
@@ -1197,10 +1235,27 @@ def test_report_writes_what_was_asked_and_leaves_no_temporary(small: Maker, caps
     text = capsys.readouterr().out
     assert "Accuracy of smollm2-135m, average of 8 tasks" in text
     assert "BUDDY (recompute)" in text
-    assert str(small.folder / "figures/latency.png") in text
-    assert "accuracy_vs_budget: not drawn yet" in text
+    assert f"first of all {small.folder}/figures/latency.png" in text
+    assert f"Figures: 1 of {len(figures.names(study.load(small.folder)))} drawn, {small.folder}/figures" in text
+    assert f"Tables: 2 written, {small.folder}/tables" in text
+    assert "all of them: buddy report --study demo --all" in text
     average = cell(small.folder / "tables/table2.csv", removed=8, method="buddy", task="average")
     assert f"{float(average['value']):.2f} ± {float(average['stderr']):.2f}" in text
+
+
+def test_the_summary_fits_a_terminal(tmp_path: Path) -> None:
+    content = paper(methods=EVERY_METHOD)
+    content["evaluation"] = {"limit": None}
+    maker = Maker(tmp_path, content)
+    maker.everything(items=20)
+    text = summary(maker.folder)
+    assert [line for line in text.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
+    # What has no room beside the others stands below them, under its depth.
+    accuracy = text[text.index("Accuracy of llama3-8b") : text.index("Accuracy of qwen2.5-7b")]
+    assert re.findall(r"blocks removed +(.*)", accuracy) == ["0              4              8             12", "16"]
+    assert accuracy.count("  BUDDY ") == 2
+    assert accuracy.count("  Dense  ") == 1
+    assert "figure4" not in text  # no list of files
 
 
 def test_all_of_an_unfinished_study_gives_what_there_is(small: Maker) -> None:
@@ -1332,8 +1387,9 @@ def test_a_router_on_one_path_says_so_under_the_tables_that_show_it(tmp_path: Pa
             assert [note for note in notes[name] if "one path" in note] == [expected], name
     assert notes["table12"] == [f"llama2-7b: {first}"]
     assert notes["table7"] == [both.replace("BUDDY", "BUDDY (omega 0.1)")]
-    assert summary(maker.folder).count(both) == 1
-    assert summary(maker.folder).count(first) >= 1
+    text = " ".join(summary(maker.folder).split())
+    assert text.count(both) == 1
+    assert text.count(first) >= 1
 
 
 @pytest.mark.parametrize(
