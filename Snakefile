@@ -10,6 +10,7 @@ include: "rules/checked.smk"
 configfile: "config.yaml"
 
 
+include: "rules/container.smk"
 include: "rules/common.smk"
 include: "rules/jobs.smk"
 include: "rules/session.smk"
