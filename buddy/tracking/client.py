@@ -142,8 +142,8 @@ def close_run(run: Any, failed: bool) -> None:
     log = Path(run.settings.sync_dir) / "logs" / "debug-internal.log"
     online = not run.settings._offline
     run.finish(exit_code=int(failed))
-    if online and (lost := _dropped(log)):
-        raise NotDelivered(lost)
+    if online and (lost := given_up(log)):
+        raise NotDelivered(next(iter(lost.values())))
 
 
 DROPPED = ("filestream: fatal error: ", "sender: failed to log artifact: ", "file transfer: upload: ")
@@ -151,21 +151,23 @@ DROPPED = ("filestream: fatal error: ", "sender: failed to log artifact: ", "fil
 all was well."""
 
 
-def _dropped(log: Path) -> str:
-    """What the client has given up sending, by its log; "" for nothing."""
+def given_up(log: Path) -> dict[str, str]:
+    """What the client has given up sending, by its log: the first of each file that it synced, "" for its own run."""
+    found: dict[str, str] = {}
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
+        return found
     for line in lines:
         try:
-            message = str(json.loads(line).get("msg", ""))
+            told = json.loads(line)
+            message, file = str(told.get("msg", "")), str(told.get("sync_path", ""))
         except (ValueError, AttributeError):
             continue
         for start in DROPPED:
             if message.startswith(start):
-                return message.removeprefix(start)
-    return ""
+                found.setdefault(file, message.removeprefix(start))
+    return found
 
 
 def is_deleted(error: object) -> bool:

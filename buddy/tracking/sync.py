@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -209,9 +210,14 @@ def _run_client(wave: Sequence[Kept], target: Target, workers: int) -> dict[str,
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # Silent it would not say why it failed.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SILENT"} | modes.PATIENCE
-    with subprocess.Popen([*command, *folders], env=environment, **pipes) as process:
-        said = list(_shown(process.stdout or ()))
-    return {one.run: _problem(one, said) for one in wave}
+    with tempfile.TemporaryDirectory() as place:
+        environment["WANDB_DIR"] = place  # its log, which it would leave in the folder that it is called in
+        with subprocess.Popen([*command, *folders], env=environment, **pipes) as process:
+            said = list(_shown(process.stdout or ()))
+        lost: dict[str, str] = {}
+        for log in Path(place).rglob("debug-sync*.log"):
+            lost |= client.given_up(log)
+    return {one.run: _problem(one, said, lost.get(str(one.file), "")) for one in wave}
 
 
 def _shown(lines: Any) -> Iterator[str]:
@@ -220,14 +226,20 @@ def _shown(lines: Any) -> Iterator[str]:
         yield line.strip()
 
 
-def _problem(one: Kept, said: Sequence[str]) -> str:
+def _problem(one: Kept, said: Sequence[str], lost: str) -> str:
     """What the client said of a run that it has not sent whole, "" for nothing; such a run is told the rest later.
 
-    The client marks a run as sent also where it has given up on its points, and says so.
+    The client marks a run as sent also where it has given up on a part: on points aloud, on artifacts and files in its log.
+
+    Args:
+        one: the run.
+        said: lines of the client's.
+        lost: what its log says it has given up.
     """
     errors = [line for line in said if "ERROR" in line]
     own = [line for line in errors if one.run in line]
     if one.marker.exists():
+        own = own or ([lost] if lost else [])
         if own:
             _now(one.progress.file, begun=True) if one.progress is not None else one.marker.unlink()
         return " ".join(own)

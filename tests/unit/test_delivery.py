@@ -58,7 +58,9 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name, value in modes.PATIENCE.items():
-        monkeypatch.setenv(name, value)  # as commands do, which outlives them in this process
+        shorter = "1" if "_RETRY_" in name else value
+        monkeypatch.setitem(modes.PATIENCE, name, shorter)
+        monkeypatch.setenv(name, shorter)  # as commands do, which outlives them in this process
     monkeypatch.setattr(modes, "ASK_TIMEOUT_S", 2.0)
     monkeypatch.setattr(modes, "ASK_WAIT_S", 0.01)
 
@@ -216,6 +218,20 @@ def test_a_deleted_run_that_was_kept_offline_is_sent_under_another_id(
     assert buddy("wandb-sync", "--study", study).out.startswith("1 sent, 0 sent before")
     check_whole(server)
     assert buddy("wandb-sync", "--study", study).out.startswith("0 sent, 1 sent before")
+
+
+@pytest.mark.parametrize("what", ["file_stream", "CreateArtifact", "CommitArtifact", "upload"])
+def test_what_a_sync_could_not_send_the_next_one_does(
+    server: WandbServer, study: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    job(study)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    server.fault = lambda asked: 500 if asked == what else None
+    assert "1 runs were not sent" in buddy("wandb-sync", "--study", study).mistake
+    server.fault = lambda asked: None
+    assert buddy("wandb-sync", "--study", study).out.startswith("1 sent, 0 sent before")
+    check_whole(server)
 
 
 def test_two_people_s_studies_of_one_name_are_two(server: WandbServer, tmp_path: Path) -> None:
