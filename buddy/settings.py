@@ -32,7 +32,7 @@ Execution = Literal["dense", "sliced", "full", "reuse", "recompute", "varied", "
 Engine = Literal["eager", "graph"]
 RoutingForm = Literal["sequence", "causal"]
 Loss = Literal["ce", "kl"]
-PredictorPreset = Literal["paper", "tuned"]
+PredictorPreset = Literal["paper", "tuned", "rise"]
 RouterRecipe = Literal["paper", "tuned"]
 PoolOver = Literal["prompt", "question", "all"]
 DecodeMode = Literal["recompute", "reuse"]
@@ -459,21 +459,24 @@ class Likelihood(Settings):
 
 
 class Predictor(Settings):
-    """The budget predictor: one preset is the paper's recipe (sec. 4.4, C.4, D.7), the other one learns."""
+    """The budget predictor: one preset is the paper's recipe (sec. 4.4, C.4, D.7), the others learn."""
 
     backbones: list[Name] | None = Field(None, description="backbones that get one (all of the study by default)")
     presets: list[PredictorPreset] = Field(
-        [*PREDICTOR_PRESETS],
-        description="recipes: paper (GRPO, as published), tuned (exact expectation over a grid of depths, at any price)",
+        ["paper", "tuned"],
+        description="recipes: paper (GRPO, as published), tuned (exact expectation over a grid of depths, at any price), rise "
+        "(how far each depth moves the model's own predictions, estimated token by token; at any price)",
     )
     data: list[DataName] = Field(["alpaca"], description="paper: data sets it is trained on", min_length=1)
     tuned_data: list[DataName] = Field(
         ["alpaca", *PAPERS],
-        description="tuned: data sets it is trained on; their losses are measured once",
+        description="tuned, rise: data sets it is trained on; their losses, or rises, are measured once",
         min_length=1,
     )
     examples: int | None = Field(
-        None, description="use the first N examples of each data set (paper: all by default; tuned: 2000)", ge=1
+        None,
+        description="use the first N examples of each data set (paper: all by default; tuned: 2000; rise: 400)",
+        ge=1,
     )
     max_length: int = Field(512, description="longest example, tokens; a longer response is cut", ge=16)
     steps: int = Field(10_000, description="paper: updates", ge=1)
@@ -492,15 +495,15 @@ class Predictor(Settings):
     )
     logging_steps: int = Field(10, description="paper: updates between log lines", ge=1)
     depths: int = Field(
-        9, description="tuned: depths to choose from, spread from the deepest pruning trained for to full depth", ge=2
+        9,
+        description="tuned, rise: depths to choose from, spread from the deepest pruning trained for to full depth",
+        ge=2,
     )
-    table_batch: int = Field(
-        8, description="tuned: examples per pass when the losses at these depths are measured", ge=1
-    )
+    table_batch: int = Field(8, description="tuned, rise: examples per pass when these depths are measured", ge=1)
     epochs: int = Field(400, description="tuned: passes over the measured losses, at most", ge=1)
     price: float = Field(
         0.5,
-        description="tuned: price where none is given, from 0 (only quality counts) to 1 (only depth counts)",
+        description="tuned, rise: price where none is given, from 0 (only quality counts) to 1 (only depth counts)",
         ge=0,
         le=1,
     )
@@ -523,6 +526,7 @@ _GRPO = ("steps", "batch_size", "group", "learning_rate", "quality_weight", "cos
 READ_BY_PRESET: dict[PredictorPreset, tuple[str, ...]] = {
     "paper": ("examples", "max_length", *_GRPO, "save_steps", "logging_steps"),
     "tuned": ("examples", "max_length", "depths", "table_batch", "epochs", "price"),
+    "rise": ("examples", "max_length", "depths", "table_batch", "price"),
 }
 """Fields of `Predictor` that each preset reads."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from buddy.commands._measured import Measured, open_run
 from buddy.commands._options import with_settings
 from buddy.errors import UserError
 from buddy.settings import Predictor
+from buddy.storage.checkpoints import FOLDER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,8 @@ def budget_eval(
 ) -> None:
     """Hold a budget predictor against every constant budget, random ones and the best per input, on unseen inputs.
 
+    Killed, it goes on from what it had measured when run again.
+
     \b
     Examples:
       buddy budget-eval --run RUN2 --data results/demo/data/alpaca --out records
@@ -63,25 +67,31 @@ def budget_eval(
     predictor = copy.deepcopy(policy.predictor).cpu()
     config = {**settings.model_dump(include=set(_READ)), "training": info.training}
     part = "/".join([run.name, *(folder.name for folder in data)])  # a predictor's folder is named by its preset
+    kept = out.with_name(
+        f".{out.name}.{FOLDER}"
+    )  # beside the folder of the records, which Snakemake removes on failure
     with measured.tracked("budget-eval", config, [out], part, data) as tracker:
-        for name, which, contexts, losses, watch in _tables(measured, data, settings):
+        for name, which, contexts, losses, watch in _tables(measured, data, settings, kept):
             found = budgets.measure(predictor, contexts, losses, policy.blocks)
             metrics = {"dataset": name, "rows": which, **found}
             measured.write("budget", out / f"dataset~{name}.json", None, metrics, len(contexts), watch)
             typer.echo(f"{name}: {_line(found)}")
             tracker.summary({f"{name}/{key}": found[key] for key in ("beats_constant", "entropy", "entropy_uniform")})
             tracker.summary({f"{name}/gain/{key}": value for key, value in found["gain"].items()})
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def _tables(
-    measured: Measured, data: list[Path], settings: Predictor
+    measured: Measured, data: list[Path], settings: Predictor, kept: Path
 ) -> Iterator[tuple[str, str, Tensor, Tensor, Stopwatch]]:
-    """Name, which rows, contexts and losses of every data set, and of all together where there are several."""
+    """Name, which rows, contexts and losses of every data set, and of all together where there are several; what is
+    measured is kept in a folder of ``kept`` per data set, and a killed call's taken from there."""
     import torch
 
     from buddy.evaluation.budgets import table_depths
     from buddy.training import predictor_examples
     from buddy.training.depth_losses import loss_table
+    from buddy.training.rises import rise_table
 
     model, kept_back = measured.model, measured.info.training.get("predictor", {}).get("kept_back", {})
     policy: Any = model.policy
@@ -92,7 +102,14 @@ def _tables(
         rows, which = predictor_examples.held_out_rows(
             folder, model.tokenizer, settings.limit, settings.max_length, kept_back
         )
-        contexts, losses = tables[folder.name] = loss_table(model.backbone, policy, rows, depths, settings.table_batch)
+        if policy.predictor.loss == "kl":
+            rises = rise_table(model.backbone, policy, rows, depths, settings.table_batch, kept / folder.name)
+            tables[folder.name] = rises.contexts, rises.rises
+        else:
+            tables[folder.name] = loss_table(
+                model.backbone, policy, rows, depths, settings.table_batch, kept / folder.name
+            )
+        contexts, losses = tables[folder.name]
         yield folder.name, which, contexts, losses, watch
     if len(tables) > 1:
         contexts, losses = (torch.cat(part) for part in zip(*tables.values(), strict=True))

@@ -26,7 +26,9 @@ def predictor(
     data: Annotated[
         list[Path], typer.Option(help="data set folder to learn from, from `buddy data`; may be given several times")
     ],
-    preset: Annotated[str, typer.Option(help="paper (GRPO, as published) or tuned (learns, and takes a price)")],
+    preset: Annotated[
+        str, typer.Option(help="paper (GRPO, as published), tuned or rise (both learn, and take a price)")
+    ],
     out: Annotated[Path, typer.Option(help="run folder to write: the same adapter and router, and the predictor")],
     settings: Predictor,
     record: arg.TrainingRecord = None,
@@ -47,6 +49,7 @@ def predictor(
       buddy predictor --run results/demo/runs/.../seed~0 --data results/demo/data/alpaca --preset tuned --out my-run
       buddy predictor --run RUN --data results/demo/data/alpaca --preset paper --steps 200 --out paper-run
       buddy predictor --run RUN --data DIR/alpaca --data DIR/boolq --preset tuned --price 0.3 --out RUN2
+      buddy predictor --run RUN --data DIR/alpaca --data DIR/piqa --preset rise --depths 3 --out RUN3
     """
     keep_off_the_hub()
 
@@ -64,9 +67,9 @@ def predictor(
     origin, policy = model.origin, model.policy
     if not isinstance(policy, BuddyPolicy):
         raise UserError(f"--run: {run} is a run of method {origin.info.method}; a budget predictor needs one of buddy")
-    count = settings.examples if preset == "paper" else settings.examples or training.TUNED_EXAMPLES
+    count = settings.examples or training.EXAMPLES[preset]
     rows = [
-        row
+        {**row, "set": folder.name}
         for folder in data
         for row in predictor_examples.training_rows(folder, model.tokenizer, count, settings.max_length)
     ]

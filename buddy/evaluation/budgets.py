@@ -1,8 +1,10 @@
 """What a budget predictor is worth on inputs it has not seen: its frontier beside those that do not look at the input.
 
-The metrics of a record of kind ``budget`` (cross-entropies in nats per token, depths in executed blocks, intervals of
-95 % over resampled inputs):
+The metrics of a record of kind ``budget`` (losses in nats per token, depths in executed blocks, intervals of 95 % over
+resampled inputs):
 
+- ``loss``: what is compared: ``ce``, cross-entropies of responses; of a predictor by preset ``rise`` ``kl``, the mean over an
+  input's tokens of KL(full depth || depth). Figures of either are called ``ce``, as in records of before there were two.
 - ``dataset``, ``rows`` (which of its rows), ``preset``, ``blocks``, ``depths`` (those of the table, every one from the
   predictor's shallowest to full depth), ``choices`` (those the predictor has), ``price`` (its own; null without one).
 - ``constants``: a point per depth: depth_mean, ce_mean, low, high. ``hull``: corners of their lower convex hull: what
@@ -12,43 +14,48 @@ The metrics of a record of kind ``budget`` (cross-entropies in nats per token, d
   inputs at random; ``gain``: how far ce_mean is below the hull, with gain_low and gain_high; ``entropy`` of the policy,
   nats, mean over inputs.
 - ``sampled``: the same if depths are drawn from the policy, an exact expectation.
-- ``oracle``: the best depth of every input at each price, likewise.
+- ``oracle``: the best depth of every input at each price, likewise; ``oracle_gain``: its mean gain over its own frontier.
+- ``r2``: share of the variance between these inputs of the loss at the shallowest depth, beyond that of full depth, that
+  the predictor's estimate explains, whatever its mean: value, low, high; null without a price.
 - ``area``: between hull and predictor over its mean depths, nats times fraction of blocks, value, low, high; null without
   a price, like ``area_random``, against the same choices at random. ``gain``: the mean gain over the frontier, nats.
 - ``beats_constant``: whether the interval of that gain lies above zero.
 - ``entropy``: at the predictor's own price; ``entropy_uniform``: ln K. ``histogram``: how often each of ``choices`` is
   chosen there; ``histograms``: at each price.
-- ``spearman``: rank correlation of the loss at full depth and the depth chosen, its mean over prices, with interval;
-  null where every input gets the same.
+- ``spearman``: rank correlation of the loss at full depth (of ``kl``, which is 0 there, at the shallowest) and the depth
+  chosen, its mean over prices, with interval; null where every input gets the same.
 - ``inputs``: per input ce_full, depth (mean over prices), chosen (at its own price), ce (there); the first 1000.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from buddy.evaluation.frontiers import Array, Places, Table, area, hull, interval, intervals, rank_correlation
-from buddy.policies.predictor import BudgetPredictor
+from buddy.frontiers import Array, Places, Table, area, hull, interval, intervals, rank_correlation
+from buddy.policies.predictor import DepthPredictor
 from buddy.resampling import INTERVAL_RESAMPLES
 
 PRICES = tuple(round(place / 20, 2) for place in range(21))
 """Prices at which a frontier is drawn."""
+FINE_PRICES = tuple(round(place / 50, 2) for place in range(51))
+"""The same for divergences, which grow so evenly with the blocks left out that all depths change places within few prices."""
 
 KEPT_INPUTS = 1000
 
 
-def table_depths(predictor: BudgetPredictor, blocks: int) -> list[int]:
+def table_depths(predictor: DepthPredictor, blocks: int) -> list[int]:
     """Every depth from the predictor's shallowest to full depth."""
     return list(range(int(predictor.depths[0]), blocks + 1))
 
 
 def measure(
-    predictor: BudgetPredictor,
+    predictor: DepthPredictor,
     contexts: Tensor,
     losses: Tensor,
     blocks: int,
@@ -67,7 +74,8 @@ def measure(
     """
     depths = table_depths(predictor, blocks)
     table = Table.of(losses.numpy(), depths, blocks, resamples, seed)
-    prices: list[float | None] = [*PRICES] if predictor.priced else [None]
+    drawn = PRICES if predictor.loss == "ce" else FINE_PRICES
+    prices: list[float | None] = [*drawn] if predictor.priced else [None]
     chances = np.stack([_chances(predictor, contexts, price) for price in prices], 1)
     places = predictor.depths.numpy() - depths[0]
     chosen = places[chances.argmax(-1)]
@@ -75,7 +83,9 @@ def measure(
     depth, ce = table.at(chosen)
     gain = table.constant(depth) - ce
     frontier = _mean_gain(depth, gain)
+    known = _known(table, _unit(predictor, table), drawn)
     return {
+        "loss": predictor.loss,
         "preset": predictor.preset,
         "blocks": blocks,
         "depths": depths,
@@ -84,7 +94,9 @@ def measure(
         **_constants(table),
         "predictor": _points(table, prices, depth, ce, chosen, chances),
         "sampled": _sampled(table, prices, chances, places),
-        "oracle": _oracle(table, _unit(predictor, table)),
+        "oracle": _oracle(table, drawn, known),
+        "oracle_gain": _mean_gain(*_gains(table, known)),
+        "r2": _explained(predictor, contexts, table) if predictor.priced else None,
         "area": interval(area(depth, gain, blocks)) if predictor.priced else None,
         "area_random": interval(area(depth, table.shuffled(chosen) - ce, blocks)) if predictor.priced else None,
         "gain": frontier,
@@ -93,13 +105,15 @@ def measure(
         "entropy_uniform": math.log(len(places)),
         "histogram": np.bincount(own.argmax(-1), minlength=len(places)).tolist(),
         "histograms": [np.bincount(column, minlength=len(places)).tolist() for column in chances.argmax(-1).T],
-        "spearman": rank_correlation(table.losses[:, -1], table.depths[chosen].mean(1), table.weights),
+        "spearman": rank_correlation(
+            table.losses[:, -1 if predictor.loss == "ce" else 0], table.depths[chosen].mean(1), table.weights
+        ),
         "inputs": _inputs(table, chosen, places[own.argmax(-1)]),
     }
 
 
 @torch.no_grad()
-def _chances(predictor: BudgetPredictor, contexts: Tensor, price: float | None) -> Array:
+def _chances(predictor: DepthPredictor, contexts: Tensor, price: float | None) -> Array:
     """(N, K): the policy."""
     found: Array = predictor(contexts, price).double().softmax(-1).numpy()
     return found
@@ -171,22 +185,45 @@ def _sampled(table: Table, prices: list[float | None], chances: Array, places: P
     ]
 
 
-def _unit(predictor: BudgetPredictor, table: Table) -> float:
+def _unit(predictor: DepthPredictor, table: Table) -> float:
     """Nats that count as a loss of 1 where prices are weighed: the predictor's, or the rise over this table."""
     if predictor.priced:
         return float(predictor.nats)
     return max(float(np.sqrt(np.square(table.losses[:, 0] - table.losses[:, -1]).mean())), 1e-6)
 
 
-def _oracle(table: Table, unit: float) -> list[dict[str, Any]]:
-    """The best depth of every input, known only afterwards, at each price."""
+def _known(table: Table, unit: float, prices: Sequence[float]) -> Places:
+    """(N, P): the best depth of every input, known only afterwards, at each price."""
     cost = (table.depths - table.depths[0]) / (table.depths[-1] - table.depths[0])
-    found = []
-    for price in PRICES:
-        chosen = ((1 - price) * (table.losses - table.losses[:, -1:]) / unit + price * cost).argmin(1)
-        depth, ce = table.at(chosen[:, None])
-        found.append({"price": price, "depth_mean": float(depth[0, 0]), **intervals(ce, "ce_mean")[0]})
-    return found
+    rises = (table.losses - table.losses[:, -1:]) / unit
+    return np.stack([((1 - price) * rises + price * cost).argmin(1) for price in prices], 1)
+
+
+def _oracle(table: Table, prices: Sequence[float], known: Places) -> list[dict[str, Any]]:
+    """Points of who chooses so."""
+    depth, ce = table.at(known)
+    return [
+        {"price": price, "depth_mean": float(mean), **quality}
+        for price, mean, quality in zip(prices, depth[0], intervals(ce, "ce_mean"), strict=True)
+    ]
+
+
+def _gains(table: Table, chosen: Places) -> tuple[Array, Array]:
+    """Mean depths, and how far mean losses are below constant depths there, (R, P) each."""
+    depth, ce = table.at(chosen)
+    return depth, table.constant(depth) - ce
+
+
+@torch.no_grad()
+def _explained(predictor: DepthPredictor, contexts: Tensor, table: Table) -> dict[str, float] | None:
+    """R squared of the estimated rise at the shallowest depth, means left aside; None where nothing rises."""
+    true = table.losses[:, 0] - table.losses[:, -1]
+    estimated = predictor.losses(contexts).double().numpy()
+    left = true - float(predictor.nats) * (estimated[:, 0] - estimated[:, -1])
+    if np.ptp(true) == 0:
+        return None
+    spread, rest = (table.mean(values**2) - table.mean(values) ** 2 for values in (true, left))
+    return interval(1 - rest / np.maximum(spread, 1e-300))
 
 
 def _inputs(table: Table, chosen: Places, own: Places) -> dict[str, list[float]]:

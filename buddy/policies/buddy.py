@@ -10,7 +10,7 @@ from torch import Tensor
 
 from buddy.errors import UserError
 from buddy.policies.decision import DecisionModule, RunningMean, source_feature, straight_through
-from buddy.policies.predictor import Asked, BudgetPredictor
+from buddy.policies.predictor import Asked, DepthPredictor, make, scaled_state
 from buddy.routing.budget import Budget, executed_per_sequence, price_of
 from buddy.routing.policy import Choices, Policy
 from buddy.routing.profiling import PREDICTOR, mark
@@ -48,7 +48,7 @@ class BuddyPolicy(Policy):
         rank: hidden width of the Decision Module.
         prior: standardised prior of the candidate blocks, (candidates,); None means no prior.
         prompts_noted: whether the state has mean and deviation of what prompts pooled to in training (`note_prompts`).
-        predictor: settings of the budget predictor (`BudgetPredictor.settings`); None leaves every budget to the caller.
+        predictor: settings of the budget predictor (`DepthPredictor.settings`); None leaves every budget to the caller.
     """
 
     prior: Tensor
@@ -84,7 +84,7 @@ class BuddyPolicy(Policy):
         if prior.shape != (candidates,):
             raise UserError(f"prior: {tuple(prior.shape)} values for {candidates} candidate blocks")
         self.register_buffer("prior", prior.float())
-        self.predictor = None if predictor is None else BudgetPredictor(width, **predictor)
+        self.predictor: DepthPredictor | None = None if predictor is None else make(width, predictor)
         self.prompts_noted = prompts_noted
         if prompts_noted:
             self.register_buffer("prompts_mean", torch.zeros(width))
@@ -143,7 +143,18 @@ class BuddyPolicy(Policy):
                 f"budget: {budget} asks the budget predictor, and this run has none; give a budget in (0, 1], or train one "
                 "(buddy predictor --run RUN --data DIR --out RUN2)"
             )
-        return Asked(self.predictor.accepted(price), RunningMean.empty(batch, self.width, device))
+        return Asked(self.predictor.accepted(price), RunningMean.empty(batch, self.predictor.width, device))
+
+    @property
+    def reads_states(self) -> bool:
+        """Where the budget predictor does."""
+        return self.predictor is not None and self.predictor.reads_states
+
+    def see(self, state: BuddyState, hidden: Tensor, mask: Tensor | None) -> None:
+        """Show the predictor the prompt's states, if it is asked."""
+        if state.asked is not None:
+            with mark(PREDICTOR):
+                state.asked.pooled.add(scaled_state(hidden), mask)
 
     def _settle(self, state: BuddyState) -> None:
         """Let the predictor choose the depth of every sequence, if that was left to it."""
@@ -159,7 +170,7 @@ class BuddyPolicy(Policy):
         """Score the new tokens and add them to the running mean."""
         features = source_feature(keys, values, self.feature)
         state.pooled.add(self.decision(features), mask)
-        if state.asked is not None:
+        if state.asked is not None and not self.reads_states:
             state.asked.pooled.add(features.float(), mask)
 
     def scores(self, state: BuddyState) -> Tensor:
@@ -203,7 +214,8 @@ class BuddyPolicy(Policy):
         features = source_feature(keys, values, self.feature)
         scores = self.decision(features)
         if state.asked is not None:
-            state.asked.pooled.add(features.float(), mask & prompt)
+            if not self.reads_states:
+                state.asked.pooled.add(features.float(), mask & prompt)
             self._settle(state)
         return state.pooled.add_each(scores, mask, prompt) + state.bias
 

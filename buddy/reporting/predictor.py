@@ -25,7 +25,9 @@ DECIDED = "One depth for each input"
 RANDOM = "Same depths, random inputs"
 POOLED = "all"
 """What stands for all data sets together in records."""
-PRESETS = {"paper": "Paper's recipe", "tuned": "Tuned recipe"}
+PRESETS = {"paper": "Paper's recipe", "tuned": "Tuned recipe", "rise": "Rise recipe"}
+POINTS = {"paper": "Update", "tuned": "Pass", "rise": "Penalty, from the largest"}
+"""What a curve is over."""
 
 
 def training_curves(study: Study) -> Figure:
@@ -46,7 +48,7 @@ def training_curves(study: Study) -> Figure:
         if place % len(presets) == 0:
             axes.set_ylabel(CURVES[name])
         if place >= len(every) - len(presets) and found[preset]:
-            axes.set_xlabel("Update" if preset == "paper" else "Pass")
+            axes.set_xlabel(POINTS[preset])
     figure.align_ylabels(every[:: len(presets)])
     trained = [one.backbone for curves in found.values() for one in curves]
     return finish(figure, every, setting(study, "training", *dict.fromkeys(trained)) if trained else None)

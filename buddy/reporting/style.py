@@ -65,6 +65,7 @@ MARKS = {
     # The budget predictor's presets, and what it is held against.
     "paper": Mark("#D55E00", "s", (0, (4, 1.5))),
     "tuned": Mark("#0072B2", "o"),
+    "rise": Mark("#CC79A7", "v", (0, (3, 1, 1, 1))),
     "constant": Mark("#555555", "^", (0, (5, 1.5, 1, 1.5))),
     "random": Mark("#E69F00", "X", (0, (2, 1.2))),
     "oracle": Mark("#009E73", "D", (0, (1, 1.2))),

@@ -19,7 +19,7 @@ class BySequence(Step):
         self._keep(hidden)
         self.in_place = self._needs_rows(len(hidden))
         hidden, written = self._read(hidden)
-        self.choose(written)
+        self.choose(written, hidden)
         assert self.state.route is not None
         route = self.state.route.cpu()  # the one read from the device in a pass
         self._note(route)
@@ -46,11 +46,18 @@ class BySequence(Step):
 
     # ---- the choice --------------------------------------------------------------------------------------------------
 
-    def choose(self, written: KeysValues | None) -> None:
-        """Let the policy read what the source block has written, and decide; in training also the gates."""
+    def choose(self, written: KeysValues | None, hidden: Tensor) -> None:
+        """Let the policy read what the source block has written, and decide; in training also the gates.
+
+        Args:
+            written: keys and values of the new tokens, where no cache has them.
+            hidden: (B, S, H), what left the source block.
+        """
         routing, state = self.routing, self.state
         policy = routing.policy
         with mark(DECISION):
+            if policy.reads_states and state.route is None:
+                policy.see(state.policy_state, hidden, self._readable(routing.context_mask))
             if policy.source_block and (routing.every or state.route is None):
                 keys, values = self._source_states(written)
                 policy.observe(state.policy_state, keys, values, self._readable(routing.context_mask))

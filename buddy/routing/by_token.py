@@ -23,7 +23,7 @@ class ByToken(Step):
         self._keep(hidden)
         hidden, written = self._read(hidden)
         routing = self.routing
-        route, gates = self._routes_of_tokens(written, len(hidden)), routing.gates
+        route, gates = self._routes_of_tokens(written, hidden), routing.gates
         anywhere = route.any(0).any(0).tolist()
         if self.cache is not None:
             self.cache.record(route, self.new, route.all(0).all(0).tolist())
@@ -46,15 +46,18 @@ class ByToken(Step):
         present = runs if self.kv == "mask" and self.past == 0 else None
         return self.block(index, hidden, written=written, present=present)
 
-    def _routes_of_tokens(self, written: KeysValues | None, batch: int) -> Tensor:
-        """The routes (B, S, L); in training also the gates."""
+    def _routes_of_tokens(self, written: KeysValues | None, hidden: Tensor) -> Tensor:
+        """The routes (B, S, L), from what the source block has written and from the states (B, S, H) that left it; in
+        training also the gates."""
         routing, state = self.routing, self.state
         keys, values = self._source_states(written)
         mask = self._readable()
         if mask is None:
-            mask = torch.ones(batch, self.new, dtype=torch.bool, device=keys.device)
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=keys.device)
         prompt = self._prompt(mask)
         with mark(DECISION):
+            if routing.policy.reads_states and state.route is None:
+                routing.policy.see(state.policy_state, hidden, mask & prompt)
             if routing.gradient:
                 routing.gates = routing.policy.gates_each(state.policy_state, keys, values, mask, prompt)
                 route = routing.gates.detach().bool()

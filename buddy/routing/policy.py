@@ -40,6 +40,7 @@ class Policy(nn.Module, ABC):
         capturable: `observe` and `decide` change nothing but the tensors of the state, in place, and never ask the
             device for a value; a CUDA graph may hold them then.
         reads_tokens: `read` is called with the tokens of each prompt, before any block runs.
+        reads_states: `see` is called with the states that left the source block, before the first `decide`.
         shares: it scores single blocks, so that a batch can choose together: it has `choices`.
         nested: of two routes at one step the one with fewer blocks is always part of the other, so that a batch calls no
             more blocks than its deepest sequence runs.
@@ -84,6 +85,20 @@ class Policy(nn.Module, ABC):
         Args:
             state: from `begin`.
             input_ids: (B, S) int64.
+            mask: boolean (B, S), True where a token may be read; None means all.
+        """
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether `see` is called."""
+        return False
+
+    def see(self, state: Any, hidden: Tensor, mask: Tensor | None) -> None:
+        """Take in the states of the prompts behind the source block; called once, where `reads_states` says so.
+
+        Args:
+            state: from `begin`.
+            hidden: (B, S, H).
             mask: boolean (B, S), True where a token may be read; None means all.
         """
 

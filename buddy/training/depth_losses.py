@@ -1,4 +1,5 @@
-"""What responses cost at several depths: cross-entropies under teacher forcing, shared work done once.
+"""What inputs cost at several depths under teacher forcing, shared work done once: cross-entropies of responses, or how far
+the whole input's next-token distributions rise from those of full depth.
 
 The route of an example is read from its prompt alone and holds for the response, as a budget's choice at the prefill
 does. Routes of one example are nested: a deeper one keeps every block of a shallower one, because both keep the first
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from buddy.policies.buddy import BuddyPolicy
-from buddy.policies.predictor import mean_feature
+from buddy.policies.predictor import mean_feature, mean_state, scaled_state
 from buddy.routing.blocks import Stack
 from buddy.routing.padding import leading, padded
 from buddy.routing.ranking import ranking
@@ -45,14 +46,16 @@ class Rollouts:
         backbone: causal language model, with its adapter merged or in place.
         policy: ranks the blocks; its predictor, if it has one, is not asked.
         rows: B examples.
+        by_state: what a budget predictor reads: the states behind the source block, or what the router reads in it.
 
     Attributes:
         contexts: (B, width) float32, what a budget predictor is given.
     """
 
     @torch.no_grad()
-    def __init__(self, backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row]) -> None:
+    def __init__(self, backbone: CausalLM, policy: BuddyPolicy, rows: Sequence[Row], by_state: bool = False) -> None:
         self.policy = policy
+        self._by_state = by_state
         self._ids = [list(row["input_ids"]) for row in rows]
         self._prompts = [int(row["prompt_length"]) for row in rows]
         ids = padded(self._ids).to(backbone.device)
@@ -70,7 +73,8 @@ class Rollouts:
         state = policy.begin(1.0, len(hidden), hidden.device)
         policy.observe(state, keys, values, prompt)
         self._places = ranking(policy.scores(state)).argsort(-1).tolist()
-        self.contexts = mean_feature(keys, values, policy.feature, prompt)
+        by_state = self._by_state
+        self.contexts = mean_state(hidden, prompt) if by_state else mean_feature(keys, values, policy.feature, prompt)
         self._hidden = hidden
 
     @torch.no_grad()
@@ -88,6 +92,40 @@ class Rollouts:
             found[example, depth] = self._loss(example, hidden)
         values = [[found[example, depth] for depth in row] for example, row in enumerate(depths)]
         return torch.stack([torch.stack(row) for row in values]).double().cpu()
+
+    def token_states(self) -> list[Tensor]:
+        """Of each example the states behind the source block, as a predictor reads them, of the tokens that `token_rises`
+        tells of: (n, H) float32."""
+        return [scaled_state(row[1 : max(len(ids) - 1, 1)]) for row, ids in zip(self._hidden, self._ids, strict=True)]
+
+    @torch.no_grad()
+    def token_rises(self, depths: Sequence[int]) -> list[Tensor]:
+        """How far each token's prediction of the next one is from that of full depth, KL(full depth || depth), nats.
+
+        Prompt and response alike, from the second token to the last but one: the first one's state is that of a token
+        without a context, whatever the input, and after the last one nothing follows.
+
+        Args:
+            depths: D of them, the same for all examples.
+
+        Returns:
+            Of each example (n, D) float32; zeros at full depth.
+        """
+        full, wanted = self.policy.blocks, sorted({*depths, self.policy.blocks})
+        states = {(example, depth): hidden for example, depth, hidden in self._outputs([wanted] * len(self._ids))}
+        found = []
+        for example, ids in enumerate(self._ids):
+            tokens = slice(1, max(len(ids) - 1, 1))
+            every = zip(*(states[example, depth][tokens].split(HEAD_TOKENS) for depth in (full, *depths)), strict=True)
+            found.append(torch.cat([self._divergences(whole, parts) for whole, *parts in every]))
+        return found
+
+    def _divergences(self, whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """KL divergences (n, D) of the distributions that last states, D of (n, H), lead to from those of full depth."""
+        theirs = self._stack.logits(whole).float().log_softmax(-1)
+        chances = theirs.exp()
+        ours = (self._stack.logits(states).float().log_softmax(-1) for states in parts)
+        return torch.stack([(chances * (theirs - one)).sum(-1) for one in ours], -1)
 
     def _outputs(self, depths: Sequence[Sequence[int]]) -> list[tuple[int, int, Tensor]]:
         """(example, depth, last states (S, H)) of all: a tree of states that branches where routes part."""

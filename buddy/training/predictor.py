@@ -1,7 +1,8 @@
 """Training of the budget predictor on a finished run: backbone and router stay as they are (paper sec. 4.4).
 
-Two presets. ``paper`` is GRPO with every published value (`buddy.training.grpo`). ``tuned`` takes the exact expectation
-over a coarse grid of depths, at any price (`buddy.training.tuned_predictor`).
+Three presets. ``paper`` is GRPO with every published value (`buddy.training.grpo`). ``tuned`` takes the exact expectation
+over a coarse grid of depths, at any price (`buddy.training.tuned_predictor`). ``rise`` estimates, token by token, how far each
+depth moves the model's predictions (`buddy.training.rise_predictor`).
 
 Why not TRL's `GRPOTrainer`: its actions are tokens. It generates completions with the model it trains, scores their text
 and differentiates through their log-probabilities; here an action is a depth, the response is given, and no gradient
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ import torch
 
 from buddy.errors import UserError, unknown
 from buddy.policies.buddy import BuddyPolicy
-from buddy.policies.predictor import BudgetPredictor
+from buddy.policies.predictor import BudgetPredictor, DepthPredictor, RisePredictor
 from buddy.routing.budget import round_half_up
 from buddy.routing.types import CausalLM
 from buddy.settings import PREDICTOR_PRESETS, Predictor
-from buddy.training import grpo, tuned_predictor
+from buddy.training import grpo, rise_predictor, tuned_predictor
 from buddy.training.depth_losses import Row, loss_table
+from buddy.training.rises import rise_table
 
-TUNED_EXAMPLES = 2000
-"""Examples of each data set that preset ``tuned`` takes where nothing else is said: all their losses are measured."""
+EXAMPLES: dict[str, int | None] = {"paper": None, "tuned": 2000, "rise": 400}
+"""Examples of each data set that a preset takes where nothing else is said: but for ``paper`` all of them are measured at every
+depth, and of ``rise`` every token is an example."""
 
 FOLDER = "predictor"
 """Below a run's checkpoints: what a killed training goes on from."""
@@ -42,13 +45,15 @@ class Fitted:
 
     Attributes:
         curve: a point per log line (`grpo.train`, `tuned_predictor.fit`).
-        steps: updates of ``paper``, passes of ``tuned``.
-        kept: the step whose state is the result: the last one of ``paper``, of ``tuned`` the best on held-out prompts.
+        steps: updates of ``paper``, passes of ``tuned``, of ``rise`` the penalties that were tried.
+        kept: the step whose state is the result: the last one of ``paper``, of the others the best on held-out prompts.
+        said: what else the record says, of ``rise`` (`rise_predictor.fit`).
     """
 
     curve: list[dict[str, Any]]
     steps: int
     kept: int
+    said: dict[str, Any] = field(default_factory=dict)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -59,12 +64,12 @@ class Fitted:
 def depths_of(policy: BuddyPolicy, preset: str, grid: int, most_removed: int) -> list[int]:
     """The depths that a preset chooses from, executed blocks, ascending.
 
-    ``paper``: one to all of the blocks that may be skipped. ``tuned``: about ``grid`` depths, evenly spread from the
+    ``paper``: one to all of the blocks that may be skipped. The others: about ``grid`` depths, evenly spread from the
     deepest pruning that the run was trained for up to full depth; budgets below it are nobody's choice.
 
     Args:
         policy: ranks the blocks.
-        preset: ``paper`` or ``tuned``.
+        preset: ``paper``, ``tuned`` or ``rise``.
         grid: number of depths.
         most_removed: blocks left out at most.
 
@@ -98,8 +103,8 @@ def train(
     Args:
         backbone: frozen causal language model, with its adapter.
         policy: on the backbone's device; it gets the predictor, and nothing else of it changes.
-        rows: examples, from `buddy.training.predictor_examples`.
-        preset: ``paper`` or ``tuned``.
+        rows: examples, from `buddy.training.predictor_examples`; for ``rise`` each with ``set``, its data set.
+        preset: ``paper``, ``tuned`` or ``rise``.
         settings: the section `predictor` of the study.
         most_removed: blocks left out at most in the run's own training.
         folder: where what is done is kept meanwhile.
@@ -107,6 +112,8 @@ def train(
         on_log: called with (step, values) at every log line.
     """
     depths = depths_of(policy, preset, settings.depths, most_removed)
+    if preset == "rise":
+        return _train_rise(backbone, policy, rows, depths, settings, folder / FOLDER, seed, on_log)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if preset == "paper":
@@ -127,7 +134,26 @@ def train(
     return Fitted(curve, curve[-1]["step"], kept)
 
 
-def facts(predictor: BudgetPredictor, fitted: Fitted) -> dict[str, Any]:
+def _train_rise(
+    backbone: CausalLM,
+    policy: BuddyPolicy,
+    rows: Sequence[Row],
+    depths: Sequence[int],
+    settings: Predictor,
+    folder: Path,
+    seed: int,
+    on_log: Callable[[int, dict[str, float]], None] | None,
+) -> Fitted:
+    table = rise_table(backbone, policy, rows, depths, settings.table_batch, folder)
+    predictor = RisePredictor(table.contexts.shape[1], depths, "rise", settings.price)
+    sets = [str(row["set"]) for row in rows]
+    curve, kept, said = rise_predictor.fit(predictor, table, sets, policy.blocks, seed, on_log)
+    policy.predictor = predictor.to(backbone.device)
+    policy.requires_grad_(False)
+    return Fitted(curve, len(curve), kept, said)
+
+
+def facts(predictor: DepthPredictor, fitted: Fitted) -> dict[str, Any]:
     """What a training record says beside the curve."""
     result = fitted.result
     return {
@@ -141,4 +167,5 @@ def facts(predictor: BudgetPredictor, fitted: Fitted) -> dict[str, Any]:
         "final_mean_budget": result["mean_budget"],
         "entropy_uniform": math.log(len(predictor.depths)),
         "predictor_parameters": sum(parameter.numel() for parameter in predictor.parameters()),
+        **fitted.said,
     }

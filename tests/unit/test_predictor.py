@@ -20,8 +20,8 @@ from buddy.cli import main
 from buddy.errors import BudgetError, UserError
 from buddy.evaluation import budgets
 from buddy.evaluation.breakdown import COMPONENTS, breakdown
-from buddy.evaluation.frontiers import Table, area, hull, interval, rank_correlation
 from buddy.evaluation.harness import BuddyLM
+from buddy.frontiers import Table, area, hull, interval, rank_correlation
 from buddy.policies.buddy import BuddyPolicy
 from buddy.policies.predictor import BudgetPredictor, mean_feature
 from buddy.policies.static import StaticPolicy
@@ -34,6 +34,7 @@ from buddy.settings import Breakdown, Predictor
 from buddy.study.records import Record
 from buddy.training import depth_losses, grpo, predictor, predictor_examples, tuned_predictor
 from buddy.training.depth_losses import Rollouts, loss_table
+from buddy.training.rise_predictor import PENALTIES
 
 PAPER = {"depths": [3, 4, 5, 6, 7], "preset": "paper"}
 TUNED = {"depths": [3, 5, 7], "preset": "tuned", "hidden": 8, "price": 0.4}
@@ -759,12 +760,14 @@ def command(*arguments):
     return ended.value.code
 
 
-@pytest.mark.parametrize("preset", ["paper", "tuned"])
+@pytest.mark.parametrize("preset", ["paper", "tuned", "rise"])
 def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     out = tmp_path / "run"
-    options = ["--steps", 3, "--logging-steps", 1] if preset == "paper" else ["--epochs", 2, "--depths", 3]
-    chosen = ["--data", study / "alpaca", "--data", study / "piqa", "--examples", 3, "--device", "cpu"]
+    of_paper, of_tuned = ["--steps", 3, "--logging-steps", 1], ["--epochs", 2, "--depths", 3]
+    options = {"paper": of_paper, "tuned": of_tuned, "rise": ["--depths", 3]}[preset]
+    count = 6 if preset == "rise" else 3
+    chosen = ["--data", study / "alpaca", "--data", study / "piqa", "--examples", count, "--device", "cpu"]
     assert not command(
         *("predictor", "--run", study / "run", *chosen, "--preset", preset, *options),
         *("--out", out, "--record", tmp_path / "training.json"),
@@ -772,8 +775,11 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     record = Record.read(tmp_path / "training.json")
     assert (record.kind, record.study, record.seed, record.variant["preset"]) == ("training", "small", 2, preset)
     assert record.metrics["entropy_uniform"] == pytest.approx(math.log(5 if preset == "paper" else 3))
-    assert record.metrics["epochs"] == (3 * 2 / 6 if preset == "paper" else 2)
-    assert {"loss", "reward", "ce", "entropy", "mean_budget", "histogram"} <= set(record.metrics["curve"][0])
+    assert record.metrics["epochs"] == {"paper": 3 * 2 / 6, "tuned": 2, "rise": len(PENALTIES)}[preset]
+    if preset == "rise":
+        assert set(record.metrics["within"]) == {"alpaca", "piqa"}
+    shown = {"loss", "reward", "entropy", "mean_budget", "histogram"} | ({"ce"} if preset != "rise" else set())
+    assert shown <= set(record.metrics["curve"][0])
     assert not (out / "checkpoints").exists()
     model = buddy.load(out, device="cpu", dtype="float32")
     plain = buddy.load(study / "run", device="cpu", dtype="float32")
@@ -809,7 +815,7 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     assert 3 <= solved.metrics["executed_mean"] <= 7
     # Depth alone counts: the shallowest depth that it knows. A preset without a price refuses to hear one.
     assert command(*scored, "--budget", "auto:1", "--out", tmp_path / "scores") == (2 if preset == "paper" else 0)
-    if preset == "tuned":
+    if preset != "paper":
         assert not command(*scored, "--removed", "4", "--out", tmp_path / "scores")
         priced_, constant = (Record.read(tmp_path / "scores" / f"{n}.json") for n in ("auto~1", "removed~4"))
         assert priced_.metrics["executed_mean"] == constant.metrics["executed_mean"] == 3
@@ -823,7 +829,10 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
 def test_mistakes_are_told_in_a_line(study, tmp_path, capsys):
     given = ["--data", study / "alpaca", "--out", tmp_path / "out", "--device", "cpu"]
     for arguments, message in (
-        (["predictor", "--run", study / "run", "--preset", "best", *given], "'best' is not one of paper or tuned"),
+        (
+            ["predictor", "--run", study / "run", "--preset", "best", *given],
+            "'best' is not one of paper, tuned or rise",
+        ),
         (["predictor", "--run", study / "backbone", "--preset", "paper", *given], "needs one of buddy"),
         (["predictor", "--run", study / "run", "--preset", "paper", "--group", 1, *given], "--group: 1 is not allowed"),
         (["budget-eval", "--run", study / "run", *given], "has no budget predictor"),
