@@ -261,7 +261,12 @@ class Training(Settings):
     data: str = Field("alpaca", description="instruction data set")
     examples: int | None = Field(None, description="use the first N examples (all by default)", ge=1)
     epochs: float = Field(2, description="passes over the data", gt=0)
-    batch_size: int = Field(8, description="sequences per step on the device", ge=1)
+    batch_size: int = Field(
+        8,
+        description="sequences per pass on the device; where they do not fit into its memory, half of them at a time, and twice "
+        "the gradient_accumulation",
+        ge=1,
+    )
     gradient_accumulation: int = Field(1, description="steps whose gradients are added before an update", ge=1)
     learning_rate: float = Field(1e-4, description="AdamW's peak rate for LoRA and router", gt=0)
     router_learning_rate: float | None = Field(None, description="another rate for the router alone", gt=0)

@@ -78,6 +78,8 @@ class Making:
             "epochs": info.training.get("epochs", 0) if result.steps else 0,
             "examples": examples,
             "tokens": result.tokens,
+            "positions": result.positions,
+            "batch_size": result.batch_size or None,
             "objective": info.training.get("loss") if result.steps else None,
             "final_loss": result.curve[-1]["loss"] if result.curve else None,
             "curve": result.curve,

@@ -90,6 +90,8 @@ def fit(
         curve=both.curve + [{**point, "step": point["step"] + gates.steps} for point in second.curve],
         steps=gates.steps + second.steps,
         tokens=gates.tokens + second.tokens,
+        positions=gates.positions + second.positions,
+        batch_size=second.batch_size or gates.batch_size,
         trainable=gates.trainable + second.trainable,
     )
 
@@ -173,9 +175,12 @@ def _chosen(job: Job, policy: FirstPolicy, first: First, prompts: Sequence[Seque
     return achieved(job.backbone, policy, prompts, job.removed, first.threshold, job.settings.batch_size)
 
 
+_KEPT = ("adapted", "curve", "steps", "tokens", "positions", "batch_size", "trainable")
+
+
 def _parts(trained: Trained) -> dict[str, Any]:
     """The fields of an outcome, the adapted model not copied."""
-    return {name: getattr(trained, name) for name in ("adapted", "curve", "steps", "tokens", "trainable")}
+    return {name: getattr(trained, name) for name in _KEPT}
 
 
 def _later(on_log: OnLog | None, steps: int) -> OnLog | None:

@@ -7,6 +7,7 @@ differs between methods (the depths of the examples, whether the policy learns, 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -25,7 +26,7 @@ from buddy.routing.types import CausalLM
 from buddy.settings import Training
 from buddy.storage import checkpoints
 from buddy.storage.checkpoints import Checkpoints
-from buddy.training import divergence, fingerprints
+from buddy.training import batches, divergence, fingerprints
 from buddy.training import loss as losses
 from buddy.training.examples import Collator, encode
 from buddy.training.probes import Probes
@@ -45,6 +46,8 @@ class Trained:
         adapted: the model with its LoRA, as PEFT has it; None without LoRA.
         curve: a point per log line.
         steps, tokens: updates made, and real tokens seen.
+        positions: tokens and padding that were computed.
+        batch_size: sequences in a pass at the end: fewer than the settings say where those did not fit into memory.
         trainable: parameters that learnt.
         probes: what the router does with prompts (`buddy.training.probes.figures`), ``first`` before training and ``last``
             after it, how many ``prompts`` they are, and how many blocks are ``removed``; empty without a router.
@@ -54,6 +57,8 @@ class Trained:
     curve: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
+    positions: int = 0
+    batch_size: int = 0
     trainable: int = 0
     probes: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +76,8 @@ def train(
 ) -> Trained:
     """Train policy, LoRA or both on one device; goes on from the last whole checkpoint of this very training.
 
-    Where neither learns, nothing is done but a look at the probes.
+    Where a batch does not fit into the device's memory, half of it is computed at a time and twice as many parts make an
+    update, from the last checkpoint on. Where neither learns, nothing is done but a look at the probes.
 
     Args:
         backbone: frozen causal language model on its device.
@@ -108,18 +114,55 @@ def train(
     try:
         if not trainable:
             return Trained(probes=_looked_at(backbone, policy, rows, recipe))
-        trainer = _trainer(model, tokenizer, rows, settings, recipe, kept, seed, on_log)
-        first = trainer.look()
-        checkpoint = kept.last()
-        if checkpoint:
-            logger.info("resuming from %s", checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        start = {name: value.detach().cpu().clone() for name, value in model.named_parameters() if value.requires_grad}
+        first, trainer = None, None
+        while trainer is None:
+            trainer = _trainer(model, tokenizer, rows, settings, recipe, kept, seed, on_log)
+            first = trainer.look() if first is None else first
+            checkpoint = kept.last()
+            if checkpoint:
+                logger.info("resuming from %s", checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except torch.OutOfMemoryError:
+                if settings.batch_size % 2:
+                    raise
+                settings, trainer = _halved(settings), None
+            if trainer is None:  # no sooner: the error holds on to what did not fit
+                _begin_again(model, start)
         last = trainer.look()
     finally:
         delattr(model, _POLICY)
     curve = [_curve_point(entry) for entry in trainer.state.log_history if "loss" in entry]
     probes = {**trainer.probes.summary(), "first": first, "last": last} if trainer.probes else {}
-    return Trained(adapted, curve, trainer.state.global_step, trainer.tokens, trainable, probes)
+    steps, tokens = trainer.state.global_step, trainer.tokens
+    logger.info("%.1f %% of the positions that were computed are tokens", 100 * tokens / max(trainer.positions, 1))
+    return Trained(adapted, curve, steps, tokens, trainer.positions, settings.batch_size, trainable, probes)
+
+
+def _halved(settings: Training) -> Training:
+    """The settings with half of the batch at a time, and the same examples in an update."""
+    batch, parts = settings.batch_size // 2, settings.gradient_accumulation * 2
+    logger.warning(
+        "out of memory at batch_size %d: goes on with batch_size %d and gradient_accumulation %d, the same examples in each "
+        "update",
+        settings.batch_size,
+        batch,
+        parts,
+    )
+    return settings.model_copy(update={"batch_size": batch, "gradient_accumulation": parts})
+
+
+def _begin_again(model: CausalLM, start: dict[str, Tensor]) -> None:
+    """What learns is as it was before training, and nothing of the attempt holds memory."""
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name in start:
+                value.copy_(start[name])
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _looked_at(backbone: CausalLM, policy: Policy, rows: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
@@ -143,6 +186,7 @@ def _made_by(
         "recipe": recipe.made_by(),
         "seed": seed,
         "examples": fingerprints.of_examples(rows),
+        "order": batches.ORDER,
         "policy": {"settings": policy.settings(), "state": fingerprints.of_weights(policy)},
         "backbone": fingerprints.of_weights(backbone),
     }
@@ -237,6 +281,7 @@ def _trainer(
         settings=settings,
         recipe=recipe,
         kept=kept,
+        lengths=[len(row["input_ids"]) for row in rows],
         probes=Probes.of(rows, recipe.probed) if recipe.probed else None,
         on_log=on_log,
     )
@@ -267,6 +312,7 @@ def routed_trainer_class() -> type:
             settings: Training,
             recipe: Recipe,
             kept: Checkpoints,
+            lengths: Sequence[int],
             probes: Probes | None = None,
             on_log: Any = None,
             **kwargs: Any,
@@ -277,12 +323,17 @@ def routed_trainer_class() -> type:
             self.settings = settings
             self.recipe = recipe
             self.kept = kept
+            self.lengths = lengths
             self.probes = probes
             self.on_log = on_log
             self.policy: Policy = getattr(self.model, _POLICY)
-            self.tokens = 0
+            self.tokens = self.positions = 0
             self._part, self._last_step = 0, -1
             self._since, self._tokens_since = time.perf_counter(), 0
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> batches.LikeLengths:
+            update = self.settings.batch_size * self.settings.gradient_accumulation
+            return batches.LikeLengths(self.lengths, update, self.args.seed)
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -344,6 +395,7 @@ def routed_trainer_class() -> type:
                 metrics[name].append(value)
             tokens = int(inputs["attention_mask"].sum())
             self.tokens += tokens
+            self.positions += inputs["attention_mask"].numel()
             self._tokens_since += tokens
 
         def look(self) -> dict[str, float]:
@@ -372,7 +424,8 @@ def routed_trainer_class() -> type:
             if hasattr(model, "peft_config"):
                 model.save_pretrained(str(folder))
             state = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
-            save_file(state, folder / ROUTER_STATE, metadata={"tokens": str(self.tokens)})
+            counted = {"tokens": str(self.tokens), "positions": str(self.positions)}
+            save_file(state, folder / ROUTER_STATE, metadata=counted)
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             """Sealed when all its files are written: one without a seal was cut off."""
@@ -389,6 +442,6 @@ def routed_trainer_class() -> type:
             path = Path(resume_from_checkpoint) / ROUTER_STATE
             self.policy.load_state_dict(load_file(path))
             with safe_open(path, "pt") as stored:
-                self.tokens = int(stored.metadata()["tokens"])
+                self.tokens, self.positions = (int(stored.metadata()[name]) for name in ("tokens", "positions"))
 
     return RoutedTrainer

@@ -217,9 +217,10 @@ def test_memory_of_the_largest_jobs() -> None:
 
 
 @pytest.mark.parametrize("stage", ["train", "adapt", "calibrate", "importance"])
-def test_arithmetic_is_near_what_reference_runs_took(stage: str) -> None:
+def test_arithmetic_is_near_what_reference_runs_took(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 on two cores, other work beside it at times (two trainings of the same size took 690 and 2,832 s): of each
     stage the job that comes nearest to having had the machine for itself, of those that took over a minute."""
+    monkeypatch.setattr(costs, "REAL", 0.46)  # of batches drawn at random, as they were
     folder = ROOT / "results/reference/smollm2-study"
     study = config.read(ROOT / "config.yaml", folder / "study.yaml")
     found = Estimates(Jobs(study), folder, DEVICES["cpu"])
