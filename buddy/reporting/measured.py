@@ -458,9 +458,11 @@ Points = Sequence[Mapping[str, float]]
 @dataclass(frozen=True, kw_only=True)
 class Predicted(Measured):
     """What a budget predictor is worth on a data set (`buddy.evaluation`): depths it may choose and how often it did, at its
-    own ``price``; points of constant depths, their lower hull, the oracle and the predictor; and its gain."""
+    ``price``; points of constant depths, their lower hull, the oracle and the predictor; and its gain. ``loss`` is what they
+    are of: ``ce``, or ``kl`` of a predictor that has its own."""
 
     preset: str | None
+    loss: str
     dataset: str | None
     blocks: int
     choices: Sequence[int]
@@ -478,6 +480,7 @@ class Predicted(Measured):
         if absent:
             raise ValueError(f"no {', '.join(absent)}")
         at = {name: record.metrics.get(name, levels.get(name)) for name in ("preset", "dataset")}
+        at["loss"] = record.metrics.get("loss", "ce")
         return {**super()._fields(record, levels), **at, **{name: record.metrics[name] for name in _PREDICTED}}
 
 

@@ -87,18 +87,18 @@ def against_constant(study: Study) -> Figure:
 
     Above, on the first data set: cross-entropy against mean depth, and how far each line is below constant depths at the same
     mean depth (their lower hull, which mixing two constants at random reaches): above 0 it pays to look at the input. The
-    oracle knows every input's losses. Then that gain at the predictor's own price, data set by data set, and the depths
-    chosen. Last, where tasks were scored at them, what is left of each one's score (`buddy.reporting.retained`).
+    oracle knows every input's losses. Predictors of another loss than the first one's are left out there. Then the mean gain
+    over all prices, each in its own loss, data set by data set, and the depths chosen. Last, where tasks were scored at them, what is left of each one's score (`buddy.reporting.retained`).
     """
     backbone, found = _evaluated(study)
     planned = study.config.predictor.datasets
     datasets = sorted({name for _, name in found}, key=lambda name: (name not in planned, [*planned, name].index(name)))
     if not datasets:
         return empty("Predictor against constant depth", "not measured: no budget records of a predictor")
-    presets = list(dict.fromkeys(preset for preset, _ in found))
+    presets = sorted({preset for preset, _ in found}, key=lambda preset: [*PRESETS, preset].index(preset))
     left = kept(study, backbone)
     figure, frontier, gain, own, chosen, lowest = _layout(len(datasets), len(presets), scored=bool(left))
-    first = {preset: found[preset, datasets[0]] for preset in presets if (preset, datasets[0]) in found}
+    first = _of_one_loss({preset: found[preset, datasets[0]] for preset in presets if (preset, datasets[0]) in found})
     _frontier_panel(frontier, first)
     _gain_panel(gain, first)
     frontier.set_title(_named(datasets[0]))
@@ -146,6 +146,15 @@ def _evaluated(study: Study) -> tuple[str, dict[tuple[str, str], Predicted]]:
     return "", {}
 
 
+LOSSES = {"ce": "Loss (nats per token)", "kl": "KL from full depth (nats per token)"}
+
+
+def _of_one_loss(shown: Mapping[str, Predicted]) -> dict[str, Predicted]:
+    """The presets whose losses are of the kind that the first one's are: others stand on no common axis with them."""
+    kinds = [metrics.loss for metrics in shown.values()]
+    return {preset: metrics for preset, metrics in shown.items() if metrics.loss == kinds[0]}
+
+
 def _frontier_panel(axes: Axes, shown: Mapping[str, Predicted]) -> None:
     """Cross-entropy against mean depth: constants with their band, oracle, presets, and their depths on random inputs."""
     _band(axes, _widest(shown)[0].constants)
@@ -156,7 +165,7 @@ def _frontier_panel(axes: Axes, shown: Mapping[str, Predicted]) -> None:
         _points(axes, metrics.predictor, preset, PRESETS.get(preset, preset))
     _limits(axes, shown)
     axes.set_xlabel("Mean depth (blocks)")
-    axes.set_ylabel("Loss (nats per token)")
+    axes.set_ylabel(LOSSES[_widest(shown)[0].loss])
 
 
 def _widest(shown: Mapping[str, Predicted]) -> list[Predicted]:
@@ -188,7 +197,7 @@ def _gain_panel(axes: Axes, shown: Mapping[str, Predicted]) -> None:
 def _own_panel(
     axes: Axes, found: Mapping[tuple[str, str], Predicted], datasets: Sequence[str], presets: Sequence[str]
 ) -> None:
-    """The gain at a predictor's own price: a row per data set, a mark per preset, with its interval."""
+    """The mean gain over all prices: a row per data set, a mark per preset, with its interval."""
     axes.axvline(0, color=style.mark("constant").color, linewidth=0.9, zorder=1)
     for row, dataset in enumerate(datasets):
         for place, preset in enumerate(presets):
@@ -201,7 +210,7 @@ def _own_panel(
     axes.set_yticks(range(len(datasets)), [_named(name) for name in datasets])
     axes.set_ylim(len(datasets) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("Gain at the predictor's own price (nats per token)")
+    axes.set_xlabel("Mean gain over all prices (nats per token)")
 
 
 def _band(axes: Axes, points: Points) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -502,7 +503,7 @@ def test_predictor_is_held_against_constant_depths(small: Maker) -> None:
     (mark,) = own.containers
     assert mark.lines[0].get_xdata()[0] == pytest.approx(0.05)
     assert list(mark.lines[2][0].get_segments()[0][:, 0]) == pytest.approx([0.04, 0.06])
-    assert own.get_xlabel() == "Gain at the predictor's own price (nats per token)"
+    assert own.get_xlabel() == "Mean gain over all prices (nats per token)"
     assert said(drawn(small, "figure13")).startswith(f"{NAME} on cpu (Synthetic); 95 % intervals over the inputs")
     constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
     expected = [1.5 + 3 * (1 - depth / 30) ** 2 for depth in range(15, 31)]
@@ -533,6 +534,27 @@ def test_records_of_a_real_predictor_are_drawn(small: Maker) -> None:
     assert all(line.get_ydata().min() > -1e-9 for name, line in lines.items() if name == "Oracle")
     constants = next(line for line in quality.lines if line.get_label() == "Constant depth")
     assert list(constants.get_ydata()) == pytest.approx(losses.mean(0).tolist())
+
+
+def test_losses_of_two_kinds_share_no_axis(small: Maker) -> None:
+    """A predictor of divergences beside one of cross-entropies: its gain is shown, and not on the others' frontier."""
+    run = small.main_run(NAME)
+    small.budget(run, "tuned", gain=0.05)
+    path = small.budget(run, "rise", gain=0.02)
+    content = json.loads(path.read_text())
+    content["metrics"]["loss"] = "kl"
+    path.write_text(json.dumps(content))
+    quality, gain, own, *_ = drawn(small, "figure13").axes
+    for axes in (quality, gain):
+        assert {container.get_label() for container in axes.containers} >= {"Tuned recipe"}
+        assert "Rise recipe" not in {container.get_label() for container in axes.containers}
+    assert quality.get_ylabel() == "Loss (nats per token)"
+    shown = sorted(float(container.lines[0].get_xdata()[0]) for container in own.containers)
+    assert shown == pytest.approx([0.02, 0.05])
+    for file in (small.records / "budget" / run.path / "preset~tuned").iterdir():
+        file.unlink()
+    alone, *_ = drawn(small, "figure13").axes
+    assert alone.get_ylabel() == "KL from full depth (nats per token)"
 
 
 def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:
