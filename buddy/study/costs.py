@@ -313,7 +313,8 @@ def predictor(job: Job, on: Sizes) -> Demand:
         passes = []
         for name in settings.tuned_data:
             text = on.texts(name)
-            items = min(told["examples"] or 2000, text.trained) * told["depths"]
+            own = told["examples"] or {"rise": 400}.get(told["preset"], 2000)
+            items = min(own, text.trained) * told["depths"]
             passes.append(on.forward(items, text.prompt + text.response, batch, 0.75))
     return _reading(on, passes, batch, told["max_length"], 128)
 

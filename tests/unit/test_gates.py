@@ -97,12 +97,13 @@ def test_only_gates_are_taken_for_gates(folder, alone, tmp_path):
 
 def study(**more):
     tiny = config.read(ROOT / "config.yaml", ROOT / "tests/tiny.yaml").model_dump(mode="json")
-    return config.parse(config.merge(tiny, {"study": {"methods": ["first"], "ablations": []}, **more}))
+    both = {"study": {"methods": ["first"], "ablations": [], "peers_removed": {"tiny": [1, 2]}}}
+    return config.parse(config.merge(config.merge(tiny, both), more))
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 3]])
 def test_a_study_trains_gates_once_for_its_depths(seeds):
-    planned = results.of_study(Jobs(study(study={"methods": ["first"], "ablations": [], "seeds": seeds})))
+    planned = results.of_study(Jobs(study(study={"seeds": seeds})))
     gates = [job for job in planned if job.stage == "gates"]
     runs_of_first = [job for job in planned if job.stage == "adapt"]
     assert [job.wildcards["seed"] for job in gates] == [str(seed) for seed in seeds]
