@@ -320,6 +320,11 @@ class Router(Settings):
         description="folder of a finished run of the same backbone and variant, whose router is taken as it is: nothing is "
         "searched or measured, only LoRA is trained here",
     )
+    known: str | None = Field(
+        None,
+        description="training record of a tuned run of such a backbone, whose removal orders are measured here: none is "
+        "searched, and orders, search_examples, exchanges and rounds are not read",
+    )
     examples: int = Field(512, description="training examples whose losses along the pool's routes are measured", ge=8)
     held_out: int = Field(
         128, description="further training examples, kept apart, by whose losses the router to keep is chosen", ge=4

@@ -39,6 +39,7 @@ from buddy.routing.ranking import ranking
 from buddy.routing.types import CausalLM
 from buddy.settings import Router, Training
 from buddy.storage.checkpoints import FOLDER, Checkpoints
+from buddy.storage.files import read_json
 from buddy.training import choosing, fingerprints
 from buddy.training.examples import encode
 from buddy.training.orders import Search, route
@@ -149,7 +150,7 @@ def fit(
     examples = _Examples(chosen, read(backbone, policy, chosen, settings.batch_size))
     held_out, learnt = examples.part(0, settings.held_out), examples.part(settings.held_out, len(chosen))
     made_by = {
-        "settings": settings.model_dump(exclude={"start", "at_measured"}),
+        "settings": settings.model_dump(exclude={"start", "at_measured"}, exclude_none=True),
         "depths": list(depths),
         "seed": seed,
         "examples": fingerprints.of_examples(chosen),
@@ -224,6 +225,12 @@ class _Fitting:
     def _pool(self, learnt: _Examples, on_log: Callable[[str], None]) -> tuple[dict[str, list[int]], Tensor]:
         """Orders by name, and the losses (N, orders, depths) of the examples along them."""
         prior = self._prior_order()
+        if self.settings.known:
+            orders = {"prior": prior}
+            for name, order in known_orders(self.settings.known, self._candidate_blocks(), max(self.depths)).items():
+                if self._routes(order) not in map(self._routes, orders.values()):
+                    orders[name] = order
+            return orders, self._table(learnt, list(orders.values()))
         orders = {"prior": prior, "all": self._search(learnt, torch.arange(len(learnt.rows)), "all", prior)}
         table = self._table(learnt, list(orders.values()))
         for turn in range(self.settings.rounds):
@@ -254,6 +261,9 @@ class _Fitting:
         large = [each for each in members if len(each) >= self.settings.search_examples // 2]
         return sorted(large, key=len, reverse=True)[: self.settings.orders]
 
+    def _candidate_blocks(self) -> range:
+        return range(self.policy.blocks)[self.policy.candidates]
+
     def _prior_order(self) -> list[int]:
         """The order in which the prior alone would leave blocks out."""
         policy = self.policy
@@ -268,7 +278,7 @@ class _Fitting:
 
     def _searched(self, rows: Sequence[Row], name: str, known: Sequence[int]) -> list[int]:
         started = time.perf_counter()
-        candidates = range(self.policy.blocks)[self.policy.candidates]
+        candidates = self._candidate_blocks()
         search = Search(self.backbone, rows, candidates, self.settings.loss, self.settings.batch_size)
         anew = name == "all" or not self.settings.exchanges
         starts = [frozenset(known), *(search.runs(max(self.depths)) if anew else ())]
@@ -407,6 +417,30 @@ def taken(policy: BuddyPolicy, tokens: Sequence[Tensor], depths: Sequence[int]) 
     return torch.stack([
         torch.stack([route(order, depth, policy.blocks) for depth in depths]) for order in orders.tolist()
     ])  # fmt: skip
+
+
+def known_orders(record: str, candidates: range, depth: int) -> dict[str, list[int]]:
+    """The searched removal orders of a training record, by name, cut to ``depth`` blocks.
+
+    Args:
+        record: file of a tuned run.
+        candidates: blocks that may be left out.
+        depth: the deepest pruning.
+
+    Raises:
+        UserError: no such record, or orders of another kind of backbone.
+    """
+    metrics = read_json(Path(record)).get("metrics") or {}
+    orders = (metrics.get("router") or {}).get("orders") or {}
+    if not orders:
+        raise UserError(f"router.known: {record} is no training record of a tuned run: it has no removal orders")
+    for name, order in orders.items():
+        if len(order) < depth or not set(order) <= {*candidates}:
+            raise UserError(
+                f"router.known: order {name} of {record} is {order}, where {depth} blocks of {candidates.start} to "
+                f"{candidates.stop - 1} are to be left out"
+            )
+    return {name: order[:depth] for name, order in orders.items() if name != "prior"}
 
 
 State = dict[str, Tensor]

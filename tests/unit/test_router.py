@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -223,3 +224,21 @@ def test_the_same_seed_fits_the_same_and_what_is_done_is_not_done_again(tmp_path
 def test_too_few_examples_are_refused():
     with pytest.raises(UserError, match="router: 60 training examples are too few for 50 held out"):
         fitted(held_out=50)
+
+
+def test_orders_of_a_record_are_measured_and_none_is_searched(tmp_path, monkeypatch):
+    record = tmp_path / "record.json"
+
+    def written(**orders):
+        record.write_text(json.dumps({"metrics": {"router": {"orders": orders}}}))
+        return {"known": str(record)}
+
+    monkeypatch.setattr(Search, "climb", lambda *_: pytest.fail("searched"))
+    orders = {"prior": [1, 2, 3, 4], "all": [3, 1, 2, 4], "1.1": [4, 2, 3, 1], "2.1": [3, 2, 1, 5]}
+    _, _, found = fitted(**written(**orders))
+    assert {name: found.orders[name] for name in ("all", "1.1")} == {"all": [3, 1, 2], "1.1": [4, 2, 3]}
+    assert "2.1" not in found.orders  # the same routes as "all" at the depths that are measured
+    assert found.held_out[found.kept]["loss"] == min(each["loss"] for each in found.held_out.values())
+    for wrong, said in (({}, "no removal orders"), ({"all": [1, 2]}, "order all"), ({"all": [0, 1, 2]}, "1 to 5")):
+        with pytest.raises(UserError, match=said):
+            fitted(**written(**wrong))

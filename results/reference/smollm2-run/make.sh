@@ -17,7 +17,11 @@ prior=(--samples 64 --length 128)
 # Rank 4 keeps LoRA on every linear layer below 8 MB.
 training=(--most-removed 8 --depths 4,8 --epochs 2 --batch-size 8 --learning-rate 5e-4 --warmup-steps 12 --max-length 256
     --lora-rank 4 --lora-alpha 8 --save-steps 20 --logging-steps 5)
-router=(--router-examples 256 --router-held-out 96 --router-orders 6 --router-search-examples 24)
+# Removal orders that the study's tuned run has searched: a search takes hours on a CPU, and which blocks a backbone can do
+# without are facts about it. What they cost these inputs, and which suits whom, is measured here.
+known=results/reference/smollm2-study/records/training
+known+=/backbone~smollm2-135m/method~buddy/feature~value/prior~taylor/omega~0.1/source_block~1/recipe~tuned/seed~0.json
+router=(--router-examples 256 --router-held-out 96 --router-known "$known")
 
 if [ -n "${MAKE_RUN_TINY:-}" ]; then
     source=(--random tiny-llama)
@@ -39,7 +43,9 @@ if [ ! -e "$work/pairs/data.json" ]; then
 fi
 
 buddy data --name wikitext2 --source embedded --out "$work/wikitext2"
-buddy importance --backbone "$backbone" --corpus "$work/wikitext2" --indicator taylor "${prior[@]}" --out "$work/taylor.json"
+[ -e "$work/taylor.json" ] ||
+    buddy importance --backbone "$backbone" --corpus "$work/wikitext2" --indicator taylor \
+        "${prior[@]}" --out "$work/taylor.json"
 
 buddy train --backbone "$backbone" --data "$work/pairs" --prior "$work/taylor.json" --recipe tuned --loss kl \
     "${training[@]}" "${router[@]}" --study smollm2-run --out "$here/run" --record "$here/training.json"
