@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from buddy.commands._measured import open_run
 from buddy.commands._options import with_settings
 from buddy.errors import UserError
 from buddy.settings import Likelihood
+from buddy.tracking import Tracker
 
 
 @with_settings(Likelihood, leave_out=("backbones", "datasets"))
@@ -57,18 +59,32 @@ def score(
         found = likelihood.measure(model, runs.untouched(model), items, wanted, settings.batch_size)
         watch.stop()
         for count, fraction in fractions.items():
-            logged: dict[str, float] = {}
-            headline: dict[str, float] = {}
+            shown: list[dict[str, Any]] = []
             for mode in [mode for mode in wanted if mode.budget == fraction]:
                 metrics = likelihood.summary(sets, found[mode], mode, settings)
                 file = out / f"kv~{mode.kv}" / f"decode~{mode.decode}" / f"removed~{count}.json"
                 measured.write("likelihood", file, count, metrics, len(items), watch, kv=mode.kv, decode=mode.decode)
                 measured.say(count, mode.kv, mode.decode, _line(metrics))
-                found_here = {key: value["mean"] for key, value in metrics["average"].items()}
-                found_here["distinct_paths"] = metrics["distinct_paths"]
-                logged |= {f"{mode.kv}/{mode.decode}/{key}": value for key, value in found_here.items()}
-                headline = headline or found_here  # of the first mode, which the table shows
-            tracker.at_depth(count, logged, headline)
+                shown.append(metrics)
+            show(tracker, count, shown)
+
+
+def show(tracker: Tracker, removed: int, shown: Sequence[Mapping[str, Any]]) -> None:
+    """Tell W&B what was scored at a depth: a curve for each mode, and as headline values those of the first, which the table
+    shows."""
+    values = [
+        {
+            **{key: value["mean"] for key, value in metrics["average"].items()},
+            "distinct_paths": metrics["distinct_paths"],
+        }
+        for metrics in shown
+    ]
+    curves = {
+        f"{metrics['kv']}/{metrics['decode']}/{key}": value
+        for metrics, found in zip(shown, values, strict=True)
+        for key, value in found.items()
+    }
+    tracker.at_depth(removed, curves, values[0])
 
 
 def _folders(data: list[str]) -> list[Path]:

@@ -134,21 +134,23 @@ class Page:
             ),
         ]
         yield wr.H1(f"Ablation: {ablation.name}")
-        yield self._grid([found], panels, columns=_columns(ablation.axes(), depths))
-        scored = of_ablation(self.study.config, ablation, {**self.shared, "stage": "score"})
-        if ablation.backbone in self.study.config.scored_backbones():
-            names = [at_depth(name, depth) for depth in depths for name in ("nll", "distinct_paths")]
-            bars = [
-                wr.BarPlot(
-                    title=name.replace("_", " "),
-                    metrics=[name],
-                    groupby=wr.Config("run"),
-                    layout=wr.Layout(w=HALF, h=8),
-                )
-                for name in names
-            ]
-            yield wr.H2(f"{ablation.name}: likelihood and distinct paths")
-            yield self._grid([scored], bars, columns=_columns(ablation.axes(), depths, ("nll", "kl", "distinct_paths")))
+        if ablation.backbone not in self.study.config.scored_backbones():
+            yield self._grid([found], panels, columns=_columns(varied, depths))
+            return
+        # A run's evaluation and its likelihoods are jobs, and runs of W&B, of their own: a row of the table is both.
+        panels += [
+            wr.BarPlot(
+                title=at_depth(name, depth).replace("_", " "),
+                metrics=[at_depth(name, depth)],
+                groupby=wr.Config("run"),
+                layout=wr.Layout(w=HALF, h=8),
+            )
+            for depth in depths
+            for name in ("nll", "distinct_paths")
+        ]
+        both = found.among(stage=("evaluate", "score"))
+        scores = ("average", "nll", "kl", "distinct_paths")
+        yield self._grid([both], panels, columns=_columns(varied, depths, scores), rows="config.run")
 
     def _latency(self, backbone: str) -> Iterator[Any]:
         """Tokens per second over the number of removed blocks, as they were timed against each other."""
@@ -236,10 +238,14 @@ class Page:
         shared = {**self.shared, "stage": stage}
         return [of_series(one, labels[one.path], backbone, shared) for one in series]
 
-    def _grid(self, runsets: Sequence[Runset], panels: Sequence[Any], columns: Sequence[str] = ()) -> Any:
-        """Panels over sets of runs, whose table shows these columns, or what people have chosen."""
+    def _grid(
+        self, runsets: Sequence[Runset], panels: Sequence[Any], columns: Sequence[str] = (), rows: str = ""
+    ) -> Any:
+        """Panels over sets of runs, whose table shows these columns, or what people have chosen; with ``rows`` the runs that
+        have the same of it are one row, which has the value of each column from whichever of them has one."""
         place = {"entity": self.entity, "project": self.project}
-        shown = {"visible_columns": list(columns), "lock_columns": True} if columns else {}
+        shown: dict[str, Any] = {"visible_columns": list(columns), "lock_columns": True} if columns else {}
+        shown |= {"groupby": [rows]} if rows else {}
         sets = [self.wr.Runset(**place, name=one.name, filters=one.filters(), **shown) for one in runsets]
         return self.wr.PanelGrid(runsets=sets, panels=list(panels))
 

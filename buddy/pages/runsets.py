@@ -44,6 +44,10 @@ class Runset:
         """The same with further conditions, a value each."""
         return Runset(self.name, {**self.where, **{key: (value,) for key, value in where.items()}})
 
+    def among(self, **where: tuple[Any, ...]) -> Runset:
+        """The same with other values of these keys, any of which is met."""
+        return Runset(self.name, {**self.where, **where})
+
 
 def of_series(series: Series, label: str, backbone: str, shared: Mapping[str, Any]) -> Runset:
     """The runs behind a row of a table: all seeds, and of a peer all depths.

@@ -14,7 +14,11 @@ import wandb_files
 import yaml
 from checkout import clone, planned, snakemake
 
+from buddy.pages.page import Page
+from buddy.reporting.study import load
 from buddy.study.records import Record, find
+from buddy.tasks import headline
+from buddy.tracking.identity import study_id
 
 pytestmark = pytest.mark.timeout(1800)  # the study takes minutes on two free cores, and more on busy ones
 
@@ -112,6 +116,42 @@ def test_what_wandb_runs_say_is_of_one_type_for_each_key(finished):
                     types.setdefault((place, key), {}).setdefault(kind_of(value), set()).add(run.stage)
     assert {key: found for key, found in types.items() if len(found) > 1} == {}
     assert not [place for place, key in types if key == "average"]
+
+
+def test_the_pages_evaluations_have_likelihoods_and_paths_of_the_same_run(finished):
+    """The conditions, grouping and columns of its ablations, held against the runs that the jobs have logged: every row has
+    the cells of its records."""
+    wr, expr = (pytest.importorskip(f"wandb_workspaces.{name}") for name in ("reports.v2", "expr"))
+    study = load(finished / "results/tiny")
+    shared = {"study": "tiny", "study_id": study_id(study.folder)}
+    grids = [block for block in Page(wr, study, "nobody", "buddy", shared).blocks() if isinstance(block, wr.PanelGrid)]
+    logged, compared = wandb_files.runs(study.folder / "wandb"), 0
+    for (runset,) in [grid.runsets for grid in grids if any(one.groupby for one in grid.runsets)]:
+        assert runset.groupby == ["config.run"]
+        grouped = {}
+        for run in logged:
+            told = expr.string_to_filterexpr_list(runset.filters)
+            found = [(item.op, item.value, run.config.get(item.key.name)) for item in told]
+            if all(own == value if op == "=" else own in value for op, value, own in found):
+                grouped.setdefault(run.config["run"], []).append(run)
+        for path, runs in grouped.items():
+            for removed in study.removed("tiny"):
+                accuracy = Record.read(study.folder / f"records/accuracy/{path}/removed~{removed}.json").metrics[
+                    "tasks"
+                ]
+                scored = study.folder / f"records/likelihood/{path}/kv~zero/decode~recompute/removed~{removed}.json"
+                text = Record.read(scored).metrics
+                cells = {
+                    "average": 100 * sum(one[headline(task, one)] for task, one in accuracy.items()) / len(accuracy),
+                    **{name: text["average"][name]["mean"] for name in ("nll", "kl")},
+                    "distinct_paths": text["distinct_paths"],
+                }
+                for name, value in cells.items():
+                    metric = f"{name}_removed_{removed}"
+                    assert f"summary:{metric}" in runset.visible_columns
+                    assert [run.summary[metric] for run in runs if metric in run.summary] == [pytest.approx(value)]
+                    compared += 1
+    assert compared
 
 
 def flat(content, above=""):

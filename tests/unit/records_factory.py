@@ -275,6 +275,10 @@ class Maker:
                 }
                 for name, found in values.items()
             },
+            "average": {
+                measure: {"mean": sum(sum(one[measure]) / len(one[measure]) for one in values.values()) / len(values)}
+                for measure in ("nll", "kl", "agreement")
+            },
             **{"tokens": 10 * sum(whole.values()), "executed_mean": self._executed(run, removed, executed)},
             **{"distinct_paths": paths, "distinct_paths_over_prompts": paths, "max_length": 128, "items": 99},
             **{"kv": kv, "decode": decode},

@@ -17,11 +17,11 @@ from records_factory import Maker, methods
 from wandb_files import Logged
 from wandb_server import ENTITY, KEY, WandbServer
 
+from buddy.commands import evaluate, score
 from buddy.commands._common import tracked
 from buddy.commands._measured import Measured
-from buddy.commands.evaluate import show
 from buddy.pages import report
-from buddy.reporting import tables, write
+from buddy.reporting import likelihood, measured, tables, write
 from buddy.reporting.study import Study, load
 from buddy.runs import RunInfo
 from buddy.study.records import Budget, Record
@@ -29,6 +29,10 @@ from buddy.study.records import Budget, Record
 BACKBONE = "smollm2-135m"
 SWEEPS: list[dict[str, Any]] = []
 """What the server was told of sweeps."""
+
+
+TEXTS = {"gsm8k": 6, "ptb": 4}
+"""Text that is scored, and how many items of it."""
 
 
 def content() -> dict[str, Any]:
@@ -55,21 +59,42 @@ def content() -> dict[str, Any]:
     }
     study["peers"] = {"criteria": {"shortened_llama": ["ppl", "taylor"]}}
     study["latency"] |= {"methods": ["buddy", "pudding"], "datasets": ["alpaca"], "batch_sizes": [1, 4]}
+    study["likelihood"] = {"datasets": [*TEXTS], "kv": ["zero", "mask"], "decode": ["recompute"]}
     study |= {name: {"backbones": []} for name in ("trace", "predictor", "generation", "breakdown")}
     return study
 
 
+def score_all(maker: Maker) -> None:
+    """Records of likelihoods that differ by run, depth and mode."""
+    for run in maker.config.scored_runs():
+        for removed in maker.config.depths(run):
+            for kv in ("zero", "mask"):
+                values = {
+                    name: {
+                        measure: [round(maker.random.uniform(0.1, 3), 4) for _ in range(items)]
+                        for measure in ("nll", "kl", "agreement")
+                    }
+                    for name, items in TEXTS.items()
+                }
+                maker.likelihood(run, removed, values, kv=kv, paths=maker.random.randint(1, 40))
+
+
 def log(study: Study, folder: Path) -> None:
-    """Let every evaluation of the study leave its W&B run, as the command does when it has its metrics."""
+    """Let every evaluation and scoring of the study leave its W&B run, as the commands do when they have their metrics."""
     for run in study.config.runs():
         info = RunInfo(run.method, "", {}, run.backbone, "", variant=run.variant, seed=run.seed, study=study.name)
         depths = tuple(study.config.depths(run))
-        measured = Measured(folder, info, None, study.blocks(run.backbone), depths)
+        opened = Measured(folder, info, None, study.blocks(run.backbone), depths)
         out = study.folder / "records" / "accuracy" / run.path
-        with tracked("evaluate", info, measured.config(study.config.evaluation), writes=[]) as tracker:
+        with tracked("evaluate", info, opened.config(study.config.evaluation), writes=[]) as tracker:
             for removed in depths:
                 record = Record.read(out / f"removed~{removed}.json")
-                show(tracker, Budget.of(measured.blocks - removed, measured.blocks), record.metrics)
+                evaluate.show(tracker, Budget.of(opened.blocks - removed, opened.blocks), record.metrics)
+        out = study.folder / "records" / "likelihood" / run.path
+        with tracked("score", info, opened.config(study.config.likelihood), writes=[]) as tracker:
+            for removed in depths if out.is_dir() else ():
+                files = [out / f"kv~{kv}/decode~recompute/removed~{removed}.json" for kv in ("zero", "mask")]
+                score.show(tracker, removed, [Record.read(file).metrics for file in files])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +107,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, l
         patch.setenv("WANDB_BASE_URL", server.address)
         maker = Maker(folder, content())
         maker.everything(items=16)
+        score_all(maker)
         study = load(maker.folder)
         patch.setenv("WANDB_DIR", str(study.folder / "wandb"))
         log(study, folder)
@@ -221,7 +247,7 @@ def test_an_ablation_holds_the_runs_of_its_grid(
 ) -> None:
     (grid,) = sections(page)[f"Ablation: {name}"]
     (runset,) = grid["runSets"]
-    runs = shown(runset, logged)
+    runs = [run for run in shown(runset, logged) if run.config["stage"] == "evaluate"]
     wanted = study.config.ablation_runs(study.config.ablation(name))
     assert {run.config["run"] for run in runs} == {run.path for run in wanted}
     assert len(runs) == len(wanted)
@@ -233,17 +259,88 @@ def test_an_ablation_holds_the_runs_of_its_grid(
     assert varied == study.config.ablation(name).axes()
     drawn: dict[tuple[Any, ...], list[float]] = {}
     for run in runs:
-        for score in scores:
-            at = (*(str(run.config[axis]) for axis in varied), score.rpartition("_")[2])
-            drawn.setdefault(at, []).append(run.summary[score.removeprefix("summary:")])
+        for metric in scores:
+            at = (*(str(run.config[axis]) for axis in varied), metric.rpartition("_")[2])
+            drawn.setdefault(at, []).append(run.summary[metric.removeprefix("summary:")])
     cells = {(*(row[axis] for axis in varied), row["removed"]): float(row["value"]) for row in rows(study, table)}
     assert {at: pytest.approx(fmean(values), abs=1e-9) for at, values in drawn.items()} == cells
 
 
-def test_only_headline_values_are_in_summaries(logged: list[Logged]) -> None:
+@pytest.mark.parametrize("name", ["prior", "omega", "grid"])
+def test_a_row_of_the_evaluations_has_likelihood_and_paths_too(
+    study: Study, logged: list[Logged], page: dict[str, Any], name: str
+) -> None:
+    """The page's own conditions, grouping and columns, held against what the table of likelihoods is made of."""
+    (grid,) = sections(page)[f"Ablation: {name}"]
+    (runset,) = grid["runSets"]
+    assert runset["grouping"] == [{"section": "config", "name": "run.value"}]
+    grouped: dict[str, list[Logged]] = {}
+    for run in shown(runset, logged):
+        grouped.setdefault(run.config["run"], []).append(run)
+    rows_of = {row: [run.config["stage"] for run in runs] for row, runs in grouped.items()}
+    assert set(map(tuple, map(sorted, rows_of.values()))) == {("evaluate", "score")}
+    columns = [column.removeprefix("summary:") for column in runset["runFeed"]["columnOrder"] if "summary:" in column]
+    compared = 0
+    for series in study.ablation_rows(name):
+        paths = [
+            run.path
+            for run in study.config.runs()
+            if run.path in grouped and measured.series_of(run.path) == series.path
+        ]
+        assert len(paths) == 2  # seeds
+        for removed in (4, 8):
+            found = likelihood.scored(study, BACKBONE, series, removed, likelihood.main_mode(study))
+            assert found is not None
+            cells = {
+                "average": averages(study, series.path, removed),
+                "nll": found.estimate("nll").value,
+                "kl": found.estimate("kl").value,
+                "distinct_paths": fmean(found.paths),
+            }
+            for column, value in cells.items():
+                metric = f"{column}_removed_{removed}"
+                assert metric in columns
+                # What W&B shows in a row of several runs is the mean of those that have it: here of one.
+                values = [[run.summary[metric] for run in grouped[path] if metric in run.summary] for path in paths]
+                assert [len(one) for one in values] == [1, 1]
+                assert fmean(one[0] for one in values) == pytest.approx(value, abs=1e-6), (series.path, metric)
+                compared += 1
+    assert compared == len(study.ablation_rows(name)) * len(columns)
+
+
+def averages(study: Study, series: str, removed: int) -> float:
+    """The cell of an accuracy, from the records."""
+    found = study.of(measured.Accuracy, BACKBONE, series, removed)
+    return fmean(100 * fmean(one.scores[task].value for task in study.tasks) for one in found)
+
+
+def test_the_main_run_has_the_cells_of_the_likelihood_table(
+    study: Study, logged: list[Logged], page: dict[str, Any]
+) -> None:
+    (grid,) = sections(page)["Ablation: prior"]
+    main = {study.config.main_run(BACKBONE).path.replace("seed~0", f"seed~{seed}") for seed in (0, 1)}
+    runs = [
+        run for run in shown(grid["runSets"][0], logged) if run.config["run"] in main and run.config["stage"] == "score"
+    ]
+    assert len(runs) == 2
+    table = [row for row in rows(study, "likelihood") if row["dataset"] == "average" and not row["against"]]
+    for row in table:
+        if (row["method"], row["recipe"], row["lora"]) == ("buddy", "paper", "trained") and row["removed"] != "0":
+            scale = 100 if row["metric"] == "agreement" else 1
+            name = f"{row['metric']}_removed_{row['removed']}"
+            assert fmean(scale * run.summary[name] for run in runs) == pytest.approx(float(row["value"]), abs=1e-5)
+
+
+def test_only_headline_values_are_in_summaries(study: Study, logged: list[Logged]) -> None:
+    scored = {run.path for run in study.config.scored_runs()}
     for run in logged:
         own = {name for name in run.summary if not name.startswith("_")}
-        assert own == {f"average_removed_{removed}" for removed in run.config["removed_at"]}
+        evaluated = run.config["stage"] == "evaluate"
+        names = ("average",) if evaluated else ("nll", "kl", "agreement", "distinct_paths")
+        there = evaluated or run.config["run"] in scored
+        assert own == (
+            {f"{name}_removed_{at}" for name in names for at in run.config["removed_at"]} if there else set()
+        )
 
 
 def test_latency_shows_the_engines_and_executions_that_were_timed(page: dict[str, Any]) -> None:
@@ -279,7 +376,7 @@ def test_an_ablation_is_a_sweep_once(study: Study, logged: list[Logged]) -> None
         assert told["metric"] == {"name": "average_removed_8", "goal": "maximize"}
         runs = {choice["name"] for choice in json.loads(sweep["priorRunsFilters"])["$or"]}
         wanted = {run.path for run in study.config.ablation_runs(ablation)}
-        assert {run.id for run in logged if run.config["run"] in wanted} == runs
+        assert {run.id for run in logged if run.config["run"] in wanted and run.config["stage"] == "evaluate"} == runs
 
 
 def test_runs_are_tagged_by_what_they_are(study: Study, logged: list[Logged]) -> None:
@@ -292,7 +389,7 @@ def test_runs_are_tagged_by_what_they_are(study: Study, logged: list[Logged]) ->
         }
         main = {study.config.main_run(BACKBONE).path, study.config.main_run(BACKBONE).path.replace("seed~0", "seed~1")}
         assert roles == of | ({"main"} if run.config["run"] in main else set())
-    assert sum("main" in run.tags for run in logged) == 2
+    assert sum("main" in run.tags for run in logged) == 2 * 2  # seeds; evaluated and scored
 
 
 def test_an_ablation_can_be_reviewed(page: dict[str, Any]) -> None:
@@ -303,16 +400,22 @@ def test_an_ablation_can_be_reviewed(page: dict[str, Any]) -> None:
     (coordinates,) = panels(grid, "Parallel Coordinates Plot")
     assert len(coordinates["customGradient"]) == 3
     bars = panels(grid, "Bar Chart")
-    assert [(bar["groupBy"], bar["groupArea"]) for bar in bars] == [
+    assert [(bar["groupBy"], bar["groupArea"]) for bar in bars[:2]] == [
         ("feature.value", "stderr"),
         ("source_block.value", "stderr"),
+    ]
+    assert [bar["metrics"] for bar in bars[2:]] == [
+        [f"{name}_removed_{removed}"] for removed in (4, 8) for name in ("nll", "distinct_paths")
     ]
     (runset,) = grid["runSets"]
     assert runset["runFeed"]["columnOrder"] == [
         "config:feature.value",
         "config:source_block.value",
-        "summary:average_removed_4",
-        "summary:average_removed_8",
+        *(
+            f"summary:{name}_removed_{removed}"
+            for name in ("average", "nll", "kl", "distinct_paths")
+            for removed in (4, 8)
+        ),
         "config:seed.value",
         "config:commit.value",
         "tags:__ALL__",
