@@ -5,6 +5,10 @@
 report: "../workflow/report/workflow.rst"
 
 
+# Asked by that page when it is made.
+config["first_picture"] = lambda: results.first_picture(RESULTS)
+
+
 # What `all` builds: all that the study measures, or of records given what they can show.
 TABLES = [name for name in TABLES_OF_STUDY if table_records(name)]
 # What `compare` reads: the paper has no likelihoods, and their own table compares them.

@@ -30,7 +30,7 @@ from buddy.reporting.labels import (
 from buddy.reporting.measured import Trace
 from buddy.reporting.measures import Measure
 from buddy.reporting.study import Series, Study
-from buddy.reporting.style import empty, finish, panels, reason, removed_axis
+from buddy.reporting.style import empty, finish, panels, reason, removed_axis, shifts
 from buddy.resampling import mean_interval
 from buddy.study.planned_figures import HEAT_MAPS, subjects
 from buddy.study.settings import Table
@@ -59,11 +59,14 @@ def paths_per_generation(study: Study) -> Figure:
         return empty(title, "not measured: no traces of BUDDY")
     figure, (axes,) = panels(1, 1, style.COLUMN_IN, 1.8)
     axes.set_title(f"{title}, {backbone}")
-    for dataset, points in found.items():
+    deepest = study.removed(backbone)[-1]
+    for (dataset, points), shift in zip(found.items(), shifts(len(found), deepest), strict=True):
         means, low, high = (np.array([points[removed][of] for removed in points]) for of in range(3))
         bars = [means - low, high - means]
         line = _LINES[dataset].line()
-        axes.errorbar(list(points), means, yerr=bars, elinewidth=0.7, label=DATASETS[dataset], **line)
+        axes.errorbar(
+            [removed + shift for removed in points], means, yerr=bars, elinewidth=0.7, label=DATASETS[dataset], **line
+        )
         _published_paths(study, backbone, axes, dataset)
     removed_axis(axes, [0, *study.removed(backbone)])
     axes.set_ylim(bottom=0)

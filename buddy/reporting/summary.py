@@ -14,11 +14,10 @@ from buddy.reporting.measures import Measure
 from buddy.reporting.peer_latency import lines
 from buddy.reporting.render import DAGGER, MISSING, NEAR_SIGN
 from buddy.reporting.study import Race, Series, Study, load
+from buddy.study.planned_figures import FIRST
 
 STAR = "*"
 WIDTH = 80
-FIRST = ("accuracy_vs_speed", "accuracy_vs_budget", "latency", "route_ribbon")
-"""Figures to look at first, the first that is there."""
 
 
 def summary(folder: str | Path) -> str:

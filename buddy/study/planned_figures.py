@@ -15,6 +15,8 @@ NAMES = (
     "ablation",
 )
 """Every figure. Those with a number are the paper's (its Figure 3 is a drawing of the method); 14 is not among them."""
+FIRST = ("accuracy_vs_speed", "accuracy_vs_budget", "latency", "route_ribbon")
+"""Figures to look at first, the first of them that is there."""
 ORDERS = {
     "figure1": ("delta_ppl", "taylor"),
     "figure2": ("delta_ppl", "taylor"),

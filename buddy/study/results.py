@@ -6,6 +6,7 @@ is there of the same records.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,21 @@ SECTIONS = {
 }
 """What tables and figures are about, the parts of the report in the order of the paper."""
 SECTION_OF = {kind: section for section, kinds in SECTIONS.items() for kind in kinds}
+
+
+def first_picture(folder: str | Path) -> str:
+    """The figure that a reader should see first, as a data URI for reStructuredText, in indented lines short enough for
+    docutils; "" where none of them is drawn.
+
+    Args:
+        folder: of the study.
+    """
+    for name in planned_figures.FIRST:
+        file = Path(folder) / "figures" / f"{name}.png"
+        if file.is_file():
+            lines = base64.encodebytes(file.read_bytes()).decode().splitlines()
+            return "\n   ".join(["data:image/png;base64,", *lines])
+    return ""
 
 
 def table_labels(jobs: Jobs, name: str) -> dict[str, str]:

@@ -43,6 +43,10 @@ def test_the_report_is_one_file_with_everything_in_it(checkout: Path) -> None:
     figure = next(found for path, found in results.items() if path.endswith("latency.png"))
     assert base64.b64decode(figure["data_uri"].partition("base64,")[2]) == (study / "figures/latency.png").read_bytes()
     assert "3 Speed" in page
+    # It opens on a picture, the one that says most of what was measured.
+    opened = json.loads(re.search(r"workflow_desc = (\".*\")", page)[1])  # type: ignore[index]
+    (picture,) = re.findall(r'src="data:image/png;base64,([^"]*)"', opened)
+    assert base64.b64decode(picture) == (study / "figures/latency.png").read_bytes()
 
 
 @pytest.mark.parametrize("overlay", [None, "workflow/demo.yaml", "tests/tiny.yaml"])
