@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, clone, planned, snakemake
+from wandb_server import ENTITY, KEY, WandbServer
 
 from buddy.study import config, progress
 
@@ -22,10 +23,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 REFERENCE = ("--configfile", "results/reference/epyc-2-cores/study.yaml")
 
 
-def test_the_report_is_one_file_with_everything_in_it(checkout: Path) -> None:
-    built = snakemake(checkout, "--cores", "1", *REFERENCE, WANDB_MODE="disabled")
+@pytest.fixture(scope="module")
+def study(checkout: Path) -> Path:
+    """A study from records given, its jobs' W&B runs kept offline."""
+    built = snakemake(checkout, "--cores", "2", *REFERENCE, WANDB_MODE="offline")
     assert built.returncode == 0, built.stderr[-3000:]
-    study = checkout / "results" / "epyc-2-cores"
+    return checkout / "results" / "epyc-2-cores"
+
+
+def test_the_report_is_one_file_with_everything_in_it(checkout: Path, study: Path) -> None:
     written = snakemake(checkout, "--report", str(study / "report.html"), *REFERENCE, http_proxy="http://127.0.0.1:9")
     assert written.returncode == 0, written.stderr[-3000:]
     page = (study / "report.html").read_text()
@@ -58,11 +64,23 @@ def test_the_summary_expects_the_jobs_that_snakemake_plans(checkout: Path, overl
     assert expected == jobs
 
 
-def test_without_a_key_wandb_targets_say_what_is_missing(checkout: Path, tmp_path: Path) -> None:
+def test_without_a_key_wandb_targets_say_what_is_missing(checkout: Path, study: Path, tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
-    study = checkout / "results" / "epyc-2-cores"
-    (study / "wandb").mkdir(parents=True, exist_ok=True)
     for target in ("wandb", "wandb_sync", "wandb_report"):
         refused = snakemake(checkout, "--cores", "1", *REFERENCE, "--", target, **home)
         assert refused.returncode != 0
         assert "set WANDB_API_KEY" in (study / "logs" / f"{target}.log").read_text()
+
+
+def test_wandb_sends_then_reports_and_ends_with_the_link(checkout: Path, study: Path, tmp_path: Path) -> None:
+    kept = {path.name.rsplit("-", 1)[1] for path in (study / "wandb").glob("offline-run-*")}
+    with WandbServer() as server:
+        there = {"HOME": str(tmp_path), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
+        done = snakemake(checkout, "--cores", "1", *REFERENCE, "--", "wandb", **there)
+    said = (study / "logs" / "wandb.log").read_text().splitlines()
+    assert done.returncode == 0, said
+    assert set(server.runs) == kept != set()
+    (report,) = server.reports.values()
+    assert any(line.startswith(f"{len(kept)} sent, 0 sent before") for line in said)
+    assert said[-1].startswith(f"{server.address}/{ENTITY}/buddy/reports/")
+    assert "epyc-2-cores" in report["displayName"]
