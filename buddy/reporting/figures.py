@@ -15,7 +15,7 @@ from buddy.reporting.accuracy import accuracy_vs_budget
 from buddy.reporting.generation import rouge
 from buddy.reporting.importance import by_length, other_corpus, other_indicators, own_corpus
 from buddy.reporting.latency import speed_ups
-from buddy.reporting.measured import Importance, Rouge
+from buddy.reporting.measured import Accuracy, Importance, Latency, Measured, Predicted, Rouge, Trace, Training
 from buddy.reporting.paths import heat_map, paths_per_generation
 from buddy.reporting.predictor import against_constant, training_curves
 from buddy.reporting.ribbon import ribbon
@@ -23,7 +23,7 @@ from buddy.reporting.savings import savings
 from buddy.reporting.study import Study
 from buddy.reporting.tradeoff import accuracy_vs_speed
 from buddy.reporting.variants import ablation_figure
-from buddy.study.planned_figures import HEAT_MAPS, NAMES, planned
+from buddy.study.planned_figures import HEAT_MAPS, NAMES, ORDERS, planned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +47,18 @@ DRAW: dict[str, Callable[[Study], Figure]] = {
 }
 
 
+NEEDS: dict[str, tuple[type[Measured], ...]] = {
+    **dict.fromkeys(("accuracy_vs_budget", "ablation"), (Accuracy,)),
+    **dict.fromkeys(("latency", "savings"), (Latency,)),
+    "accuracy_vs_speed": (Accuracy, Latency),
+    **dict.fromkeys(ORDERS, (Importance,)),
+    "figure5": (Rouge,),
+    "figure12": (Training,),
+    "figure13": (Predicted,),
+}
+"""Records without which a figure shows nothing; the others need traces."""
+
+
 def names(study: Study) -> list[str]:
     """The figures that the study plans to measure, or has records of all the same."""
     orders = [one for one in study.records if isinstance(one, Importance)]
@@ -57,7 +69,12 @@ def names(study: Study) -> list[str]:
         "figure8": any(one.indicator in ("cosine", "block_influence") for one in orders),
     }
     intended = planned(study.config)
-    return [name for name in NAMES if name in intended or extra.get(name)]
+    named = [name for name in NAMES if name in intended or extra.get(name)]
+    if study.config.study.records is None:
+        return named
+    # Records given are all that there will ever be: what they lack is no figure of the study.
+    there = {type(one) for one in study.records}
+    return [name for name in named if set(NEEDS.get(name, (Trace,))) <= there]
 
 
 def resolve(study: Study, asked: str) -> str:

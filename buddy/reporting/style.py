@@ -233,15 +233,23 @@ def span(set_limits: Callable[[float, float], Any], values: Iterable[float | Non
     set_limits(low - room, high + room)
 
 
-def cut_bars(axes: Axes, points: Iterable[tuple[float, Measure]]) -> None:
-    """An arrow at the edge of the panel where the bar of a point goes on beyond it."""
-    bottom, top = axes.get_ylim()
+def cut_bars(axes: Axes, points: Iterable[tuple[float, Measure]], sideways: bool = False) -> None:
+    """An arrow at the edge of the panel where the bar of a point goes on beyond it.
+
+    Args:
+        axes: with the limits that it will have.
+        points: where on the other axis each measurement stands.
+        sideways: whether the bars are horizontal.
+    """
+    limits = axes.get_xlim() if sideways else axes.get_ylim()
     options: dict[str, Any] = {"color": INK, "markersize": 3, "linestyle": "none", "zorder": 5, "clip_on": False}
-    for x, point in points:
-        if point.high is not None and point.high > top:
-            axes.plot([x], [top], marker="^", **options)
-        if point.low is not None and point.low < bottom:
-            axes.plot([x], [bottom], marker="v", **options)
+    for other, point in points:
+        below = point.low is not None and point.low < limits[0]
+        above = point.high is not None and point.high > limits[1]
+        for cut, edge, marker in ((below, limits[0], "<v"), (above, limits[1], ">^")):
+            if cut:
+                place = ([edge], [other]) if sideways else ([other], [edge])
+                axes.plot(*place, marker=marker[0 if sideways else 1], **options)
 
 
 def shifts(lines: int, deepest: int, step: float = 0.014) -> list[float]:

@@ -104,6 +104,8 @@ def _panel(study: Study, backbone: str, points: Points, axes: Axes) -> None:
     above_axis.tick_params(length=2.5, pad=1)
     reached = [speed.value or 1.0 for known in points.values() for _, speed, _ in known]
     style.span(axes.set_xlim, [1.0, ideal(blocks, depths[-1]), *reached])
+    every = [(score.value or 0.0, speed) for known in points.values() for _, speed, score in known]
+    style.cut_bars(axes, every, sideways=True)
 
 
 def ideal(blocks: int, removed: int) -> float:

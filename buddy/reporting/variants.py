@@ -180,11 +180,19 @@ def _grid(study: Study, backbone: str, found: Sequence[Series]) -> Figure:
     features = [name for name in FEATURES if any(one.variant["feature"] == name for one in found)]
     rows = sorted(set(map(_place, found)))
     several = len({recipe for recipe, _ in rows}) > 1
+    grids = [one for one in study.config.study.ablations if one.backbone == backbone]
+    intended = {
+        (_place(one), one.variant["feature"])
+        for one in [study.main(backbone), *(row for grid in grids for row in study.ablation_rows(grid.name))]
+    }
     omegas = sorted({float(one.variant["omega"]) for one in found if one.variant["prior"] != "none"})
     width = style.COLUMN_IN if len(features) == 1 else style.PAGE_IN
     figure, every = panels(len(rows), len(features), width, 1.25 if len(rows) > 1 else 1.9)
     for place, axes in enumerate(every):
         row, feature = rows[place // len(features)], features[place % len(features)]
+        if (row, feature) not in intended:  # a grid need not have every combination
+            axes.remove()
+            continue
         here = [one for one in found if (_place(one), one.variant["feature"]) == (row, feature)]
         _panel(study, backbone, axes, here, omegas)
         if len(every) > 1:

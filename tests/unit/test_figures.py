@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from records_factory import EVERY_METHOD, Maker, demo, methods, paper, said, uni
 from buddy.errors import UserError
 from buddy.reporting import figures, measured, published, study, style, write
 from buddy.reporting.importance import removal_orders
+from buddy.reporting.measures import Measure
 from buddy.study import planned_figures
 from buddy.study.config import parse
 from buddy.study.settings import METHODS
@@ -231,6 +233,16 @@ def test_names_of_figures(small: Maker) -> None:
         figures.resolve(opened, "figure3")
 
 
+def test_records_given_have_the_figures_that_they_can_show(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, demo())
+    maker.everything(items=10)
+    for kind in ("accuracy", "trace"):
+        shutil.rmtree(maker.records / kind, ignore_errors=True)
+    content = demo()
+    content["study"] |= {"name": "given", "records": str(maker.records)}
+    assert figures.names(study.load(Maker(tmp_path, content).folder)) == ["latency", "savings"]
+
+
 # Removal orders
 
 
@@ -441,6 +453,15 @@ def test_a_bar_of_a_stalled_pass_is_cut_with_an_arrow(small: Maker) -> None:
     arrows = [line for line in prefill.lines if line.get_marker() == "^" and line.get_color() == style.INK]
     assert [float(line.get_ydata()[0]) for line in arrows] == [high]
     assert not [line for line in decode.lines if line.get_marker() == "^" and line.get_color() == style.INK]
+
+
+def test_bars_that_lie_are_cut_sideways() -> None:
+    _, (axes,) = style.panels(1, 1, 3.4, 2.0)
+    axes.set_xlim(1, 2)
+    bars = [(50.0, Measure(value=1.5, low=0.9, high=1.8)), (60.0, Measure(value=1.9, low=1.8, high=2.5))]
+    style.cut_bars(axes, bars, sideways=True)
+    arrows = [(line.get_marker(), list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert arrows == [("<", [1.0], [50.0]), (">", [2.0], [60.0])]
 
 
 def test_figures_of_one_model_name_it_its_device_and_their_bars(small: Maker) -> None:
