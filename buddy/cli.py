@@ -47,6 +47,7 @@ COMMANDS = (
     "generate",
     "export",
     "card",
+    "curve",
     "runs",
     "report",
     "status",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from buddy import runs
 from buddy.commands._common import tracked, write_record
 from buddy.storage import checkpoints
@@ -98,6 +100,7 @@ class Making:
         # Last: a job killed before this line trains nothing anew.
         shutil.rmtree(self.out / checkpoints.FOLDER, ignore_errors=True)
         self.tracker.summary({key: value for key, value in metrics.items() if isinstance(value, int | float | str)})
+        typer.echo(f"{self.out}: {_told(metrics, info.probes)}")
 
 
 @contextmanager
@@ -134,6 +137,16 @@ def told_of(data: Path) -> dict[str, Any]:
 
     answered_by = inputs.answered_by(data)
     return {"data": data.name, **({} if answered_by is None else {"answered_by": answered_by})}
+
+
+def _told(metrics: dict[str, Any], probes: dict[str, int]) -> str:
+    """What came out of a training, in a line."""
+    steps = f"{metrics['steps']} steps on {metrics['examples']} examples" if metrics["steps"] else "nothing to train"
+    loss = "" if metrics["final_loss"] is None else f", loss {metrics['final_loss']:.4f}"
+    if not probes:
+        return steps + loss
+    paths = f"{probes['paths']} path{'' if probes['paths'] == 1 else 's'} over {probes['prompts']} probe prompts"
+    return f"{steps}{loss}, {paths} with {probes['removed']} blocks removed"
 
 
 def _paths(probes: dict[str, Any]) -> dict[str, int]:

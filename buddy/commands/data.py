@@ -62,6 +62,9 @@ def data(
       # Prompts alone, in /mine/alpaca.train.jsonl, answered by a backbone; killed, it goes on when run again
       buddy data --name alpaca --source /mine --answers-by results/demo/backbones/smollm2-135m --out answered
     \b
+      # The same of one file of your own, a line {"prompt": "..."} each; with a "response" in each none is needed
+      buddy data --name pairs --source prompts.jsonl --answers-by my-backbone --out answered
+    \b
       # Prompts of several sets in one, spread evenly; prose gives passages and what follows them
       buddy data --name pairs --source embedded --of alpaca,gsm8k,samsum,wikitext2 --out pairs
     """

@@ -27,7 +27,7 @@ def load(name: str, source: str, split: str | None = None, revision: str | None 
     Args:
         name: data set, a key of ``CATALOGUE``.
         source: "hub", "embedded", or a folder: of NAME.SPLIT.jsonl[.gz] files, or one that holds this set alone, as
-            `buddy.data.store.materialise` leaves it.
+            `buddy.data.store.materialise` leaves it; or a JSON Lines file, which is the set's one split.
         split: the evaluation split by default.
         revision: commit of the Hub repository (see `commit`); the other sources have none.
 
@@ -78,6 +78,8 @@ def available(name: str, source: str) -> list[str]:
     if source == "hub":
         return list(data.splits)
     find(name, source, data.evaluation)
+    if _is_file(source):
+        return [data.evaluation]
     folder = _folder(source)
     return [split for split in data.splits if any(path.exists() for path in _candidates(folder, data, split))]
 
@@ -89,6 +91,8 @@ def find(name: str, source: str, split: str) -> Path:
         UserError: there is none; the message lists the names tried.
     """
     data = entry(name)
+    if _is_file(source):
+        return _one_file(data, source, split)
     folder = _folder(source)
     tried = _candidates(folder, data, split)
     for path in tried:
@@ -116,6 +120,27 @@ def commit(name: str) -> str:
         # A gated repository shows its commit to everybody, and `datasets` hides why it then cannot read it.
         HfApi().auth_check(data.repository, repo_type="dataset")
         return str(HfApi().dataset_info(data.repository, revision=data.revision).sha)
+
+
+def _is_file(source: str) -> bool:
+    return source not in ("hub", "embedded") and Path(source).expanduser().is_file()
+
+
+def _one_file(data: DataSet, source: str, split: str) -> Path:
+    """A file that is a whole data set, and so its evaluation split.
+
+    Raises:
+        UserError: another split is asked for, or it is no JSON Lines file by its name.
+    """
+    path = Path(source).expanduser()
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"data source {source}: a file; its name must end in .jsonl or .jsonl.gz, an object a line")
+    if split != data.evaluation:
+        raise UserError(
+            f"data source {source}: one file is the {data.evaluation} split of {data.name}; for its {split} split give a "
+            f"folder with {data.name}.{split}.jsonl"
+        )
+    return path
 
 
 def _folder(source: str) -> Path:

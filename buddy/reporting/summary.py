@@ -99,7 +99,7 @@ def _by_depth(
     if any(measure.off_depth for measure in measured):
         notes.append("[N] blocks that ran on average, where not as many as asked for")
     notes += one_path(study, backbone, series)
-    return "\n".join([_filled(title), *_aligned([head, executed, *rows]), *map(_filled, notes)])
+    return "\n".join([_filled(title), *aligned([head, executed, *rows]), *map(_filled, notes)])
 
 
 def _mark(cell: Cell, blank: str) -> str:
@@ -126,7 +126,7 @@ def _latency(study: Study, backbone: str) -> str:
             rows += _peer_rows(study, backbone, race, removed, columns)
     told = [f"Speed of {backbone}", study.race_text(backbone), "tokens/s, median of the timed passes"]
     notes = one_path(study, backbone, study.timed(backbone))
-    return "\n".join([_filled(", ".join(filter(None, told))), *_aligned(rows, labels=3), *map(_filled, notes)])
+    return "\n".join([_filled(", ".join(filter(None, told))), *aligned(rows, labels=3), *map(_filled, notes)])
 
 
 def _peer_rows(study: Study, backbone: str, race: Race, removed: int, columns: Sequence[str]) -> list[list[str]]:
@@ -167,7 +167,7 @@ def _filled(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def _aligned(rows: list[list[str]], labels: int = 1) -> list[str]:
+def aligned(rows: list[list[str]], labels: int = 1) -> list[str]:
     """Rows as columns of equal width: label columns to the left, figures to the right; figures that do not fit beside the
     others go below, beside the labels again."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from buddy import data
-from buddy.data import sources, templates
+from buddy.data import sources, store, templates
 from buddy.errors import UserError
 from buddy.tasks import TASKS
 
@@ -442,3 +442,20 @@ def test_prose_is_joined_by_how_its_rows_end():
         data.text_of([{"text": "= A =\n\nAn article."}, {"text": "= B =\n\nB."}])
         == "= A =\n\nAn article.\n\n= B =\n\nB.\n\n"
     )
+
+
+def test_one_file_is_a_whole_set(tmp_path):
+    rows = [{"prompt": "Say one.", "response": "One."}, {"prompt": "Say two.", "response": "Two."}]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = data.materialise("pairs", str(file), tmp_path / "out")
+    assert found["splits"]["train"]["rows"] == 2
+    assert [row["response"] for row in store.read(tmp_path / "out", "train")] == ["One.", "Two."]
+    with pytest.raises(UserError, match=r"one file is the validation split of piqa; for its train split give a folder"):
+        sources.load("piqa", str(file), "train")
+    (tmp_path / "mine.txt").write_text("Say one.")
+    with pytest.raises(UserError, match=r"its name must end in \.jsonl"):
+        sources.load("pairs", str(tmp_path / "mine.txt"))
+    file.write_text('{"text": "no prompt"}\n')
+    with pytest.raises(UserError, match="row 1: no column 'prompt'"):
+        sources.load("pairs", str(file))
