@@ -109,6 +109,17 @@ def test_a_variant_of_an_ablation_is_scored_in_one_mode_alone() -> None:
         assert options["decode"] == (["recompute", "reuse"] if whole else ["recompute"])
 
 
+def test_a_backbones_own_checkpointing_is_told_to_all_that_train_it() -> None:
+    study = config.read(ROOT / "config.yaml")
+    assert study.backbones["llama1-13b"].gradient_checkpointing
+    assert not study.training.gradient_checkpointing
+    trainings = [job for job in results.of_study(Jobs(study)) if job.stage in ("train", "gates", "adapt")]
+    for job in trainings:
+        large = job.work.backbone == "llama1-13b"
+        assert ("--gradient-checkpointing" in job.shell()) is large
+        assert ("--no-gradient-checkpointing" in job.shell()) is not large
+
+
 TEXT = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=12)
 
 

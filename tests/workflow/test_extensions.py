@@ -48,6 +48,7 @@ STUDY = {
         "name": "outside",
         "methods": ["dense", "evens"],
         "ablations": [],
+        "peers_removed": {"tiny": [1, 3]},
         "tables": {"table2": {"kind": "accuracy", "backbone": "tiny"}},
     },
     "backbones": {"tiny": {"removed": [1, 3]}},
