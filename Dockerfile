@@ -1,5 +1,5 @@
 # The packages of envs/constraints.txt with this checkout in them:   docker build -t buddy .      (docs/containers.md)
-# Another base: --build-arg BASE=...; it needs Python 3.11 or newer as python3, with pip.
+# Another base: --build-arg BASE=...; it needs Python 3.11 or newer as python and python3, with pip.
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
