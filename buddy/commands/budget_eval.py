@@ -120,7 +120,10 @@ def _line(metrics: dict[str, Any]) -> str:
     gain, rank = metrics["gain"], metrics["spearman"]
     verdict = "beats" if metrics["beats_constant"] else "does not beat"
     harder = f"{rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}]" if rank else "none, one depth for all"
+    known, told = metrics["oracle_gain"], metrics["r2"]
+    explained = f"; R squared {told['value']:+.3f} [{told['low']:+.3f}, {told['high']:+.3f}]" if told else ""
     return (
         f"{verdict} the constant frontier: {gain['value']:+.4f} nats [{gain['low']:+.4f}, {gain['high']:+.4f}]; "
-        f"entropy {metrics['entropy']:.4f} of {metrics['entropy_uniform']:.4f}; loss and depth: {harder}"
+        f"entropy {metrics['entropy']:.4f} of {metrics['entropy_uniform']:.4f}; loss and depth: {harder}; "
+        f"an oracle: {known['value']:+.4f} nats [{known['low']:+.4f}, {known['high']:+.4f}]{explained}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -114,3 +114,12 @@ def predictor(
         f"{preset}: entropy {facts['final_entropy']:.4f} of {facts['entropy_uniform']:.4f} nats (uniform), "
         f"mean budget {facts['final_mean_budget']:.3f}, {len(rows)} examples"
     )
+    for name, within in facts.get("within", {}).items():
+        typer.echo(f"{name}, n {within['n']}, not seen by the fit: {_unseen(within)}")
+
+
+def _unseen(within: dict[str, Any]) -> str:
+    """What a cross-fitted predictor is worth within a data set, with 95 % intervals."""
+    told = {"r2_within": "R squared of the rise", "gain": "nats per token below constants", "oracle": "an oracle"}
+    shown = ((words, within[name]) for name, words in told.items())
+    return "; ".join(f"{words} {one['value']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for words, one in shown)

@@ -146,7 +146,7 @@ def _evaluated(study: Study) -> tuple[str, dict[tuple[str, str], Predicted]]:
     return "", {}
 
 
-LOSSES = {"ce": "Loss (nats per token)", "kl": "KL from full depth (nats per token)"}
+LOSSES = {"ce": "Loss (nats per token)", "kl": "KL (nats per token)"}
 
 
 def _of_one_loss(shown: Mapping[str, Predicted]) -> dict[str, Predicted]:

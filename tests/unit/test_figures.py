@@ -575,7 +575,7 @@ def test_losses_of_two_kinds_share_no_axis(small: Maker) -> None:
     for file in (small.records / "budget" / run.path / "preset~tuned").iterdir():
         file.unlink()
     alone, *_ = drawn(small, "figure13").axes
-    assert alone.get_ylabel() == "KL from full depth (nats per token)"
+    assert alone.get_ylabel() == "KL (nats per token)"
 
 
 def test_what_is_left_of_scores_is_of_the_whole_model(small: Maker) -> None:

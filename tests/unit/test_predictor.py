@@ -778,6 +778,7 @@ def test_from_a_run_to_a_record(study, tmp_path, preset, capsys, monkeypatch):
     assert record.metrics["epochs"] == {"paper": 3 * 2 / 6, "tuned": 2, "rise": len(PENALTIES)}[preset]
     if preset == "rise":
         assert set(record.metrics["within"]) == {"alpaca", "piqa"}
+        assert "piqa, n 6, not seen by the fit: R squared of the rise" in capsys.readouterr().out
     shown = {"loss", "reward", "entropy", "mean_budget", "histogram"} | ({"ce"} if preset != "rise" else set())
     assert shown <= set(record.metrics["curve"][0])
     assert not (out / "checkpoints").exists()
