@@ -61,7 +61,8 @@ def open_run(
     options = _settings(mode, waits or JOB)
     wandb.setup(settings=options)
     try:
-        return wandb.init(mode=mode, dir=str(parent), resume=resume, settings=options, **arguments)
+        # The client's service may be another process's (WANDB_SERVICE), with a folder of its own.
+        return wandb.init(mode=mode, dir=str(parent.absolute()), resume=resume, settings=options, **arguments)
     except Exception:
         wandb.teardown()  # or the id counts as in use when the run is opened offline
         raise

@@ -144,7 +144,7 @@ MISTAKES = [
     ("data --name piqa --source {p}/rows/truth --out {t}/o", "row 2: label: True", "0 or 1"),
     ("data --name piqa --source {p}/rows/number --out {t}/o", "row 2: goal: 7", "not text"),
     ("data --name piqa --source {p}/empty --out {t}/o", "no validation split", "piqa.validation.jsonl"),
-    ("data --name piqa --source {p}/book.txt --out {t}/o", "book.txt", "no such folder"),
+    ("data --name piqa --source {p}/book.txt --out {t}/o", "book.txt", ".jsonl or .jsonl.gz"),
     ("backbone --random tiny-lama --out {t}/o", "--random: 'tiny-lama'", "did you mean tiny-llama?"),
     ("backbone --random tiny-llama --layers 50000000 --out {t}/o", "--layers: 50000000", "1000"),
     ("backbone --random tiny-llama --seed -1 --out {t}/o", "--seed: -1", "0"),

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from models import tiny
 from scipy import integrate, spatial, stats
 
+from buddy import frontiers
 from buddy.backbones.untrained import byte_tokenizer
 from buddy.data import materialise
-from buddy.evaluation import accuracy, frontiers
+from buddy.evaluation import accuracy
 from buddy.evaluation.harness import BuddyLM
 from buddy.policies.static import StaticPolicy
 from buddy.reporting import compare, measures, significance
