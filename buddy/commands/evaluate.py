@@ -71,7 +71,8 @@ def evaluate(
         return metrics, accuracy.items(metrics)
 
     reads = [data / task for task in settings.tasks]
-    stage = "evaluate-auto" if budget else "evaluate"  # at a predictor's depths: no point of a curve over budgets
+    # At a predictor's depths, and on tasks that are scored there alone, a job is no point of a curve over budgets.
+    stage = "evaluate-auto" if budget else "evaluate-whole" if "whole" in out.parts else "evaluate"
     with measured.tracked(stage, measured.config(settings), [out], reads=reads) as tracker:
         if budget:
             watch = measured.watch()

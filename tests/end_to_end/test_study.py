@@ -70,9 +70,9 @@ def test_every_measurement_left_a_record(finished):
     records = [Record.read(path) for path in find(finished / "results/tiny/records")]
     kinds = [record.kind for record in records]
     # two routed runs at two depths, one dense, and three peers at one depth
-    # and one at the depths that each preset of the budget predictor chooses
-    assert kinds.count("accuracy") == 2 * 2 + 1 + 3 + 2
-    assert kinds.count("generation") == 2 + 1 + 3
+    # and one at the depths that each preset of the budget predictor chooses; dense on the task that is scored there alone
+    assert kinds.count("accuracy") == 2 * 2 + 1 + 3 + 2 + 1
+    assert kinds.count("generation") == 2 + 1 + 3 + 2
     assert kinds.count("trace") == 2 + 1 + 3 + 2  # and of BUDDY's on a task
     # per batch size dense, full and four executions at two depths, and for the batch of two varied routes under two bounds,
     # mixed and nested budgets; PuDDing's run beside dense
@@ -95,7 +95,7 @@ def test_every_measurement_left_a_record(finished):
             if record.method != "first":  # FiRST has no strict budget
                 assert record.metrics["executed_mean"] == record.budget.executed
             assert record.metrics["limit"] == 4
-            assert record.n == 2 * 4
+            assert record.n == 4 * len(record.metrics["tasks"])
 
 
 def test_every_job_logged_one_wandb_run(finished):
