@@ -90,6 +90,6 @@ def test_a_limit_of_the_partition_is_told_before_the_first_job(cluster: slurmd.C
         output = run(cluster, folder)
     finally:
         cluster.command("scontrol", "update", f"PartitionName={cluster.partition}", "MaxTime=UNLIMITED")
-    assert "Rule evaluate asks for 15 minutes, partition work grants 10 (MaxTime)" in output
+    assert "Rule evaluate asks for 60 minutes, partition work grants 10 (MaxTime)" in output
     assert not (folder / "tries").exists()
     assert queued(cluster) == []
